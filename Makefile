@@ -1,0 +1,44 @@
+# The environment is a folder; a stamp inside it says what was installed from which pins.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+EXTRAS := all,ray,peers,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test lint bench clean
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+compare: $(VENV)/.installed  ## train all variants on the built-in text and print the table
+	@$(BIN)/sqa compare demo
+
+test: lint  ## everything that must pass: formatting, types, the whole test suite
+	@SQA_ALL_EXTRAS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## formatting and types only
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+
+bench: $(VENV)/.installed  ## time whole training steps of the variants side by side
+	@$(BIN)/sqa bench step
+
+clean:  ## delete the environment and every cache; runs/ stays
+	@rm -rf $(VENV) dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@[ -x $(BIN)/pip ] || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sqa needs Python 3.11 or newer: name one with 'make PYTHON=...'." >&2; exit 1; }
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a few minutes the first time."
+	@$(INSTALL) -e '.[report]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests need into $(VENV)."
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
