@@ -1,0 +1,41 @@
+"""Sparse Query Attention: a Transformer layer with fewer query heads, and what is needed to judge it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sqa._version import __version__
+from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling, window_pattern
+from sqa.variants import VARIANTS, variant
+
+if TYPE_CHECKING:
+    from sqa.attention import KVCache, SparseQueryAttention
+    from sqa.model import Transformer
+
+__all__ = [
+    "VARIANTS",
+    "AttentionConfig",
+    "KVCache",
+    "ModelConfig",
+    "Rope",
+    "RopeScaling",
+    "SparseQueryAttention",
+    "Transformer",
+    "__version__",
+    "variant",
+    "window_pattern",
+]
+
+# torch takes a second to import; configs, variants and costs do without it
+_NEEDS_TORCH = {
+    "KVCache": "sqa.attention",
+    "SparseQueryAttention": "sqa.attention",
+    "Transformer": "sqa.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(importlib.import_module(_NEEDS_TORCH[name]), name)
+    raise AttributeError(f"module 'sqa' has no attribute {name!r}")

@@ -1,0 +1,305 @@
+"""Shapes of attention layers and models: frozen, keyword-only, validated before any tensor exists. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal, Self, get_args
+
+RopeKind = Literal["linear", "llama3", "yarn"]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_fields(values: Mapping[str, Any], cls: type, where: str) -> None:
+    """Raise ValueError for keys that are no fields of a dataclass and for missing ones that have no default."""
+    own = dataclasses.fields(cls)
+    reject_unknown(values, [f.name for f in own], where)
+    needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+
+
+def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
+    """Raise ValueError for the first key of `given` that is not in `known`, with the nearest real one."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where} has no field {name!r}{nearest(name, known)} (fields: {', '.join(known)})")
+
+
+def _positive(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {name} must be a positive whole number, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How published models stretch rotary frequencies beyond the length they were trained at.
+
+    `linear` divides every frequency by `factor`; `llama3` leaves short wavelengths alone (Llama 3.1 config);
+    `yarn` interpolates by wavelength and scales the tables by `attention_factor` (arXiv 2309.00071).
+    """
+
+    kind: RopeKind
+    factor: float
+    original_max_seq_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RopeKind):
+            raise ValueError(f"rope scaling: kind must be one of {', '.join(get_args(RopeKind))}, got {self.kind!r}")
+        if self.factor < 1:
+            raise ValueError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling llama3: low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "
+                f"got {self.low_freq_factor}"
+            )
+        if self.kind != "linear":
+            _positive(f"rope scaling {self.kind}", original_max_seq_len=self.original_max_seq_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) over the whole head.
+
+    `interleaved` pairs dimension 2j with 2j+1; otherwise j pairs with j + head_dim/2, as in Llama.
+    """
+
+    base: float = 10_000.0
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        if self.base <= 1:
+            raise ValueError(f"rope: base must be above 1, got {self.base!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """One attention layer.
+
+    `num_heads` is the nominal count H that fixes `head_dim = d_model // num_heads`; the layer really has
+    `num_query_heads` (default H) and `num_kv_heads` (default `num_query_heads`). Either count divides the other;
+    query head i reads KV head `i // (num_query_heads // num_kv_heads)`. With fewer query than KV heads (reverse
+    SQA) each query head serves several KV heads and the output has `num_kv_heads` heads.
+
+    `window=W` lets query i see keys i-W+1..i; `num_sink_tokens` first tokens of a document stay visible to all.
+    `scale` defaults to `head_dim ** -0.5`; `logit_softcap=c` replaces scores s by `c * tanh(s / c)`.
+
+    Raises ValueError, naming the field and both numbers, for a shape that cannot be built.
+    """
+
+    d_model: int
+    num_heads: int
+    num_query_heads: int = None  # type: ignore[assignment]
+    num_kv_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    causal: bool = True
+    window: int | None = None
+    num_sink_tokens: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    logit_softcap: float | None = None
+    scale: float | None = None
+    rope: Rope | None = field(default_factory=Rope)
+
+    def __post_init__(self) -> None:
+        def default(name: str, value: int) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        _positive("attention", d_model=self.d_model, num_heads=self.num_heads)
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ValueError(
+                f"attention: num_heads must divide d_model or head_dim be given, "
+                f"got num_heads={self.num_heads} and d_model={self.d_model}"
+            )
+        default("head_dim", self.d_model // self.num_heads)
+        default("num_query_heads", self.num_heads)
+        default("num_kv_heads", self.num_query_heads)
+        _positive(
+            "attention",
+            num_query_heads=self.num_query_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+        for name in ("num_query_heads", "num_kv_heads"):
+            if getattr(self, name) > self.num_heads:
+                raise ValueError(
+                    f"attention: {name} must be at most num_heads={self.num_heads}, got {getattr(self, name)}"
+                )
+        more, fewer = sorted((self.num_query_heads, self.num_kv_heads), reverse=True)
+        if more % fewer:
+            fits = ", ".join(str(n) for n in range(1, self.num_query_heads + 1) if self.num_query_heads % n == 0)
+            raise ValueError(
+                f"attention: num_kv_heads must divide num_query_heads={self.num_query_heads} (that allows {fits}), "
+                f"got num_kv_heads={self.num_kv_heads}"
+            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
+        if self.window is not None:
+            _positive("attention", window=self.window)
+            if not self.causal:
+                raise ValueError(f"attention: window needs causal=True, got window={self.window} and causal=False")
+        if not isinstance(self.num_sink_tokens, int) or self.num_sink_tokens < 0:
+            raise ValueError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens!r}")
+        if self.num_sink_tokens and self.window is None:
+            raise ValueError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
+        for name in ("logit_softcap", "scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"attention: {name} must be above 0, got {value!r}")
+
+    @property
+    def num_output_heads(self) -> int:
+        """Heads of the attention output and of its cost: max(num_query_heads, num_kv_heads)."""
+        return max(self.num_query_heads, self.num_kv_heads)
+
+    @property
+    def query_width(self) -> int:
+        """Columns of the query projection."""
+        return self.num_query_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def output_width(self) -> int:
+        """Rows that the output projection reads."""
+        return self.num_output_heads * self.head_dim
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back equal."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
+        _check_fields(values, cls, "attention")
+        values = dict(values)
+        if (rope := values.get("rope")) is not None:
+            _check_fields(rope, Rope, "rope")
+            scaling = rope.get("scaling")
+            if scaling is not None:
+                _check_fields(scaling, RopeScaling, "rope scaling")
+                scaling = RopeScaling(**scaling)
+            values["rope"] = Rope(**{**rope, "scaling": scaling})
+        return cls(**values)
+
+
+def window_pattern(
+    attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
+) -> tuple[AttentionConfig, ...]:
+    """One config a layer: every `full_every`-th layer (the last of each stretch) full, the others windowed."""
+    _positive("window pattern", num_layers=num_layers, full_every=full_every)
+    windowed = attention.replace(window=window, num_sink_tokens=num_sink_tokens)
+    full = attention.replace(window=None, num_sink_tokens=0)
+    return tuple(full if (i + 1) % full_every == 0 else windowed for i in range(num_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Transformer: pre-norm blocks of attention and SwiGLU, a decoder (`causal`) or an encoder.
+
+    `attention` is one AttentionConfig for all layers or a sequence with one per layer. `bias` adds a bias to the
+    attention output projection, the feed-forward projections and the output head, and `final_norm=False` leaves
+    out the last RMSNorm: the published shape has both (FACTS: 10,655,504 parameters for SQA).
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_ff: int
+    max_seq_len: int
+    attention: AttentionConfig | tuple[AttentionConfig, ...]
+    bias: bool = False
+    final_norm: bool = True
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            vocab_size=self.vocab_size,
+            num_layers=self.num_layers,
+            d_ff=self.d_ff,
+            max_seq_len=self.max_seq_len,
+        )
+        if not self.norm_eps > 0:
+            raise ValueError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
+        if not isinstance(self.attention, AttentionConfig):
+            object.__setattr__(self, "attention", tuple(self.attention))
+            if len(self.layers) != self.num_layers:
+                raise ValueError(
+                    f"model: attention must have one config per layer, "
+                    f"got {len(self.layers)} for num_layers={self.num_layers}"
+                )
+            for name in ("d_model", "causal"):
+                if len(values := sorted({getattr(layer, name) for layer in self.layers})) > 1:
+                    raise ValueError(
+                        f"model: every layer must have the same {name}, got {' and '.join(map(str, values))}"
+                    )
+
+    @property
+    def layers(self) -> tuple[AttentionConfig, ...]:
+        """The attention config of each layer."""
+        if isinstance(self.attention, AttentionConfig):
+            return (self.attention,) * self.num_layers
+        return self.attention
+
+    @property
+    def d_model(self) -> int:
+        return self.layers[0].d_model
+
+    @property
+    def causal(self) -> bool:
+        return self.layers[0].causal
+
+    @classmethod
+    def preset(cls, name: str, *, variant: str, **changes: Any) -> ModelConfig:
+        """A named shape (`published`, `demo`, `larger`) with a variant's head counts; `changes` replace fields.
+
+        Raises ValueError for an unknown preset, variant or field, or a variant that does not fit the shape.
+        """
+        from sqa.variants import preset  # the table of shapes builds on this file
+
+        return preset(name, variant, **changes)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back equal."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if isinstance(self.attention, AttentionConfig):
+            values["attention"] = self.attention.to_dict()
+        else:
+            values["attention"] = [layer.to_dict() for layer in self.attention]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
+        _check_fields(values, cls, "model")
+        attention = values["attention"]
+        if isinstance(attention, Mapping):
+            return cls(**{**values, "attention": AttentionConfig.from_dict(attention)})
+        return cls(**{**values, "attention": tuple(AttentionConfig.from_dict(layer) for layer in attention)})

@@ -1,0 +1,102 @@
+"""Parameters, FLOPs and KV-cache bytes in closed form.
+
+One multiply-add is 2 FLOPs. Attention counts the (query, key) pairs that the mask leaves visible, so causal is half of
+N * N; its softmax and every element-wise operation are left out. A training step is three forward passes (backward
+is two), with nothing recomputed.
+"""
+
+from __future__ import annotations
+
+from sqa.config import AttentionConfig, ModelConfig
+
+
+def attention_parameters(config: AttentionConfig, *, output_bias: bool = False) -> int:
+    """Parameters of one attention layer."""
+    d = config.d_model
+    total = d * (config.query_width + 2 * config.kv_width) + config.output_width * d
+    if config.qkv_bias:
+        total += config.query_width + 2 * config.kv_width
+    if output_bias:
+        total += d
+    if config.qk_norm:
+        total += 2 * config.head_dim
+    return total
+
+
+def parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model; equals `sum(p.numel())` of Transformer(config)."""
+    d, ff = config.d_model, config.d_ff
+    feed_forward = 3 * d * ff + (2 * ff + d if config.bias else 0)
+    total = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    total += config.vocab_size if config.bias else 0
+    total += d if config.final_norm else 0
+    for layer in config.layers:
+        total += attention_parameters(layer, output_bias=config.bias) + feed_forward + 2 * d
+    return total
+
+
+def visible_pairs(config: AttentionConfig, n: int) -> int:
+    """(query, key) pairs that one head scores for a sequence of `n` tokens under the layer's mask."""
+    if not config.causal:
+        return n * n
+    if config.window is None or config.window >= n:
+        return n * (n + 1) // 2
+    w, s = config.window, config.num_sink_tokens
+    pairs = w * (w + 1) // 2 + (n - w) * w
+    # query i sees sink j < s outside its window when j <= i - w: sum of min(s, i - w + 1) over i = w..n-1
+    far = n - w
+    pairs += far * (far + 1) // 2 if far <= s else s * (s + 1) // 2 + (far - s) * s
+    return pairs
+
+
+def attention_flops(config: AttentionConfig, n: int) -> int:
+    """FLOPs of scores and weighted values for one sequence of `n` tokens in one layer, projections left out."""
+    return 4 * config.num_output_heads * config.head_dim * visible_pairs(config, n)
+
+
+def _matrix_parameters(config: ModelConfig) -> int:
+    """Weights of all matrix products but the output head, a token."""
+    d = config.d_model
+    layers = sum(d * (layer.query_width + 2 * layer.kv_width) + layer.output_width * d for layer in config.layers)
+    return layers + config.num_layers * 3 * d * config.d_ff
+
+
+def forward_flops(config: ModelConfig, n: int) -> int:
+    """One forward pass over one sequence of `n` tokens, logits at every position."""
+    matrix = _matrix_parameters(config) + config.vocab_size * config.d_model
+    return 2 * n * matrix + sum(attention_flops(layer, n) for layer in config.layers)
+
+
+def train_step_flops(config: ModelConfig, n: int, batch_size: int = 1) -> int:
+    """One training step over `batch_size` sequences of `n` tokens: forward and backward."""
+    return 3 * batch_size * forward_flops(config, n)
+
+
+def prefill_flops(config: ModelConfig, n: int) -> int:
+    """Reading a prompt of `n` tokens: a forward pass with the logits of the last position only."""
+    matrix = 2 * n * _matrix_parameters(config) + 2 * config.vocab_size * config.d_model
+    return matrix + sum(attention_flops(layer, n) for layer in config.layers)
+
+
+def decode_flops(config: ModelConfig, n: int) -> int:
+    """One new token after `n` cached ones."""
+    matrix = 2 * (_matrix_parameters(config) + config.vocab_size * config.d_model)
+    for layer in config.layers:
+        seen = n + 1 if layer.window is None else min(n + 1, layer.window + layer.num_sink_tokens)
+        matrix += 4 * layer.num_output_heads * layer.head_dim * seen
+    return matrix
+
+
+def kv_cache_bytes(config: ModelConfig, n: int = 1, *, bytes_per_element: int = 2) -> int:
+    """Bytes of keys and values kept for one sequence of `n` tokens; window layers keep the window and the sinks."""
+    total = 0
+    for layer in config.layers:
+        kept = n if layer.window is None else min(n, layer.window + layer.num_sink_tokens)
+        total += 2 * kept * layer.kv_width * bytes_per_element
+    return total
+
+
+def attention_saving(config: AttentionConfig, n: int) -> float:
+    """Attention FLOPs of full multi-head attention of the same nominal shape over this layer's: H / Hq for SQA."""
+    nominal = AttentionConfig(d_model=config.d_model, num_heads=config.num_heads, causal=config.causal)
+    return attention_flops(nominal, n) / attention_flops(config, n)

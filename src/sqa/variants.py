@@ -1,0 +1,151 @@
+"""The variants, one row each, and the named model shapes. A variant is a rule for head counts, never a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Any
+
+from sqa.config import AttentionConfig, ModelConfig, nearest, reject_unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A rule from the nominal head count H to (num_query_heads, num_kv_heads, head_dim).
+
+    `query` and `kv` are fractions of H; `kv=None` means one KV head. Where `kv_free`, the caller may choose
+    another number of KV heads. `head_dim_factor` multiplies the nominal `d_model // H`.
+    """
+
+    label: str
+    query: Fraction
+    kv: Fraction | None
+    kv_free: bool = False
+    head_dim_factor: int = 1
+    about: str
+
+
+def _f(text: str) -> Fraction:
+    return Fraction(text)
+
+
+VARIANTS: dict[str, Variant] = {
+    "mha": Variant(label="MHA", query=_f("1"), kv=_f("1"), about="multi-head attention"),
+    "gqa": Variant(label="GQA", query=_f("1"), kv=_f("1/4"), kv_free=True, about="keys and values shared by heads"),
+    "mqa": Variant(label="MQA", query=_f("1"), kv=None, about="one key/value head for all"),
+    "sqa": Variant(label="SQA", query=_f("1/2"), kv=_f("1/4"), kv_free=True, about="half the query heads"),
+    "ssqa": Variant(label="sSQA", query=_f("1/2"), kv=_f("1/2"), about="symmetric: as many KV heads as query heads"),
+    "xsqa": Variant(label="xSQA", query=_f("1/4"), kv=_f("1/4"), about="extreme: a quarter of the query heads"),
+    "xsmqa": Variant(label="xSMQA", query=_f("1/4"), kv=None, about="extreme, with one KV head"),
+    "lsqa": Variant(label="lSQA", query=_f("3/4"), kv=_f("1/4"), kv_free=True, about="light: 3/4 of the query heads"),
+    "rsqa": Variant(label="rSQA", query=_f("1/4"), kv=_f("1/2"), about="reverse: fewer query heads than KV heads"),
+    "wide-mha": Variant(
+        label="wide MHA", query=_f("1/2"), kv=_f("1/2"), head_dim_factor=2, about="half the heads, twice as wide"
+    ),
+    "wide-gqa": Variant(
+        label="wide GQA", query=_f("1/2"), kv=_f("1/8"), kv_free=True, head_dim_factor=2,
+        about="GQA with half the heads, twice as wide: same parameters and FLOPs, half the exponentials",
+    ),
+}  # fmt: skip
+
+PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
+"""The seven rows of the published experiment, in its order."""
+
+DEFAULT_VARIANTS = (*PUBLISHED_VARIANTS, "wide-gqa")
+"""What a comparison trains unless told otherwise: the published seven and the equal-cost baseline."""
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    # arXiv 2510.01817; eps is PyTorch's RMSNorm default for fp32
+    "published": {
+        "vocab_size": 10_000, "num_layers": 8, "d_ff": 768, "max_seq_len": 1024, "d_model": 256, "num_heads": 16,
+        "bias": True, "final_norm": False, "norm_eps": 2.0**-23,
+    },
+    "demo": {
+        "vocab_size": 2048, "num_layers": 3, "d_ff": 384, "max_seq_len": 512, "d_model": 128, "num_heads": 8,
+    },
+    "larger": {
+        "vocab_size": 32_000, "num_layers": 12, "d_ff": 2048, "max_seq_len": 2048, "d_model": 768, "num_heads": 12,
+    },
+}  # fmt: skip
+
+PRESETS = tuple(_SHAPES)
+
+
+def find_variant(name: str) -> tuple[str, Variant]:
+    """The key and row of a variant, whatever its case. Raises ValueError with the nearest name."""
+    key = name.lower()
+    if key not in VARIANTS:
+        known = list(VARIANTS)
+        raise ValueError(f"variant: {name!r} is unknown{nearest(name, known)} (variants: {', '.join(known)})")
+    return key, VARIANTS[key]
+
+
+def _heads(key: str, what: str, fraction: Fraction, num_heads: int) -> int:
+    count = fraction * num_heads
+    if count.denominator != 1:
+        step = fraction.denominator
+        below, above = num_heads // step * step, -(-num_heads // step) * step
+        fits = f"{below} or {above}" if below else str(above)
+        raise ValueError(
+            f"variant {key}: {what} is {fraction} of num_heads, which needs a multiple of {step}; "
+            f"got num_heads={num_heads}, {fits} would fit"
+        )
+    return int(count)
+
+
+def variant(
+    name: str,
+    *,
+    d_model: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    **options: Any,
+) -> AttentionConfig:
+    """The AttentionConfig of a named variant: `variant("sqa", d_model=256, num_heads=16)` has 8 query, 4 KV heads.
+
+    `num_kv_heads` overrides the rule's number where the rule leaves it free (gqa, sqa, lsqa, wide-gqa); `options`
+    are AttentionConfig's other fields. Raises ValueError for an unknown name, a fixed count that is overridden,
+    or a `num_heads` the rule does not fit, naming those that would.
+    """
+    key, row = find_variant(name)
+    own = ("num_query_heads", "head_dim")
+    reject_unknown(options, [f.name for f in fields(AttentionConfig) if f.name not in own], f"variant {key}")
+    nominal = AttentionConfig(d_model=d_model, num_heads=num_heads)  # checks both numbers first
+    num_query_heads = _heads(key, "num_query_heads", row.query, num_heads)
+    if num_kv_heads is None or not row.kv_free:
+        fixed = 1 if row.kv is None else _heads(key, "num_kv_heads", row.kv, num_heads)
+        if num_kv_heads not in (None, fixed):
+            raise ValueError(
+                f"variant {key}: num_kv_heads is {fixed} for num_heads={num_heads}, got {num_kv_heads}; "
+                f"build an AttentionConfig for other counts"
+            )
+        num_kv_heads = fixed
+    return AttentionConfig(
+        d_model=d_model,
+        num_heads=num_heads,
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=nominal.head_dim * row.head_dim_factor,
+        **options,
+    )
+
+
+def preset(name: str, variant_name: str, **changes: Any) -> ModelConfig:
+    """A named shape with a variant's head counts. `changes` replace the shape's fields, attention's included."""
+    return model_config(variant_name, **{**shape(name), **changes})
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The fields of a named shape, as `model_config` takes them."""
+    if name not in _SHAPES:
+        raise ValueError(f"preset: {name!r} is unknown{nearest(name, list(PRESETS))} (presets: {', '.join(PRESETS)})")
+    return dict(_SHAPES[name])
+
+
+def model_config(variant_name: str, **shape_fields: Any) -> ModelConfig:
+    """A ModelConfig from a flat set of fields: ModelConfig's own, and `d_model`, `num_heads` and AttentionConfig's."""
+    own = [f.name for f in fields(ModelConfig) if f.name != "attention"]
+    layer = [f.name for f in fields(AttentionConfig) if f.name not in ("num_query_heads", "head_dim")]
+    reject_unknown(shape_fields, own + layer, "model")
+    attention = variant(variant_name, **{k: v for k, v in shape_fields.items() if k in layer})
+    return ModelConfig(attention=attention, **{k: v for k, v in shape_fields.items() if k in own})
