@@ -1,0 +1,293 @@
+"""Every kernel against the fp32 oracle, forward and gradients; the choice of a kernel and its reasons."""
+
+import pytest
+import torch
+from attention_cases import BATCH, MASKS, by_rule, left_padding, make_mask, seen
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sqa import AttentionConfig, variant
+from sqa.attention import blocks
+from sqa.attention.kernels import KERNELS, Case, attend, explain, resolve
+from sqa.attention.masks import Mask
+from sqa.attention.reference import reference_attention
+from sqa.variants import VARIANTS
+
+HEADS = {name: variant(name, d_model=64, num_heads=8) for name in VARIANTS}
+BLOCK_MASKS = tuple(kind for kind in MASKS if "padding" not in kind)
+GRID = [("sdpa", kind) for kind in MASKS] + [("blocks", kind) for kind in BLOCK_MASKS]
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+grid = pytest.mark.parametrize(("kernel", "kind"), GRID, ids=[f"{k}-{m}" for k, m in GRID])
+lengths = pytest.mark.parametrize("length", [1, 7, 63, 128], ids=lambda n: f"T{n}")
+
+
+def draw(config: AttentionConfig, length: int, num_keys: int | None = None, dtype=torch.float32):
+    """q, k, v that want gradients, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(length)
+    keys = length if num_keys is None else num_keys
+    shapes = [
+        (BATCH, length, config.num_query_heads, config.head_dim),
+        (BATCH, keys, config.num_kv_heads, config.head_dim),
+        (BATCH, keys, config.num_kv_heads, config.head_dim),
+        (BATCH, length, config.num_output_heads, config.head_dim),
+    ]
+    *qkv, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [x.requires_grad_() for x in qkv], grad
+
+
+def with_gradients(out: Tensor, qkv: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(out, qkv, grad.to(out.dtype))
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+
+
+def oracle(qkv: list[Tensor], grad: Tensor, seen: Tensor, softcap: float | None = None) -> dict[str, Tensor]:
+    """The reference in fp32; seen (B, Tq, Tk) comes from the rule, not from the code under test."""
+    q, k, v = exact = [x.detach().float().requires_grad_() for x in qkv]
+    q = q.repeat_interleave(max(1, k.shape[2] // q.shape[2]), dim=2)
+    out = reference_attention(q, k, v, seen[:, None], scale=q.shape[3] ** -0.5, softcap=softcap)
+    return with_gradients(out, exact, grad.float())
+
+
+def plain(qkv: list[Tensor], grad: Tensor, seen: Tensor) -> dict[str, Tensor]:
+    """What anybody would write in PyTorch, in the precision of the inputs."""
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    heads = max(q.shape[1], k.shape[1])
+    q, k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k, v))
+    seen = seen[:, None]
+    scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
+    weights = scores.masked_fill(~seen, torch.finfo(q.dtype).min).softmax(-1) * seen
+    return with_gradients((weights @ v).transpose(1, 2), qkv, grad)
+
+
+def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@lengths
+@grid
+@pytest.mark.parametrize("name", HEADS)
+def test_fp32(name: str, kernel: str, kind: str, length: int) -> None:
+    mask = make_mask(kind, length)
+    qkv, grad = draw(HEADS[name], length)
+    got = with_gradients(attend(*qkv, mask, kernel=kernel), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, seen(kind, length)))
+
+
+@lengths
+@grid
+@pytest.mark.parametrize("name", ["gqa", "xsqa", "rsqa"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_is_no_worse_than_plain(dtype: str, name: str, kernel: str, kind: str, length: int) -> None:
+    mask = make_mask(kind, length)
+    qkv, grad = draw(HEADS[name], length, dtype=LOW[dtype])
+    exact, simple = (f(qkv, grad, seen(kind, length)) for f in (oracle, plain))
+    got = with_gradients(attend(*qkv, mask, kernel=kernel), qkv, grad)
+    for key, value in exact.items():
+        assert got[key].dtype == LOW[dtype]
+        error, allowed = ((x[key].float() - value).norm() for x in (got, simple))
+        # with one key alone dq and dk are 0: plain PyTorch finds that exactly, others as a difference of fp32 sums
+        rounding = torch.finfo(torch.float32).eps * HEADS[name].head_dim * grad.float().norm()
+        assert error <= 2 * allowed + rounding, f"{key}: error {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["causal+window", "causal+window+sinks", "causal+window+sinks+documents"])
+@pytest.mark.parametrize("window", [1, 20, 64, 100, 200])
+def test_blocks_over_several_query_blocks(window: int, kind: str) -> None:
+    length = 4 * blocks.QUERY_BLOCK + 9
+    plan = make_mask(kind, length)
+    ids = None if plan.document_ids is None else torch.stack([torch.arange(length) // 150, torch.arange(length) // 7])
+    mask = Mask(window=window, num_sink_tokens=plan.num_sink_tokens and 30, document_ids=ids)
+    qkv, grad = draw(HEADS["sqa"], length)
+    got = with_gradients(attend(*qkv, mask, kernel="blocks"), qkv, grad)
+    expected = with_gradients(attend(*qkv, mask, kernel="reference"), qkv, grad)
+    assert_all_close(got, expected)
+
+
+@given(
+    length=st.integers(1, 40),
+    window=st.none() | st.integers(1, 45),
+    sinks=st.integers(0, 12),
+    lengths=st.none() | st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    heads=st.sampled_from(list(HEADS)),
+    block=st.sampled_from([1, 4, 7]),
+)
+def test_blocks_on_drawn_layouts(length, window, sinks, lengths, heads, block) -> None:
+    ids = None
+    if lengths is not None:
+        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        row = torch.cat((row, torch.full((length,), len(lengths))))[:length]
+        ids = torch.stack((row, torch.zeros_like(row)))
+    mask = Mask(window=window, num_sink_tokens=sinks if window else 0, document_ids=ids)
+    qkv, grad = draw(HEADS[heads], length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "QUERY_BLOCK", block)
+        got = with_gradients(attend(*qkv, mask, kernel="blocks"), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, by_rule(mask, length, length)))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("sizes", [(1, 9), (9, 1), (5, 12), (12, 5)], ids=lambda s: f"{s[0]}-over-{s[1]}")
+@pytest.mark.parametrize("name", HEADS)
+def test_cross_attention(name: str, sizes: tuple[int, int], padded: bool) -> None:
+    num_queries, num_keys = sizes
+    mask = Mask(causal=False, padding_mask=left_padding(num_keys) if padded else None)
+    qkv, grad = draw(HEADS[name], num_queries, num_keys)
+    got = with_gradients(attend(*qkv, mask), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, by_rule(mask, num_queries, num_keys)))
+
+
+def test_softcap() -> None:
+    qkv, grad = draw(HEADS["gqa"], 40)
+    mask = make_mask("causal+window", 40)
+    got = with_gradients(attend(*qkv, mask, softcap=0.5), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, seen("causal+window", 40), softcap=0.5))
+    without = oracle(qkv, grad, seen("causal+window", 40))
+    assert not torch.allclose(got["out"], without["out"])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+def test_a_query_that_sees_nothing_gives_zeros(kernel: str) -> None:
+    real = torch.tensor([[False, False, True, True], [False] * 4])
+    qkv, grad = draw(HEADS["sqa"], 4)
+    got = with_gradients(attend(*qkv, Mask(padding_mask=real), kernel=kernel), qkv, grad)
+    assert not got["out"][0, :2].any()
+    assert not got["out"][1].any()
+    assert all(value.isfinite().all() for value in got.values())
+    assert not got["dv"][1].any()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "blocks"])
+def test_any_memory_layout(kernel: str) -> None:
+    """Fused kernels that expect dense vectors read garbage from others without a word."""
+    qkv, grad = draw(HEADS["sqa"], 20)
+    mask = make_mask("causal+window+sinks", 20)
+    odd = [x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in qkv]
+    grad = grad[:1, :1].expand_as(grad)
+    got = with_gradients(attend(*odd, mask, kernel=kernel), odd, grad)
+    assert_all_close(got, oracle(qkv, grad, seen("causal+window+sinks", 20)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own, while it compiles
+@pytest.mark.filterwarnings("ignore:.class 'torch.autograd.function.Function'.:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["causal", "causal+window+sinks+documents", "padding"])
+def test_flex_forward_on_cpu(kind: str) -> None:
+    qkv, grad = draw(variant("sqa", d_model=128, num_heads=8), 128)
+    with torch.no_grad():
+        got = attend(*qkv, make_mask(kind, 128), kernel="flex")
+    torch.testing.assert_close(got, oracle(qkv, grad, seen(kind, 128))["out"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: no CUDA device")
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_on_cuda(dtype: str, kernel: str, kind: str) -> None:
+    mask = make_mask(kind, 256)
+    qkv, grad = draw(variant("sqa", d_model=256, num_heads=8), 256, dtype=LOW[dtype])
+    exact, simple = (f(qkv, grad, seen(kind, 256)) for f in (oracle, plain))
+    there = [x.detach().cuda().requires_grad_() for x in qkv]
+    moved = {name: None if x is None else x.cuda() for name, x in vars(mask).items() if name.endswith(("mask", "ids"))}
+    mask = Mask(causal=mask.causal, window=mask.window, num_sink_tokens=mask.num_sink_tokens, **moved)
+    got = with_gradients(attend(*there, mask, kernel=kernel), there, grad.cuda())
+    for key, value in exact.items():
+        error, allowed = ((x[key].float().cpu() - value).norm() for x in (got, simple))
+        assert error <= 2 * allowed, f"{key}: error {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+def case(**changes) -> Case:
+    shape = {"num_query_heads": 8, "num_kv_heads": 4, "head_dim": 16, "num_queries": 64, "num_keys": 64}
+    return Case(**{"device": "cpu", "dtype": torch.float32, **shape, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "reason"),
+    [
+        ({}, "sdpa", "fused"),
+        ({"window": 8}, "blocks", "skips"),
+        ({"window": 64}, "sdpa", "fused"),
+        ({"documents": True}, "blocks", "skips"),
+        ({"padding": True}, "sdpa", "dense mask"),
+        ({"window": 8, "padding": True}, "sdpa", "dense mask"),
+        ({"window": 8, "cached": True, "num_queries": 3}, "sdpa", "dense mask"),
+        ({"softcap": True}, "reference", "caps"),
+        ({"device": "cuda", "dtype": torch.bfloat16}, "sdpa", "fused"),
+        ({"device": "cuda"}, "sdpa", "expanded"),
+        ({"device": "cuda", "dtype": torch.bfloat16, "padding": True}, "sdpa", "expanded"),
+        ({"device": "cuda", "dtype": torch.bfloat16, "window": 8, "grad": True}, "flex", "skips"),
+        ({"device": "cuda", "dtype": torch.bfloat16, "documents": True, "head_dim": 24}, "sdpa", "expanded"),
+        ({"device": "cuda", "softcap": True}, "flex", "caps"),
+    ],
+)
+def test_choice(changes: dict, kernel: str, reason: str) -> None:
+    choice = resolve(case(**changes))
+    assert choice.kernel == kernel
+    assert reason in choice.reason
+    assert KERNELS[kernel].lacks(case(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes", "message"),
+    [
+        ("sdpaa", {}, r"kernel: 'sdpaa' is unknown; did you mean 'sdpa'\?"),
+        ("flex", {"grad": True}, "kernel: flex cannot do this call \\(no backward on CPU\\)"),
+        ("flex", {"head_dim": 24}, "head_dim must be a power of two from 16, got 24"),
+        ("flex", {"cached": True}, "no cache"),
+        ("flex", {"device": "mps"}, "not for mps"),
+        ("blocks", {"padding": True}, "no padding mask"),
+        ("blocks", {"device": "cuda"}, "CPU only"),
+        ("blocks", {"softcap": True}, "soft-capping"),
+        ("blocks", {"dtype": torch.float64}, "fp32, fp16 and bf16 only, got torch.float64"),
+        ("sdpa", {"softcap": True}, "soft-capping"),
+    ],
+)
+def test_a_kernel_that_cannot_says_so(kernel: str, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(case(**changes), kernel)
+
+
+def test_explain_covers_the_table() -> None:
+    rows = dict(explain(case(softcap=True, grad=True)))
+    assert list(rows) == list(KERNELS)
+    assert rows["reference"] == "yes"
+    assert "soft-capping" in rows["sdpa"]
+    assert rows["flex"] == "no backward on CPU"
+
+
+def test_of_layer_is_what_attend_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = variant("rsqa", d_model=64, num_heads=8, window=4)
+    cases = []
+    monkeypatch.setattr("sqa.attention.kernels.resolve", lambda c, kernel: cases.append(c) or resolve(c, kernel))
+    qkv, _ = draw(config, 9)
+    attend(*qkv, Mask(window=4))
+    assert cases == [Case.of_layer(config, length=9)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "mask", "message"),
+    [
+        (((2, 8, 9, 4), (2, 2, 9, 4)), Mask(), r"needs as many queries as keys, got 8 and 2"),
+        (((2, 9, 8), (2, 9, 8)), Mask(), r"must be \(B, T, H, D\), got \(2, 9, 8\)"),
+        (((2, 9, 6, 4), (2, 9, 4, 4)), Mask(), "head counts one must divide the other, got 6 and 4"),
+        (((2, 9, 4, 4), (3, 9, 4, 4)), Mask(), r"differ in batch or head_dim: \(2, 9, 4, 4\) and \(3, 9, 4, 4\)"),
+        (((2, 9, 4, 4), (2, 9, 4, 8)), Mask(), "differ in batch or head_dim"),
+        (((2, 3, 4, 4), (2, 9, 4, 4)), Mask(), "as many queries as keys, got 3 and 9"),
+        (((2, 9, 4, 4),) * 2, Mask(padding_mask=torch.ones(2, 8) > 0), r"padding_mask must be \(2, 9\), got \(2, 8\)"),
+        (((2, 9, 4, 4),) * 2, Mask(document_ids=torch.ones(1, 9)), r"document_ids must be \(2, 9\), got \(1, 9\)"),
+        (((2, 9, 4, 4),) * 2, Mask(padding_mask=torch.ones(2, 9)), "padding_mask must be bool"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes: tuple, mask: Mask, message: str) -> None:
+    q, k = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, k, mask)
+
+
+def test_keys_and_values_of_two_shapes() -> None:
+    q, k, v = torch.zeros(2, 9, 4, 4), torch.zeros(2, 9, 2, 4), torch.zeros(2, 9, 4, 4)
+    with pytest.raises(ValueError, match="k and v must have one shape"):
+        attend(q, k, v, Mask())

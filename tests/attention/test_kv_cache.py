@@ -1,0 +1,160 @@
+"""Cached decoding equals the uncached forward pass, whatever the window, sinks, padding and chunks."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sqa import AttentionConfig, KVCache, ModelConfig, SparseQueryAttention, Transformer, variant, window_pattern
+from sqa.cost import kv_cache_bytes
+
+WINDOW = 5
+
+
+def config(window: int | None, sinks: int, heads: tuple[int, int] = (4, 2)) -> AttentionConfig:
+    return AttentionConfig(
+        d_model=64,
+        num_heads=8,
+        num_query_heads=heads[0],
+        num_kv_heads=heads[1],
+        window=window,
+        num_sink_tokens=sinks,
+    )
+
+
+def chunks(length: int, size: int) -> list[int]:
+    return [*range(0, length, size), length]
+
+
+@torch.no_grad()
+def check(attention: AttentionConfig, length: int, pads: list[int], bounds: list[int]) -> KVCache:
+    """Feed the pieces between `bounds` through a cache; compare with one call, and each row with itself unpadded."""
+    torch.manual_seed(0)
+    layer = SparseQueryAttention(attention)
+    x = torch.randn(len(pads), length, 64)
+    real = torch.arange(length) >= torch.tensor(pads)[:, None]
+    cache = KVCache(attention, batch_size=len(pads), capacity=length)
+    steps: list[Tensor] = []
+    for start, stop in pairwise(bounds):
+        piece = real[:, start:stop]
+        mask = None if piece.all() else piece  # as callers do: no mask once all rows are real
+        steps.append(layer(x[:, start:stop], padding_mask=mask, cache=cache))
+    got = torch.cat(steps, 1)
+    whole = layer(x, padding_mask=real if any(pads) else None)
+    torch.testing.assert_close(got[real], whole[real])
+    for row, pad in enumerate(pads):
+        torch.testing.assert_close(got[row : row + 1, pad:], layer(x[row : row + 1, pad:]))
+    assert cache.length == length
+    return cache
+
+
+@pytest.mark.parametrize("chunk", [1, 3, WINDOW, 2 * WINDOW + 1], ids=lambda n: f"chunk{n}")
+@pytest.mark.parametrize("pads", [[0, 0], [0, 2], [8, 0]], ids=lambda p: f"pads{p[0]}-{p[1]}")
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(None, 0), (1, 0), (1, 2), (WINDOW, 0), (WINDOW, 2), (WINDOW, 7)],
+    ids=lambda n: "full" if n is None else str(n),
+)
+def test_cached_equals_uncached(window: int | None, sinks: int, pads: list[int], chunk: int) -> None:
+    length = 10 * WINDOW
+    check(config(window, sinks), length, pads, chunks(length, chunk))
+
+
+@given(
+    length=st.integers(1, 30),
+    window=st.none() | st.integers(1, 34),
+    sinks=st.integers(0, 6),
+    pads=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    cuts=st.sets(st.integers(1, 29)),
+    heads=st.sampled_from([(8, 8), (4, 2), (2, 1), (2, 4)]),
+)
+def test_drawn_splits(length, window, sinks, pads, cuts, heads) -> None:
+    pads = [min(pad, length - 1) for pad in pads]
+    bounds = [0, *sorted(cut for cut in cuts if cut < length), length]
+    check(config(window, sinks if window else 0, heads), length, pads, bounds)
+
+
+def storage_bytes(cache: KVCache) -> int:
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def test_rolling_memory_is_the_window() -> None:
+    attention = config(WINDOW, 2)
+    sizes = set()
+    for length in (2 * WINDOW, 10 * WINDOW, 40 * WINDOW):
+        cache = check(attention, length, [0, 3], chunks(length, 7))
+        sizes.add((cache.num_bytes, storage_bytes(cache)))
+    assert len(sizes) == 1
+    assert storage_bytes(cache) < 3 * kv_cache_bytes(model(attention), 40 * WINDOW, bytes_per_element=4)
+
+
+def model(attention: AttentionConfig | tuple[AttentionConfig, ...], num_layers: int = 1) -> ModelConfig:
+    return ModelConfig(vocab_size=16, num_layers=num_layers, d_ff=64, max_seq_len=200, attention=attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("heads", [(8, 8), (4, 2), (2, 4)], ids=lambda n: f"{n[0]}-{n[1]}")
+def test_bytes_equal_the_closed_form(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    layers = window_pattern(config(None, 0, heads), num_layers=4, window=9, full_every=2, num_sink_tokens=3)
+    cache = KVCache(model(layers, 4), batch_size=3, capacity=50, dtype=dtype)
+    assert cache.num_bytes == 3 * kv_cache_bytes(model(layers, 4), 50, bytes_per_element=dtype.itemsize)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_overflow_names_both_sizes_and_writes_nothing(window: int | None) -> None:
+    attention = config(window, 0)
+    layer, cache = SparseQueryAttention(attention), KVCache(attention, batch_size=1, capacity=7)
+    x = torch.randn(1, 9, 64)
+    with torch.no_grad():
+        layer(x[:, :5], cache=cache)
+        before = cache.layers[0].keys.clone()
+        with pytest.raises(ValueError, match="capacity is 7 tokens, 5 are held and 3 more were given"):
+            layer(x[:, 5:8], cache=cache)
+        assert cache.length == 5
+        assert torch.equal(cache.layers[0].keys, before)
+        torch.testing.assert_close(layer(x[:, 5:7], cache=cache), layer(x[:, :7])[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"capacity": 0}, "capacity must be at least 1, got 0"),
+        ({"config": variant("sqa", d_model=64, num_heads=8, causal=False)}, "got causal=False"),
+    ],
+)
+def test_errors(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCache(**{"config": config(None, 0), "batch_size": 1, "capacity": 1, **given})
+
+
+def test_rows_and_padding_must_fit() -> None:
+    attention = config(None, 0)
+    layer, cache = SparseQueryAttention(attention), KVCache(attention, batch_size=2, capacity=9)
+    with pytest.raises(ValueError, match="batch_size=2, got a batch of 3"):
+        layer(torch.zeros(3, 1, 64), cache=cache)
+    layer(torch.zeros(2, 4, 64), cache=cache)
+    with pytest.raises(ValueError, match=r"bool \(2, 1\), of the new tokens alone, got torch.bool \(2, 5\)"):
+        layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=torch.ones(2, 5) > 0)
+
+
+@pytest.mark.parametrize("full_every", [1, 2, 4])
+def test_model_decodes_as_it_reads(full_every: int) -> None:
+    torch.manual_seed(0)
+    attention = config(None, 0)
+    layers = window_pattern(attention, num_layers=4, window=3, full_every=full_every, num_sink_tokens=1)
+    decoder = Transformer(model(layers, 4)).eval()
+    ids = torch.randint(16, (2, 30))
+    real = torch.arange(30) >= torch.tensor([[0], [4]])
+    cache = KVCache(decoder.config, batch_size=2, capacity=30)
+    with torch.no_grad():
+        whole = decoder(ids, padding_mask=real).logits
+        parts = [decoder(ids[:, :6], padding_mask=real[:, :6], cache=cache).logits]
+        parts += [decoder(ids[:, i : i + 2], cache=cache).logits for i in range(6, 30, 2)]
+        alone = decoder(ids[1:, 4:]).logits
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
+    torch.testing.assert_close(whole[1:, 4:], alone)
