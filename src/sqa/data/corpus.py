@@ -1,0 +1,269 @@
+"""Where text comes from: streams of documents, split into train and validation."""
+
+import hashlib
+import json
+import logging
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Split = Literal["train", "validation"]
+
+_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
+_SPLIT_FILE = re.compile(r"(train|validation)(?![A-Za-z])")
+_WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa")
+# Folders of the standard library that hold installed packages, tests, or tables instead of text.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Documents in a fixed order, each in at most one split.
+
+    `name` is for people and holds no absolute path. `fingerprint` (hex) follows from the content and from
+    how it is split, so two corpora with the same fingerprint yield the same documents. `read` yields the
+    documents of a split, empty ones included.
+    """
+
+    name: str
+    fingerprint: str
+    read: Callable[[Split], Iterator[str]] = field(repr=False, compare=False)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of `split` that are not empty, one at a time: memory does not grow with the corpus.
+
+        Raises ValueError for an unknown split, a source that cannot be read as text, or a Hub out of reach.
+        """
+        if split not in get_args(Split):
+            raise ValueError(f"split must be one of {', '.join(get_args(Split))}, not {split!r}")
+        return (text for text in self.read(split) if text and not text.isspace())
+
+
+def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fraction: float = 0.05) -> Corpus:
+    """Open `source`: "builtin", "wikipedia", or the path of a file or folder (Parquet, JSONL, .txt, .md).
+
+    Parquet and JSONL hold one document in each `text` field, a text file is one document. In a folder that
+    has both files named train* and files named validation*, these names are the splits. Everywhere else the
+    hash of a document's text places it in [0, 1): below `train_fraction` is train, the following
+    `validation_fraction` is validation, the rest is not used.
+
+    Files are read once to fingerprint them; the Hub is reached only when documents are asked for.
+
+    Raises ValueError for a fraction outside (0, 1], a path that is missing or holds no data files, and a
+    Parquet file without a string column `text`.
+    """
+    for name, fraction in (("train_fraction", train_fraction), ("validation_fraction", validation_fraction)):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], not {fraction}")
+    if train_fraction + validation_fraction > 1 + 1e-9:
+        raise ValueError(
+            f"train_fraction {train_fraction} and validation_fraction {validation_fraction} must not exceed 1 together"
+        )
+    split = _HashSplit(train_fraction, validation_fraction)
+    match source:
+        case "builtin":
+            return _open_builtin(split)
+        case "wikipedia":
+            return Corpus(
+                name="wikipedia",
+                fingerprint=fingerprint_of("hub", *_WIKIPEDIA, split.description),
+                read=lambda name: split.select(_read_wikipedia(), name),
+            )
+        case _:
+            return _open_path(Path(source), split)
+
+
+def fingerprint_of(*parts: object) -> str:
+    """A short hex digest of the given parts, which must have an exact text form (strings, integers)."""
+    return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class _HashSplit:
+    """Assigns a document to a split by a hash of its text: stable, and the same for identical texts."""
+
+    train_fraction: float
+    validation_fraction: float
+
+    @property
+    def description(self) -> str:
+        return f"hash split {self.train_fraction!r} {self.validation_fraction!r}"
+
+    def select(self, documents: Iterator[str], split: Split) -> Iterator[str]:
+        low, high = 0.0, self.train_fraction
+        if split == "validation":
+            low, high = high, high + self.validation_fraction
+        for text in documents:
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            if low <= (int.from_bytes(digest) >> 11) / 2**53 < high:
+                yield text
+
+
+# --- the Python installation -------------------------------------------------------------------------------
+
+
+def _open_builtin(split: _HashSplit) -> Corpus:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    )
+    if not files:
+        raise ValueError("This Python has no standard-library sources for the builtin corpus: give a path")
+    digest = hashlib.blake2b(digest_size=16)
+    for text in _read_builtin(files):
+        digest.update(hashlib.blake2b(text.encode()).digest())
+    return Corpus(
+        name="builtin",
+        fingerprint=fingerprint_of("builtin", digest.hexdigest(), split.description),
+        read=lambda name: split.select(_read_builtin(files), name),
+    )
+
+
+def _read_builtin(files: Sequence[Path]) -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for path in files:
+        yield path.read_text(encoding="utf-8", errors="replace")
+    for _, text in sorted(topics.items()):
+        yield text
+
+
+# --- the Hub -----------------------------------------------------------------------------------------------
+
+
+def _read_wikipedia() -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "Reading 'wikipedia' needs the package datasets: pip install 'sparse-query-attention[hub]'"
+        ) from error
+    path, name, revision = _WIKIPEDIA
+    try:
+        rows = datasets.load_dataset(path, name, revision=revision, split="train", streaming=True)
+        for row in rows.select_columns(["text"]):
+            yield row["text"]
+    except OSError as error:  # includes ConnectionError, which datasets raises for everything out of reach
+        raise ValueError(
+            f"The Hugging Face Hub cannot be reached for {path} ({error}): "
+            "give a file or folder of your own with --data PATH"
+        ) from error
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def _open_path(path: Path, split: _HashSplit) -> Corpus:
+    files = _data_files(path)
+    for file in files:
+        if file.suffix == ".parquet":
+            _check_parquet(file)
+    name = path.resolve().name
+    by_split = _files_by_split(files) if path.is_dir() else None
+    if by_split:
+        left_out = len(files) - sum(map(len, by_split.values()))
+        if left_out:
+            logger.info(
+                "%s: the splits are the files named train* and validation*; other data files left out: %d",
+                name,
+                left_out,
+            )
+        parts = [f"{key} {_file_digest(file)}" for key, chosen in by_split.items() for file in chosen]
+        return Corpus(
+            name=name,
+            fingerprint=fingerprint_of("files", *parts),
+            read=lambda key: _read_files(by_split[key]),
+        )
+    return Corpus(
+        name=name,
+        fingerprint=fingerprint_of("files", *map(_file_digest, files), split.description),
+        read=lambda key: split.select(_read_files(files), key),
+    )
+
+
+def _data_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ValueError(f"The data path {path} does not exist")
+    kinds = ", ".join(_SUFFIXES)
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"The data file {path} must be one of {kinds}")
+        return [path]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in _SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not files:
+        raise ValueError(f"The data folder {path} holds no data files ({kinds})")
+    return files
+
+
+def _files_by_split(files: Sequence[Path]) -> dict[Split, list[Path]] | None:
+    by_split: dict[Split, list[Path]] = {"train": [], "validation": []}
+    for file in files:
+        if match := _SPLIT_FILE.match(file.name):
+            by_split["train" if match[1] == "train" else "validation"].append(file)
+    return by_split if all(by_split.values()) else None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return path.suffix + hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _read_files(files: Sequence[Path]) -> Iterator[str]:
+    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
+    for file in files:
+        yield from readers.get(file.suffix, _read_text)(file)
+
+
+def _check_parquet(path: Path) -> None:
+    try:
+        schema = pq.read_schema(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a Parquet file ({error})") from error
+    if "text" not in schema.names:
+        raise ValueError(f"{path} has no column 'text', only: {', '.join(schema.names)}")
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"The column 'text' of {path} must hold strings, not {kind}")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    # pre_buffer would keep every row group in memory
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=256, columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text = "" if text is None else text.encode(errors="replace").decode()  # no lone surrogates
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"Line {number} of {path} must be a JSON object with a string field 'text'") from error
+            yield text
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error

@@ -1,0 +1,203 @@
+"""Encoded documents on disk: token files of a fixed size, memory-mapped, with a manifest that is checked."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from sqa.data.corpus import Corpus, Split, fingerprint_of
+from sqa.data.tokenizer import Tokenizer
+
+TOKENS_PER_FILE = 1 << 26
+
+_FORMAT = 1  # part of the cache key and of the manifest: raise it when the files change
+_CHARACTERS_PER_CHUNK = 1 << 20
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/sqa`, or `~/.cache/sqa` where that variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqa"
+
+
+class TokenShards:
+    """The documents of one split as token ids, each with an end token, memory-mapped from a folder.
+
+    `num_documents`, `num_tokens` and `fingerprint` (hex, follows from the contents) are plain attributes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder` and verify every checksum; ValueError names a file that is missing or damaged."""
+        advice = f"delete the folder {folder} and run again to encode it anew"
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / 'manifest.json'} cannot be read ({error}): {advice}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+            raise ValueError(f"{folder / 'manifest.json'} is not of format {_FORMAT}: {advice}")
+        for name, checksum in manifest["sha256"].items():
+            if not (folder / name).is_file() or _sha256(folder / name) != checksum:
+                raise ValueError(f"{folder / name} is missing or does not match its checksum: {advice}")
+        self.num_documents: int = manifest["num_documents"]
+        self.num_tokens: int = manifest["num_tokens"]
+        self.fingerprint: str = fingerprint_of("shards", json.dumps(manifest, sort_keys=True))
+        self._tokens_per_file: int = manifest["tokens_per_file"]
+        self._offsets = np.memmap(folder / "offsets.bin", dtype="<i8", mode="r")
+        self._files = [
+            np.memmap(folder / name, dtype=manifest["dtype"], mode="r")
+            for name in sorted(manifest["sha256"])
+            if name.startswith("tokens-")
+        ]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) uint16 or uint32: that stretch of all documents laid end to end."""
+        size = self._tokens_per_file
+        files = range(start // size, (stop - 1) // size + 1)
+        parts = [self._files[i][max(start - i * size, 0) : stop - i * size] for i in files]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def document(self, index: int) -> np.ndarray:
+        """(length,) uint16 or uint32: the tokens of one document, the end token last."""
+        return self.tokens(int(self._offsets[index]), int(self._offsets[index + 1]))
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(num_documents + 1,) int64: where each document starts, then `num_tokens`; memory-mapped."""
+        return self._offsets
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(num_documents,) int64: tokens of each document, the end token included."""
+        return np.diff(self._offsets)
+
+
+def load_or_encode(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    split: Split,
+    cache_dir: Path,
+    progress: Callable[[str], None] | None = None,
+) -> TokenShards:
+    """The documents of one split, encoded in parallel as they stream by, or opened where that is done.
+
+    `progress` gets a line with the counts so far after every chunk of about a million characters. Several
+    processes may do this at once: each works in a folder of its own, the first to finish provides the result.
+
+    Raises ValueError if the split has no documents or cached files are damaged.
+    """
+    key = fingerprint_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, split)
+    folder = cache_dir / f"tokens-{key}"
+    if folder.exists():
+        return TokenShards(folder)
+
+    def encoded() -> Iterator[list[list[int]]]:
+        num_documents = num_tokens = 0
+        for texts in _chunks(corpus.documents(split)):
+            documents = [[*ids, tokenizer.end_id] for ids in tokenizer.encode_batch(texts)]
+            yield documents
+            num_documents += len(documents)
+            num_tokens += sum(map(len, documents))
+            if progress:
+                counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
+                progress(f"Encoding {corpus.name} ({split}): {counts}")
+        if not num_documents:
+            raise ValueError(
+                f"The {split} split of {corpus.name} has no documents: give more text or a larger {split}_fraction"
+            )
+
+    origin = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "split": split}
+    return write_shards(folder, encoded(), vocab_size=tokenizer.vocab_size, origin=origin)
+
+
+def write_shards(
+    folder: Path,
+    chunks: Iterable[list[list[int]]],
+    *,
+    vocab_size: int,
+    origin: dict[str, str],
+    tokens_per_file: int = TOKENS_PER_FILE,
+) -> TokenShards:
+    """Write documents, given as chunks of lists of token ids below `vocab_size`, to `folder` and open it.
+
+    `origin` says in the manifest where the documents come from. `folder` appears at once and complete; if it
+    has appeared by then, what is there stays and is opened.
+    """
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        num_documents, num_tokens = _write_documents(temporary, chunks, dtype, tokens_per_file)
+        files = sorted(temporary.iterdir())
+        manifest = {
+            "format": _FORMAT,
+            **origin,
+            "dtype": dtype,
+            "num_documents": num_documents,
+            "num_tokens": num_tokens,
+            "tokens_per_file": tokens_per_file,
+            "sha256": {file.name: _sha256(file) for file in files},
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, temporary / "manifest.json", temporary):
+            _sync(path)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return TokenShards(folder)
+
+
+def _write_documents(
+    folder: Path, chunks: Iterable[list[list[int]]], dtype: str, tokens_per_file: int
+) -> tuple[int, int]:
+    num_documents = num_tokens = 0
+    with (folder / "offsets.bin").open("wb") as offsets:
+        offsets.write(np.zeros(1, "<i8").tobytes())
+        for documents in chunks:
+            num_documents += len(documents)
+            ends = num_tokens + np.cumsum([len(ids) for ids in documents], dtype="<i8")
+            offsets.write(ends.tobytes())
+            tokens = np.fromiter(chain.from_iterable(documents), dtype)
+            while tokens.size:
+                piece = tokens[: tokens_per_file - num_tokens % tokens_per_file]
+                with (folder / f"tokens-{num_tokens // tokens_per_file:05d}.bin").open("ab") as file:
+                    file.write(piece.tobytes())
+                num_tokens += piece.size
+                tokens = tokens[piece.size :]
+    return num_documents, num_tokens
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHARACTERS_PER_CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""Byte-level BPE: trained on a corpus by the `tokenizers` library, cached, wrapped thinly."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sqa.data.corpus import Corpus, fingerprint_of
+
+END_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+MIN_VOCAB_SIZE = 2 + 256  # the special tokens and the single bytes
+MAX_TRAINING_CHARACTERS = 100_000_000
+
+_FORMAT = 1  # part of the cache key: raise it when the same corpus would give another tokenizer
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary: every text can be encoded, and decoding gives it back exactly.
+
+    `<|endoftext|>` and `<|pad|>` are never produced by encoding: in a text they are ordinary characters.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """Wrap `backend`; ValueError if it lacks the two special tokens."""
+        end_id, pad_id = backend.token_to_id(END_TOKEN), backend.token_to_id(PAD_TOKEN)
+        if end_id is None or pad_id is None:
+            raise ValueError(f"A tokenizer must have the special tokens {END_TOKEN} and {PAD_TOKEN}")
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.end_id: int = end_id
+        self.pad_id: int = pad_id
+        self.vocab_size: int = backend.get_vocab_size()
+        self.fingerprint: str = fingerprint_of("tokenizer", backend.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end token."""
+        return self._backend.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without end tokens; the texts are encoded in parallel."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens are left out, incomplete UTF-8 becomes U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: how many UTF-8 bytes each token stands for, 0 for special tokens."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._backend.get_vocab().items():
+            sizes[index] = len(token)  # byte-level BPE writes each byte as one character
+        sizes[[self.end_id, self.pad_id]] = 0
+        return sizes
+
+    def save(self, path: Path) -> None:
+        """Write `path` in the JSON format of the `tokenizers` library, atomically."""
+        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(self._backend.to_str())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read what `save` wrote; ValueError if there is no such file or it holds no tokenizer."""
+        if not path.is_file():
+            raise ValueError(f"The tokenizer file {path} does not exist")
+        try:
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"The tokenizer file {path} is damaged ({error}): delete it") from error
+        return cls(backend)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError if `vocab_size` is too small to hold every byte."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 2 special tokens), not {vocab_size}"
+        )
+
+
+def load_or_train_tokenizer(
+    corpus: Corpus,
+    *,
+    vocab_size: int,
+    cache_dir: Path,
+    max_characters: int = MAX_TRAINING_CHARACTERS,
+    progress: Callable[[str], None] | None = None,
+) -> Tokenizer:
+    """A tokenizer of exactly `vocab_size` entries, trained on the train documents of `corpus` or cached.
+
+    Training streams the documents and stops after `max_characters`. End and pad are ids 0 and 1.
+    `progress` gets a line when training starts. Raises ValueError if `vocab_size` is too small to hold all
+    bytes, or so large that the text does not fill it.
+    """
+    check_vocab_size(vocab_size)
+    key = fingerprint_of(_FORMAT, corpus.fingerprint, vocab_size, max_characters)
+    path = cache_dir / f"tokenizer-{key}.json"
+    if path.exists():
+        return Tokenizer.load(path)
+    if progress:
+        progress(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
+    backend = _train(_first_characters(corpus.documents("train"), max_characters), vocab_size)
+    if backend.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: "
+            f"its train documents give {backend.get_vocab_size()} entries"
+        )
+    tokenizer = Tokenizer(backend)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN, PAD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _first_characters(texts: Iterator[str], count: int) -> Iterator[str]:
+    for text in texts:
+        yield text[:count]
+        count -= len(text)
+        if count <= 0:
+            return

@@ -1,0 +1,36 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sqa.data import Corpus
+
+WORDS = ["sparse", "query", "attention", "keeps", "fewer", "heads", "and", "each", "head", "sees", "every", "key"]
+
+
+def make_text(seed: int, num_words: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(WORDS) for _ in range(num_words))
+
+
+@pytest.fixture
+def make_corpus() -> Callable[..., Corpus]:
+    """A corpus in memory: `train` documents, and three for validation."""
+
+    def make(train: list[str] | None = None, fingerprint: str = "f00d") -> Corpus:
+        texts = {
+            "train": train or [make_text(i, 60) for i in range(20)],
+            "validation": [make_text(100 + i, 40) for i in range(3)],
+        }
+        return Corpus(name="memory", fingerprint=fingerprint, read=lambda split: iter(texts[split]))
+
+    return make
+
+
+@pytest.fixture
+def articles() -> Path:
+    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "wikipedia-en"
+    if not folder.is_dir():
+        pytest.skip("the articles are not at ../shared/data/wikipedia-en")
+    return folder

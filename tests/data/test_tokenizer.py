@@ -1,0 +1,122 @@
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqa.data import Corpus, Tokenizer, load_or_train_tokenizer
+from sqa.data import tokenizer as tokenizer_module
+
+TEXTS = [
+    "plain words",
+    "naïve café",
+    "日本語の文章です。",
+    "emoji 🙂👩‍👩‍👧 end",
+    "a\r\n\tb  c\x00",
+    "<|endoftext|><|pad|>",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = [f"{a}{b}{c} {a}{b} naïve 日本語" for a in "abcd" for b in string.ascii_lowercase for c in "xyz"]
+    corpus = Corpus(name="letters", fingerprint="1e77e5", read=lambda split: iter(texts))
+    return load_or_train_tokenizer(corpus, vocab_size=300, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_and_text_come_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.end_id, tokenizer.pad_id} & set(ids), "text never makes a special token"
+
+
+@given(text=st.text())
+def test_bytes_and_text_come_back_for_any_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_vocabulary(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.vocab_size, tokenizer.end_id, tokenizer.pad_id) == (300, 0, 1)
+    sizes = tokenizer.token_bytes
+    assert sizes.shape == (300,)
+    assert sizes.dtype == np.int64
+    assert (sizes[:2] == 0).all()
+    assert (sizes[2:] >= 1).all()
+    assert (sizes[2:] == 1).sum() == 256
+    assert tokenizer.decode([tokenizer.end_id]) == ""
+
+
+def test_batch_equals_single(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_load_errors(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
+        Tokenizer.load(path)
+    path.write_text('{"version": "1.0", "tru')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged .* delete it"):
+        Tokenizer.load(path)
+    path.write_text(tokenizer_module.tokenizers.Tokenizer(tokenizer_module.models.BPE()).to_str())
+    with pytest.raises(ValueError, match=r"must have the special tokens <\|endoftext\|> and <\|pad\|>"):
+        Tokenizer.load(path)
+
+
+def test_cached_by_corpus_and_settings(
+    make_corpus: Callable[..., Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    first = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path, progress=lines.append)
+    assert lines == ["Training a tokenizer of 270 entries on memory"]
+    again = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path / "other")
+    assert again.fingerprint == first.fingerprint, "training is deterministic"
+
+    def train(texts: Iterator[str], vocab_size: int) -> None:
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr(tokenizer_module, "_train", train)
+    cached = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path)
+    assert cached.fingerprint == first.fingerprint
+    with pytest.raises(RuntimeError, match="trained"):
+        load_or_train_tokenizer(make_corpus(), vocab_size=271, cache_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="trained"):
+        load_or_train_tokenizer(make_corpus(fingerprint="beef"), vocab_size=270, cache_dir=tmp_path)
+    with pytest.raises(RuntimeError, match="trained"):
+        load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path, max_characters=100)
+
+
+def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path) -> None:
+    seen = []
+
+    def read(split: str) -> Iterator[str]:
+        assert split == "train"
+        for i in range(1000):
+            seen.append(i)
+            yield "abcd" * 25
+
+    corpus = Corpus(name="counted", fingerprint="c0", read=read)
+    load_or_train_tokenizer(corpus, vocab_size=260, cache_dir=tmp_path, max_characters=950)
+    assert len(seen) == 10
+
+
+def test_vocabularies_that_cannot_be(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 258 .* not 200"):
+        load_or_train_tokenizer(make_corpus(), vocab_size=200, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size 5000 is more than the corpus memory fills.* \d+ entries"):
+        load_or_train_tokenizer(make_corpus(), vocab_size=5000, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing half-written"
