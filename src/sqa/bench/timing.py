@@ -1,0 +1,110 @@
+"""Timing, one way for everything: warm every contestant first, take turns, report median with p20 and p80."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one contestant's turns."""
+
+    p20: float
+    median: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Summary of at least one measurement."""
+        if len(seconds) == 1:
+            return cls(p20=seconds[0], median=seconds[0], p80=seconds[0], rounds=1)
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(p20=fifths[0], median=statistics.median(seconds), p80=fifths[3], rounds=len(seconds))
+
+    def to_dict(self) -> dict[str, float]:
+        """As result files hold it."""
+        return {"p20": self.p20, "median": self.median, "p80": self.p80}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Seconds that may be spent, counted from when it was made; None is no limit."""
+
+    seconds: float | None = None
+    start: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"budget: seconds must be above 0, got {self.seconds}")
+
+    @property
+    def left(self) -> float:
+        """Seconds not yet spent; negative when overspent."""
+        return math.inf if self.seconds is None else self.start + self.seconds - time.monotonic()
+
+
+def at_least_one(**values: int) -> None:
+    """Raise ValueError for the first option that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"benchmark: {name} must be at least 1, got {value}")
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for the device, where it runs ahead of the program."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
+    """Run once: None when that works, else why it does not (a kernel that cannot do the shape, memory, no compiler)."""
+    try:
+        run()
+        synchronize(device)
+    except RuntimeError as error:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return None
+
+
+def take_turns(
+    contestants: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    on_turn: Callable[[], None] = lambda: None,
+    budget: Budget | None = None,
+) -> dict[Name, Timing]:
+    """Time each contestant `rounds` times, in turns, so that a machine that drifts slows all of them alike.
+
+    All are warmed `warmup` times before any is timed; every other round goes backwards, so that nobody always runs
+    after the same neighbour. `on_turn` is called after every turn, outside the clock. With a budget, no round is
+    started that would not fit into what is left of it; the first always runs, and everybody gets equally many.
+    """
+    for run in contestants.values():
+        for _ in range(warmup):
+            run()
+            on_turn()
+    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(rounds):
+        if turn and budget is not None and budget.left < sum(times[-1] for times in seconds.values()):
+            break
+        for name in names if turn % 2 == 0 else reversed(names):
+            synchronize(device)
+            start = time.perf_counter()
+            contestants[name]()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+            on_turn()
+    return {name: Timing.of(values) for name, values in seconds.items()}

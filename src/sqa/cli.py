@@ -1,0 +1,341 @@
+"""The command line. Bad input is one sentence on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sqa._version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Sparse Query Attention: fewer query heads, cheaper training and prefill.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `sqa` command."""
+    try:
+        app()
+    except (ValueError, ImportError) as error:
+        _fail(str(error), 2)
+    except RuntimeError as error:
+        # torch raises RuntimeError too: only what a run reports of itself is one sentence
+        from sqa.training.loop import Interrupted, NonFiniteLoss
+
+        if isinstance(error, Interrupted | NonFiniteLoss):
+            _fail(str(error), 130 if isinstance(error, Interrupted) else 1)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"sqa: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        from sqa.files import write_json
+
+        write_json(path, value)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def variants(
+    preset: Annotated[str, typer.Option(help="Model shape.")] = "published",
+    n: Annotated[int, typer.Option("--n", help="Tokens a sequence, for the FLOPs.")] = 1024,
+    all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
+    from sqa import cost
+    from sqa.variants import PUBLISHED_VARIANTS, VARIANTS, shape
+    from sqa.variants import preset as model_preset
+
+    if n < 1:
+        raise ValueError(f"--n must be at least 1, got {n}")
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for name in VARIANTS if all_variants else PUBLISHED_VARIANTS:
+        try:
+            config = model_preset(preset, name)
+        except ValueError as error:
+            shape(preset)  # an unknown preset is an error, a rule that does not fit it a note
+            left_out.append(str(error))
+            continue
+        layer = config.layers[0]
+        rows.append(
+            {
+                "variant": name,
+                "label": VARIANTS[name].label,
+                "num_query_heads": layer.num_query_heads,
+                "num_kv_heads": layer.num_kv_heads,
+                "head_dim": layer.head_dim,
+                "parameters": cost.parameters(config),
+                "n": n,
+                "train_step_flops": cost.train_step_flops(config, n),
+                "prefill_flops": cost.prefill_flops(config, n),
+                "kv_cache_bytes_per_token": cost.kv_cache_bytes(config),
+                "attention_saving": cost.attention_saving(layer, n),
+            }
+        )
+    from rich.table import Table
+
+    table = Table(title=f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit", box=None, padding=(0, 2, 0, 0))
+    for heading in (
+        "variant",
+        "Hq",
+        "Hkv",
+        "head\ndim",
+        "parameters",
+        "train\nGFLOP",
+        "prefill\nGFLOP",
+        "KV bytes\na token",
+        "attention\nsaving",
+    ):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            str(row["label"]),
+            str(row["num_query_heads"]),
+            str(row["num_kv_heads"]),
+            str(row["head_dim"]),
+            f"{row['parameters']:,}",
+            f"{row['train_step_flops'] / 1e9:,.1f}",
+            f"{row['prefill_flops'] / 1e9:,.1f}",
+            f"{row['kv_cache_bytes_per_token']:,}",
+            f"{row['attention_saving']:.2f}x",
+        )
+    console = _console()
+    console.print(table)
+    for text in left_out:
+        console.print(f"left out: {text}", highlight=False, soft_wrap=True)
+    _write_json(json_path, rows)
+
+
+Data = Annotated[str | None, typer.Option(help="builtin, wikipedia, or a file or folder of text.")]
+Seeds = Annotated[str | None, typer.Option(help="How many (3), or which (0,7,9).")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast).")]
+
+
+def _overrides(**given: Any) -> dict[str, Any]:
+    """The plan fields that the command line sets, under the plan's names."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    if "seeds" in changes:
+        changes["seeds"] = _seeds(changes["seeds"])
+    if "variants" in changes:
+        changes["variants"] = tuple(name.strip() for name in changes["variants"].split(","))
+    if "dtype" in changes:
+        changes["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}.get(changes["dtype"], changes["dtype"])
+    limits = [name for name in ("budget", "max_steps", "max_tokens") if name in changes]
+    if len(limits) > 1:
+        raise ValueError(f"budget: give one of --budget, --max-steps and --max-tokens, got {len(limits)}")
+    for name, kind in (("max_steps", "steps"), ("max_tokens", "tokens")):
+        if name in changes:
+            changes["budget"] = f"{kind}={changes.pop(name)}"
+    if "context" in changes and changes["context"] < 2:
+        raise ValueError(f"--context must be at least 2, got {changes['context']}")
+    return changes
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--seeds must be a number of seeds (3) or a list (0,7,9), got {text!r}") from None
+    if "," in text:
+        return tuple(numbers)
+    if not numbers or numbers[0] < 1:
+        raise ValueError(f"--seeds must be at least 1, got {text!r}")
+    return tuple(range(numbers[0]))
+
+
+@app.command()
+def compare(
+    plan: Annotated[str, typer.Argument(help="A preset (demo, published) or a TOML file.")] = "demo",
+    data: Data = None,
+    variants: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
+    seeds: Seeds = None,
+    budget: Annotated[str | None, typer.Option(help="steps=, tokens=, epochs=, flops= or time=20m, a run.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Short for --budget steps=.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Short for --budget tokens=.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Rows at a time; less memory.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    dtype: Dtype = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the blocks.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is PyTorch's choice.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this directory.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's figures here.")] = None,
+) -> None:
+    """Train every variant on the same text and print what is lost and what is gained."""
+    changes = _overrides(
+        data=data,
+        variants=variants,
+        seeds=seeds,
+        budget=budget,
+        max_steps=max_steps,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        context=context,
+        dtype=dtype,
+        compile=compile,
+        device=device,
+        threads=threads,
+    )
+    _compare(plan, changes, out, resume, json_path)
+
+
+def _compare(
+    source: str, changes: dict[str, Any], out: Path | None, resume: Path | None, json_path: Path | None
+) -> None:
+    from sqa.experiments.plan import Plan
+
+    if resume is None:
+        plan = Plan.read(source).replace(**changes)
+        out = out or Path("runs") / plan.name
+    else:
+        # torch comes with the next import, after what the plan alone can get wrong
+        from sqa.experiments.compare import open_resumed
+
+        if out not in (None, resume):
+            raise ValueError(f"--resume names the directory already, got --out {out} as well")
+        out, plan = resume, open_resumed(resume, changes)
+    from sqa.experiments import compare as comparison
+    from sqa.experiments.directory import Directory
+    from sqa.experiments.display import make_display
+    from sqa.experiments.results import NOTES, NOTES_SEEDS, summary_rows, table
+
+    console = _console()
+    try:
+        rows = comparison.compare(
+            plan, out, make_display(console), resume=resume is not None, data_source=changes.get("data")
+        )
+    except comparison.Interrupted as error:
+        raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}") from None
+    record = Directory(out).record()
+    console.print()
+    console.print(table(rows, plan.context, title=f"{plan.name}: {plan.budget} a run, context {plan.context}"))
+    console.print(NOTES + ("\n" + NOTES_SEEDS if len(plan.seeds) > 1 else ""), style="dim", highlight=False)
+    console.print(
+        f"A model that knows only how often each token occurs has {record['data']['unigram_entropy']:.4f}. "
+        f"Rows: {out / 'results.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json_path is not None:
+        from dataclasses import asdict, is_dataclass
+
+        summary = [
+            {key: asdict(value) if is_dataclass(value) else value for key, value in row.items()}  # type: ignore[arg-type]
+            for row in summary_rows(rows, plan.context)
+        ]
+        _write_json(json_path, summary)
+
+
+@app.command()
+def train(
+    plan: Annotated[str, typer.Argument(help="A preset (demo, published) or a TOML file.")] = "demo",
+    variant: Annotated[str, typer.Option(help="Which variant.")] = "sqa",
+    seed: Annotated[int, typer.Option(help="Initialisation and data order.")] = 0,
+    data: Data = None,
+    budget: Annotated[str | None, typer.Option(help="steps=, tokens=, epochs= or flops=.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Short for --budget steps=.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Short for --budget tokens=.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Rows at a time; less memory.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    dtype: Dtype = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the blocks.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+) -> None:
+    """Train one variant."""
+    changes = _overrides(
+        data=data,
+        budget=budget,
+        max_steps=max_steps,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        context=context,
+        dtype=dtype,
+        compile=compile,
+        device=device,
+    )
+    if resume is None:
+        changes |= {"variants": (variant,), "seeds": (seed,), "timing_rounds": 0}
+        if out is None:
+            out = Path("runs") / f"{Path(plan).stem}-{variant}"
+    _compare(plan, changes, out, resume, None)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run's directory (runs/demo/sqa-0), or a comparison with one run.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest that hold this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+) -> None:
+    """Continue a prompt with cached decoding."""
+    folder = _run_folder(run)
+    import torch
+
+    from sqa.data import Tokenizer
+    from sqa.model import Transformer
+
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    model = Transformer.load(folder).eval()
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("--prompt must not be empty")
+    tokens = model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        end_id=tokenizer.end_id,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    print(tokenizer.decode(tokens[0].tolist()))
+
+
+def _run_folder(path: Path) -> Path:
+    """The directory of one finished run: `path`, or the only run inside it."""
+    if (path / "model.safetensors").is_file():
+        return path
+    inside = sorted(item.parent for item in path.glob("*/model.safetensors"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise ValueError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
+    raise ValueError(f"run: {path} holds no finished run (no model.safetensors)")

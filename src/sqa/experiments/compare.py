@@ -1,0 +1,315 @@
+"""Run a comparison: time every variant in turns, then train each with each seed on the same text, one after another."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from sqa.attention.kernels import Case, resolve
+from sqa.bench.machine import git_revision, machine, versions
+from sqa.bench.timing import Timing, take_turns
+from sqa.config import ModelConfig
+from sqa.cost import parameters
+from sqa.data import Prepared, prepare
+from sqa.data.batches import PackedBatches, PaddedBatches, evaluation_batches
+from sqa.experiments.directory import Directory, plan_differences
+from sqa.experiments.plan import Plan
+from sqa.experiments.results import Row
+from sqa.model import Transformer
+from sqa.training.loop import (
+    Interrupted,
+    NonFiniteLoss,
+    Recipe,
+    StepReport,
+    evaluate,
+    make_accelerator,
+    make_optimizer,
+    train,
+    train_step,
+)
+
+
+class Display(Protocol):
+    """What a comparison tells while it runs."""
+
+    def note(self, text: str) -> None:
+        """One line of what is being done."""
+
+    def start(self, label: str, steps: int) -> None:
+        """A phase of so many steps begins."""
+
+    def step(self, report: StepReport | None) -> None:
+        """A step of the phase is done; no report in the timing phase."""
+
+    def finish(self, text: str) -> None:
+        """The phase is over."""
+
+
+def make_batches(plan: Plan, data: Prepared, seed: int) -> PaddedBatches | PackedBatches:
+    """The training batches of a plan, the same for every variant of a seed."""
+    if plan.layout == "packed":
+        return PackedBatches(data.train, batch_size=plan.batch_size, context_length=plan.context, seed=seed)
+    return PaddedBatches(
+        data.train,
+        batch_size=plan.batch_size,
+        context_length=plan.context,
+        pad_id=data.tokenizer.pad_id,
+        seed=seed,
+    )
+
+
+def make_recipe(plan: Plan, steps: int) -> Recipe:
+    """The part of a plan that the training loop needs."""
+    return Recipe(
+        steps=steps,
+        batch_size=plan.batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        learning_rate=plan.learning_rate,
+        warmup_fraction=plan.warmup_fraction,
+        weight_decay=plan.weight_decay,
+        clip_norm=plan.clip_norm,
+        padding_in_loss=plan.padding_in_loss,
+        checkpoint_seconds=plan.checkpoint_seconds,
+    )
+
+
+def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
+    """Names of the kernels that the layers of a model use in training, as a result row holds them."""
+    names = {
+        resolve(
+            Case.of_layer(
+                layer,
+                length=plan.context,
+                device=device,
+                dtype=getattr(torch, plan.dtype),
+                documents=plan.layout == "packed",
+            )
+        ).kernel
+        for layer in config.layers
+    }
+    return ", ".join(sorted(names))
+
+
+def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> dict[str, Timing]:
+    """Seconds of a training step of each variant, all warm, in turns."""
+    if not plan.timing_rounds:
+        return {}
+    warmup = 2
+    display.start("timing all variants in turns", (plan.timing_rounds + warmup) * len(plan.variants))
+    batches = make_batches(plan, data, plan.seeds[0])
+    recipe = make_recipe(plan, plan.timing_rounds)
+    contestants = {}
+    for name in plan.variants:
+        model = Transformer(plan.model_config(name))
+        prepared, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
+        if plan.compile:
+            model.compile()
+
+        def step(model: Any = prepared, optimizer: Any = optimizer) -> None:
+            # always batch 0: each contestant does the same work
+            train_step(model, optimizer, accelerator, recipe, batches.batch(0), recipe.learning_rate)
+
+        contestants[name] = step
+    timings = take_turns(
+        contestants,
+        rounds=plan.timing_rounds,
+        warmup=warmup,
+        device=accelerator.device,
+        on_turn=lambda: display.step(None),
+    )
+    accelerator.free_memory()
+    display.finish("timed")
+    return timings
+
+
+def compare(
+    plan: Plan, out: Path, display: Display, *, resume: bool = False, data_source: str | None = None
+) -> list[Row]:
+    """Run what of the plan is not finished in `out`, and return all its result rows.
+
+    `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. Raises ValueError
+    for whatever keeps the comparison from starting, before anything is written, and Interrupted when stopped.
+    """
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    accelerator = make_accelerator(plan.device, plan.dtype)
+    directory = Directory(out)
+    with directory.locked(), _stop_flag() as stop:
+        if not resume:
+            directory.check_free(plan)
+        if directory.begun and not directory.missing(plan):
+            return directory.rows()
+        data = prepare(
+            data_source or plan.data,
+            vocab_size=plan.model_config(plan.variants[0]).vocab_size,
+            train_fraction=plan.train_fraction,
+            validation_fraction=plan.validation_fraction,
+            progress=display.note,
+        )
+        batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
+        if resume:
+            record = directory.record()
+            _check_same_data(record, data)
+        else:
+            timings = time_steps(plan, data, accelerator, display)
+            medians = {name: timing.median for name, timing in timings.items()}
+            steps = plan.steps(batches_per_epoch=batches_per_epoch, step_seconds=medians)
+            record = _record(plan, data, accelerator, timings, steps)
+            directory.write_record(record)
+        failures = []
+        for name, seed in directory.missing(plan):
+            try:
+                directory.append(_run(plan, record, directory, data, accelerator, name, seed, display, stop))
+            except NonFiniteLoss as failure:
+                display.finish(f"{name} seed {seed} stopped: {failure}")
+                failures.append(f"{name} seed {seed}: {failure}")
+        if failures:
+            raise NonFiniteLoss("; ".join(failures))
+        return directory.rows()
+
+
+def _record(
+    plan: Plan, data: Prepared, accelerator: Accelerator, timings: dict[str, Timing], steps: dict[str, int]
+) -> dict[str, Any]:
+    stored = plan
+    if os.path.isabs(plan.data):
+        stored = plan.replace(data=os.path.relpath(plan.data))
+    device = accelerator.device.type
+    return {
+        "plan": stored.to_dict(),
+        "steps": steps,
+        "step_s": {name: timing.to_dict() for name, timing in timings.items()},
+        "kernel": {name: kernel_of(plan, plan.model_config(name), device) for name in plan.variants},
+        "machine": machine(str(accelerator.device)),
+        "versions": versions(),
+        "git": git_revision(),
+        "data": {
+            "name": data.corpus.name,
+            "fingerprint": data.fingerprint,
+            "train_documents": data.train.num_documents,
+            "train_tokens": data.train.num_tokens,
+            "validation_documents": data.validation.num_documents,
+            "validation_tokens": data.validation.num_tokens,
+            "unigram_entropy": unigram_entropy(data),
+        },
+    }
+
+
+def unigram_entropy(data: Prepared) -> float:
+    """Nats a token of the validation text under its own token frequencies: what a model without context can reach."""
+    tokens = torch.from_numpy(data.validation.tokens(0, data.validation.num_tokens).astype("int64"))
+    frequencies = tokens.bincount().double() / len(tokens)
+    frequencies = frequencies[frequencies > 0]
+    return float(-(frequencies * frequencies.log()).sum())
+
+
+def _check_same_data(record: dict[str, Any], data: Prepared) -> None:
+    held = record["data"]["fingerprint"]
+    if held != data.fingerprint:
+        raise ValueError(
+            f"data: the comparison was begun on other text (fingerprint {held[:12]}, now {data.fingerprint[:12]})"
+        )
+
+
+def _run(
+    plan: Plan,
+    record: dict[str, Any],
+    directory: Directory,
+    data: Prepared,
+    accelerator: Accelerator,
+    name: str,
+    seed: int,
+    display: Display,
+    stop: StopFlag,
+) -> Row:
+    config = plan.model_config(name)
+    folder = directory.run_folder(name, seed)
+    steps = record["steps"][name]
+    display.start(f"{name} seed {seed}" if len(plan.seeds) > 1 else name, steps)
+    model, progress = train(
+        config,
+        make_recipe(plan, steps),
+        make_batches(plan, data, seed),
+        seed=seed,
+        folder=folder,
+        accelerator=accelerator,
+        compile=plan.compile,
+        on_step=display.step,
+        should_stop=lambda: stop.signal is not None,
+    )
+    data.tokenizer.save(folder / "tokenizer.json")
+    evaluation = evaluate(
+        model,
+        evaluation_batches(
+            data.validation,
+            layout=plan.layout,
+            batch_size=plan.micro_batch_size or plan.batch_size,
+            context_length=plan.context,
+            pad_id=data.tokenizer.pad_id,
+            max_tokens=plan.evaluation_tokens,
+        ),
+        torch.from_numpy(data.tokenizer.token_bytes),
+        accelerator,
+    )
+    accelerator.free_memory()
+    display.finish(f"{name} seed {seed}: val loss {evaluation.loss:.4f} after {progress.wall_s:.0f} s")
+    return {
+        "variant": name,
+        "seed": seed,
+        "config": config.to_dict(),
+        "parameters": parameters(config),
+        "steps": steps,
+        "tokens": progress.tokens,
+        "wall_s": progress.wall_s,
+        "step_s": record["step_s"].get(name),
+        "val": asdict(evaluation),
+        "kernel": record["kernel"][name],
+        "device": accelerator.device.type,
+        "dtype": plan.dtype,
+        "versions": record["versions"],
+        "git": record["git"],
+        "data_fingerprint": record["data"]["fingerprint"],
+    }
+
+
+def open_resumed(path: Path, overrides: dict[str, Any]) -> Plan:
+    """The plan that `path` was begun with. Raises ValueError when `overrides` (but `data`) would change it."""
+    plan = Plan.from_dict(Directory(path).record()["plan"])
+    changed = {name: value for name, value in overrides.items() if name != "data"}
+    differences = plan_differences(plan, plan.replace(**changed))
+    if differences:
+        raise ValueError(f"resume: {path} was begun with another plan ({'; '.join(differences)})")
+    return plan
+
+
+class StopFlag:
+    """Set by SIGTERM or Ctrl-C; the run in progress saves and ends."""
+
+    signal: int | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step to end
+        self.signal = number
+
+
+@contextmanager
+def _stop_flag() -> Iterator[StopFlag]:
+    flag = StopFlag()
+    before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Display", "Interrupted", "NonFiniteLoss", "compare", "open_resumed"]

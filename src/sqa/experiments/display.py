@@ -1,0 +1,102 @@
+"""Progress of a comparison: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sqa.training.loop import StepReport
+
+
+class LiveDisplay:
+    """One bar: variant, step, loss, tokens a second, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self._console = console
+        self._task: TaskID | None = None
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def start(self, label: str, steps: int) -> None:
+        self._progress.start()
+        self._task = self._progress.add_task(label, total=steps, figures="")
+        self._speed = _Speed()
+
+    def step(self, report: StepReport | None) -> None:
+        assert self._task is not None
+        if report is None:
+            self._progress.advance(self._task)
+            return
+        figures = f"loss {report.loss:.3f}  {self._speed.of(report):,.0f} tok/s"
+        self._progress.update(self._task, completed=report.step, figures=figures)
+
+    def finish(self, text: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._progress.stop()
+        self.note(text)
+
+
+class PlainDisplay:
+    """A line at the start and the end of a phase, and at every tenth of it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def start(self, label: str, steps: int) -> None:
+        self._label, self._steps, self._shown, self._done = label, steps, 0, 0
+        self._speed = _Speed()
+        self.note(f"{label}: {steps} steps")
+
+    def step(self, report: StepReport | None) -> None:
+        self._done = report.step if report else self._done + 1
+        tenth = 10 * self._done // self._steps
+        speed = self._speed.of(report) if report else 0.0
+        if tenth <= self._shown:
+            return
+        self._shown = tenth
+        if report is not None:
+            left = (self._steps - report.step) * self._speed.step_seconds
+            self.note(
+                f"{self._label}: step {report.step}/{self._steps}  loss {report.loss:.3f}  "
+                f"{speed:,.0f} tok/s  {left:,.0f} s left"
+            )
+
+    def finish(self, text: str) -> None:
+        self.note(text)
+
+
+class _Speed:
+    """Tokens a second and seconds a step since this process began the run (a resumed run has earlier ones)."""
+
+    def __init__(self) -> None:
+        self._first: StepReport | None = None
+        self.step_seconds = 0.0
+
+    def of(self, report: StepReport) -> float:
+        if self._first is None:
+            self._first = report
+            return report.tokens / max(report.seconds, 1e-9)
+        seconds = report.seconds - self._first.seconds
+        self.step_seconds = seconds / (report.step - self._first.step)
+        return (report.tokens - self._first.tokens) / max(seconds, 1e-9)
+
+
+def make_display(console: Console) -> LiveDisplay | PlainDisplay:
+    """The display that fits the console."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

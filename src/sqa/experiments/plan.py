@@ -1,0 +1,215 @@
+"""A comparison as a file: what is trained, on what, for how long. Read from TOML, validated before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from sqa.config import ModelConfig, nearest, reject_unknown
+from sqa.cost import train_step_flops
+from sqa.variants import DEFAULT_VARIANTS, find_variant, model_config, shape
+
+BUDGET_KINDS = ("steps", "tokens", "epochs", "flops", "time")
+
+_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run trains. The same for every variant, in one currency."""
+
+    kind: str
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises ValueError for anything else."""
+        kind, _, amount = text.partition("=")
+        if kind not in BUDGET_KINDS:
+            raise ValueError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGET_KINDS)}, got {text!r}")
+        units = _SECONDS if kind == "time" else _UNITS
+        found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
+        if found is None or found[2] not in units or float(found[1]) <= 0:
+            raise ValueError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
+        return cls(kind, float(found[1]) * units[found[2]])
+
+
+def _list(units: Mapping[str, float]) -> str:
+    return "none or " + ", ".join(unit for unit in units if unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every field of a comparison; a TOML file gives some, the command line may override single ones.
+
+    `shape` names a model shape and `model` replaces fields of it. `context` is the tokens a row is trained at.
+    `batch_size` rows make a step, taken `micro_batch_size` at a time (0: at once). `budget` is text as
+    Budget.parse reads it. `padding_in_loss` trains on padding too, as the published experiment did (padded layout
+    only). `evaluation_tokens` bounds the real tokens of the validation set. `dtype` bfloat16 means autocast.
+    `threads` 0 leaves PyTorch's own number. `timing_rounds` 0 skips the phase that times all variants in turns.
+
+    Raises ValueError, naming the field, for anything that cannot be run.
+    """
+
+    name: str
+    data: str = "builtin"
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    seeds: tuple[int, ...] = (0,)
+    shape: str = "demo"
+    model: dict[str, Any] = field(default_factory=dict)
+    layout: Literal["packed", "padded"] = "packed"
+    padding_in_loss: bool = False
+    train_fraction: float = 0.95
+    validation_fraction: float = 0.05
+    context: int = 512
+    batch_size: int = 8
+    micro_batch_size: int = 0
+    budget: str = "epochs=1"
+    learning_rate: float = 5e-4
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 0.0
+    evaluation_tokens: int = 100_000
+    timing_rounds: int = 9
+    checkpoint_seconds: float = 300.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, getattr(self, item.name), _TYPES[item.name])
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"plan: name must be letters, digits, '.', '_' and '-', got {self.name!r}")
+        object.__setattr__(self, "variants", tuple(find_variant(name)[0] for name in self.variants))
+        for name in ("variants", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
+        if self.padding_in_loss and self.layout != "padded":
+            raise ValueError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
+        for name in ("context", "batch_size", "evaluation_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"plan: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_batch_size", "timing_rounds", "threads", "weight_decay", "clip_norm", "checkpoint_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"plan: {name} must be 0 or more, got {getattr(self, name)}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"plan: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"plan: seeds must be 0 or more, got {list(self.seeds)}")
+        budget = Budget.parse(self.budget)
+        if budget.kind == "time" and not self.timing_rounds:
+            raise ValueError("plan: a time budget needs timing_rounds of at least 1, got 0")
+        for name in self.variants:
+            longest = self.model_config(name).max_seq_len
+            if self.context > longest:
+                raise ValueError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
+
+    def model_config(self, variant_name: str) -> ModelConfig:
+        """The model of one variant. Raises ValueError for a field or a head count that does not fit."""
+        fields = {**shape(self.shape), **self.model}
+        fields["max_seq_len"] = self.model.get("max_seq_len", max(fields["max_seq_len"], self.context))
+        return model_config(variant_name, **fields)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a step, padding included."""
+        return self.batch_size * self.context
+
+    def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
+        """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget."""
+        budget = Budget.parse(self.budget)
+
+        def of(name: str) -> float:
+            match budget.kind:
+                case "steps":
+                    return budget.amount
+                case "tokens":
+                    return budget.amount / self.tokens_per_step
+                case "epochs":
+                    return budget.amount * batches_per_epoch
+                case "flops":
+                    return budget.amount / train_step_flops(self.model_config(name), self.context, self.batch_size)
+                case _:
+                    return budget.amount / step_seconds[name]
+
+        counts = {name: round(of(name)) for name in self.variants}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"plan: budget {self.budget} is less than one step of {name}")
+        return counts
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back equal."""
+        return {**dataclasses.asdict(self), "variants": list(self.variants), "seeds": list(self.seeds)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError for an unknown field, naming the nearest real one."""
+        reject_unknown(values, [f.name for f in dataclasses.fields(cls)], "plan")
+        listed = {name: tuple(values[name]) for name in ("variants", "seeds") if isinstance(values.get(name), list)}
+        return cls(**{**values, **listed})
+
+    @classmethod
+    def read(cls, source: str) -> Self:
+        """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise."""
+        if source in preset_names():
+            text, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_text(encoding="utf-8"), source
+        elif Path(source).is_file():
+            text, stem = Path(source).read_text(encoding="utf-8"), Path(source).stem
+        else:
+            hint = nearest(source, preset_names())
+            raise ValueError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"plan: {source} is not TOML: {error}") from None
+        return cls.from_dict({"name": stem, **values})
+
+
+_TYPES = typing.get_type_hints(Plan)
+
+
+def _check_type(name: str, value: object, expected: Any) -> None:
+    """A TOML file can hold anything: say what a field wants before something far away trips over it."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        good, wanted = value in arguments, "one of " + ", ".join(map(repr, arguments))
+    elif origin is tuple:
+        good = isinstance(value, tuple) and all(type(item) is arguments[0] for item in value)
+        wanted = f"a list of {'text' if arguments[0] is str else 'whole numbers'}"
+    elif origin is dict:
+        good, wanted = isinstance(value, dict), "a table"
+    elif expected is float:
+        good, wanted = type(value) in (int, float), "a number"
+    else:
+        good = type(value) is expected
+        wanted = {int: "a whole number", str: "text", bool: "true or false"}[expected]
+    if not good:
+        raise ValueError(f"plan: {name} must be {wanted}, got {value!r}")
+
+
+def preset_names() -> list[str]:
+    """The plans that ship with the package."""
+    folder = files("sqa.experiments") / "presets"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))

@@ -1,0 +1,187 @@
+"""Model directories: config.json and safetensors, read strictly, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sqa.config import ModelConfig
+from sqa.files import sync_directory, write_json, write_safetensors
+from sqa.model import Transformer
+
+MODEL_TYPE = "sqa"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model: {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"model: {path} must hold a JSON object")
+    return value
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises ValueError when it is missing or no JSON object."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
+    return read_json(directory / "config.json")
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """model.safetensors, or the shards of model.safetensors.index.json. Raises ValueError when missing or damaged."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        return _read_file(directory / "model.safetensors")
+    if not index.is_file():
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"model: {directory} holds its weights as a pickle ({pickles[0]}), which can run code when read and is "
+                f"refused; convert it where you trust it: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
+            )
+        raise ValueError(f"model: {directory} has no model.safetensors")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise ValueError(f"model: {index} must map tensor names to files beside it, under weight_map")
+    tensors = {}
+    for name in sorted(set(weight_map.values())):
+        tensors.update(_read_file(directory / name))
+    if absent := sorted(set(weight_map) - set(tensors)):
+        raise ValueError(f"model: {index} names tensors that its files lack: {', '.join(absent[:5])}")
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"model: {path.parent} has no {path.name}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"model: {path} is damaged or incomplete: {error}") from None
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of our own config.json; what transformers adds to an hf-remote one is left aside."""
+    values = {key: value for key, value in values.items() if key != "model_type"}
+    if "auto_map" in values:
+        known = {field.name for field in fields(ModelConfig)}
+        values = {key: value for key, value in values.items() if key in known}
+    return ModelConfig.from_dict(values)
+
+
+def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
+    """A model of these weights, in the dtype of its embedding.
+
+    Raises ValueError naming tensors that are missing, unknown or misshapen.
+    """
+    with torch.device("meta"):  # no time spent on weights that are replaced at once
+        model = Transformer(config)
+    expected = model.state_dict()
+    tensors = dict(tensors)
+    if config.tie_embeddings and "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    problems = [f"missing {key}" for key in expected if key not in tensors]
+    problems += [f"unknown {key}" for key in tensors if key not in expected]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"model: {where} does not fit its config: {shown}")
+    if config.tie_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+        raise ValueError(f"model: {where} says tied embeddings, but lm_head.weight is another matrix")
+    model.to(tensors["model.embed_tokens.weight"].dtype).to_empty(device="cpu")
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.load_state_dict(tensors)
+    return model
+
+
+def state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The weights as files hold them: on the CPU, contiguous, tied ones once."""
+    tensors = {
+        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in model.state_dict().items()
+    }
+    if model.config.tie_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def save_model(model: Transformer, directory: Path) -> None:
+    """Write config.json and model.safetensors into `directory`, made if missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / "model.safetensors", state_dict(model))
+    write_json(directory / "config.json", {"model_type": MODEL_TYPE, **model.config.to_dict()})
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ValueError when `out` exists."""
+    if out.exists():
+        raise ValueError(f"output: {out} exists; name a new one, nothing is overwritten")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, and vanishes when it does not."""
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield temporary
+        sync_directory(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(out)
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_tokenizer(directory: Path, vocab_size: int) -> Any:
+    """The `tokenizers.Tokenizer` of tokenizer.json, or None. Raises ValueError when damaged or too large."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"tokenizer: {path} is damaged: {error}") from None
+    if (size := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
+        raise ValueError(
+            f"tokenizer: {path} has {size} entries, but the model's vocab_size is only {vocab_size}; "
+            f"put the tokenizer it was trained with there"
+        )
+    return tokenizer
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer and generation files that are there."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,134 @@
+"""Cross-entropy as sums and counts, from hidden states: the logits of a batch never exist whole.
+
+Means are taken once, by the caller, over everything that belongs together; a mean of means weighs short batches wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""The label of a position that has no target."""
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Logits held at once. On CPU at a vocabulary of 10,000 that is some 400 tokens, which stay in the shared cache."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, compiled: bool = False
+) -> Tensor:
+    """Sum of -log softmax(hidden weight^T + bias)[label] over labels != -100: a scalar, fp32.
+
+    hidden (..., d), weight (V, d), bias (V,) or None, labels int64 (...). Gradients are computed with the forward
+    pass, chunk by chunk, and kept (d, V and bias sized, never tokens x V). Under autocast the products run in its
+    dtype and the softmax in fp32. `compiled` runs the softmax and its gradient as one pass by torch.compile.
+    """
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    if not needs_grad:
+        nll, _ = token_losses(hidden, weight, bias, labels)
+        return nll.sum()
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, compiled)
+    return total
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For measuring: -log p of each label, fp32, and whether it was the most likely token, bool; both like labels.
+
+    Zero and False where the label is -100. Shapes as for `linear_cross_entropy`.
+    """
+    shape = labels.shape
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
+    for part in _chunks(hidden, weight):
+        logits = torch.nn.functional.linear(hidden[part], weight.to(hidden.dtype), _to(bias, hidden.dtype)).float()
+        valid = labels[part] != IGNORE
+        target = labels[part].clamp_min(0)[:, None]
+        picked = logits.gather(1, target)[:, 0]
+        nll[part] = (logits.logsumexp(1) - picked) * valid
+        correct[part] = (logits.argmax(1) == target[:, 0]) & valid
+    return nll.view(shape), correct.view(shape)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Rows that are taken together: parts of nearly one size, so that a compiled step sees few shapes."""
+    count = hidden.shape[0]
+    limit = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
+    rows = -(-count // max(1, -(-count * weight.shape[0] // limit)))
+    return (slice(start, min(start + rows, count)) for start in range(0, count, max(rows, 1)))
+
+
+def _softmax_gradient(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of nll of a chunk (rows, V), and its gradient with respect to the logits, in their dtype."""
+    dtype, logits = logits.dtype, logits.float()
+    highest = logits.amax(1, keepdim=True)
+    exponentials = torch.exp(logits - highest)
+    total = exponentials.sum(1, keepdim=True)
+    nll = ((total.log() + highest - logits.gather(1, labels[:, None]))[:, 0] * valid).sum()
+    # comparing instead of scattering lets a compiler write the gradient in the same pass
+    picked = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    return nll, ((exponentials / total - picked.float()) * valid[:, None]).to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _compiled_softmax_gradient() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_softmax_gradient, dynamic=True)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        dtype: torch.dtype,
+        compiled: bool,
+    ) -> Tensor:
+        softmax_gradient = _compiled_softmax_gradient() if compiled else _softmax_gradient
+        valid, labels = labels != IGNORE, labels.clamp_min(0)
+        low_weight, low_hidden, low_bias = weight.to(dtype), hidden.to(dtype), _to(bias, dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(low_hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(hidden, weight):
+                logits = torch.nn.functional.linear(low_hidden[part], low_weight, low_bias)
+                nll, gradient = softmax_gradient(logits, labels[part], valid[part])
+                total += nll
+                torch.mm(gradient, low_weight, out=grad_hidden[part])
+                if dtype == torch.float32:
+                    grad_weight.addmm_(gradient.T, low_hidden[part])
+                else:
+                    grad_weight += gradient.T @ low_hidden[part]
+                if grad_bias is not None:
+                    grad_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [
+            None if saved is None else (saved * grad).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None

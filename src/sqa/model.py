@@ -1,0 +1,300 @@
+"""The Transformer: pre-norm blocks of SparseQueryAttention and SwiGLU, under Llama's parameter names.
+
+Shapes: B batch, T tokens, d = d_model, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sqa.attention import KVCache, SparseQueryAttention
+from sqa.config import AttentionConfig, ModelConfig
+from sqa.losses import IGNORE, linear_cross_entropy, token_losses
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, layer_index: int) -> None:
+        super().__init__()
+        self.self_attn = SparseQueryAttention(
+            attention, output_bias=config.bias, norm_eps=config.norm_eps, layer_index=layer_index
+        )
+        self.mlp = SwiGLU(config.d_model, config.d_ff, bias=config.bias)
+        self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        x = x + self.self_attn(
+            self.input_layernorm(x), padding_mask=padding_mask, document_ids=document_ids, cache=cache
+        )
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, layer, i) for i, layer in enumerate(config.layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, padding_mask, document_ids, cache)
+        return self.norm(x)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass returns: `logits` (B, T, V) without labels, the loss fields with them.
+
+    nll_sum: sum of -log p over the labels != -100; num_tokens: how many those are; loss: their quotient.
+    """
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    nll_sum: Tensor | None = None
+    num_tokens: Tensor | None = None
+
+
+class Transformer(nn.Module):
+    """A decoder language model, or an encoder when the attention is not causal."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._compiled = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights of deviation 0.02, those that write into the residual stream divided by sqrt(2 * layers)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("o_proj", "down_proj"))
+                scale = (2 * self.config.num_layers) ** -0.5 if writes_residual else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        num_logits: int | None = None,
+    ) -> Output:
+        """input_ids int64 (B, T). With `labels` (B, T) the loss, without them the logits (B, T, V).
+
+        labels[t] is the target of position t (nothing is shifted here), -100 where there is none. padding_mask:
+        bool (B, T), True = real; document_ids: int (B, T); cache: the tokens continue what it holds.
+        num_logits: only those of the last so many positions.
+
+        Raises ValueError when the tokens exceed max_seq_len or shapes do not fit.
+        """
+        hidden = self.hidden_states(input_ids, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
+        if labels is None:
+            return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
+        nll_sum = linear_cross_entropy(
+            hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled
+        )
+        num_tokens = (labels != IGNORE).sum()
+        return Output(loss=nll_sum / num_tokens, nll_sum=nll_sum, num_tokens=num_tokens)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the output head reads: (B, T, d)."""
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+        held = 0 if cache is None else cache.length
+        if held + input_ids.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"input_ids: {held + input_ids.shape[1]} tokens, "
+                f"but the model's max_seq_len is {self.config.max_seq_len}"
+            )
+        return self.model(input_ids, padding_mask, document_ids, cache)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """-log p of each label (B, T), fp32, and whether it was the most likely token, bool; 0 where it is -100."""
+        hidden = self.hidden_states(input_ids, document_ids=document_ids)
+        return token_losses(hidden, self.lm_head.weight, self.lm_head.bias, labels)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int,
+        padding_mask: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        end_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts (B, T) -> (B, T + n), n <= max_new_tokens, by prefill and cached decoding.
+
+        temperature 0 takes the most likely token; otherwise one is drawn, from the `top_k` likeliest, and of those
+        from the fewest that hold probability `top_p`. Shorter prompts are padded on the left (padding_mask, True =
+        real). A row that produced `end_id` goes on with it; generation stops when all have.
+
+        Raises ValueError for settings out of range or when prompt and new tokens exceed max_seq_len.
+        """
+        for name, value, good in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+            ("temperature", temperature, temperature >= 0),
+            ("top_k", top_k, top_k is None or top_k >= 1),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+        ):
+            if not good:
+                raise ValueError(f"generate: {name} is out of range, got {value}")
+        batch_size, length = input_ids.shape
+        if length + max_new_tokens > self.config.max_seq_len:
+            raise ValueError(
+                f"generate: {length} prompt tokens and {max_new_tokens} new ones exceed "
+                f"max_seq_len={self.config.max_seq_len}"
+            )
+        weight = self.model.embed_tokens.weight
+        cache = KVCache(
+            self.config,
+            batch_size=batch_size,
+            capacity=length + max_new_tokens,  # one to spare: torch.compile would compile a full cache anew
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        ended = torch.zeros(batch_size, 1, dtype=torch.bool, device=input_ids.device)
+        tokens = [input_ids]
+        output = self(input_ids, padding_mask=padding_mask, cache=cache, num_logits=1)
+        for step in range(max_new_tokens):
+            assert output.logits is not None
+            new = sample(output.logits[:, -1], temperature, top_k, top_p, generator)[:, None]
+            if end_id is not None:
+                new = torch.where(ended, end_id, new)
+                ended |= new == end_id
+            tokens.append(new)
+            if step + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
+                break
+            output = self(new, cache=cache, num_logits=1)
+        return torch.cat(tokens, dim=1)
+
+    def compile(self) -> None:
+        """Compile the blocks and the loss, in place: one block at a time, so that a minute is not spent on the whole.
+
+        Without a C++ compiler or Python's headers (CPU) nothing is compiled, and a warning says so once.
+        """
+        lack = _compiler_lacks()
+        if lack is not None and next(self.parameters()).device.type == "cpu":
+            warnings.warn(f"running eager: torch.compile needs {lack}", stacklevel=2)
+            return
+        # blocks share one code object: every shape of a comparison takes an entry of its cache
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.model.layers:
+            block.compile()
+        self._compiled = True
+
+    def save(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, each under a temporary name first."""
+        from sqa.interop import save_model
+
+        save_model(self, Path(directory))
+
+    @classmethod
+    def load(cls, source: str | Path) -> Transformer:
+        """Read a directory written by `save` or by transformers (Llama, Mistral, Qwen2, Qwen3), or the authors'.
+
+        Raises ValueError for a missing file, an unsupported type, and for any key that is missing, unknown or of
+        another shape.
+        """
+        from sqa.interop import load_model
+
+        return load_model(source)
+
+
+def _compiler_lacks() -> str | None:
+    """What torch.compile would miss on this machine's CPU, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return "a C++ compiler"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "the headers of Python (Python.h)"
+    return None
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Token ids (B,) from logits (B, V); see Transformer.generate."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = (logits.float() / temperature).sort(-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        # a token stays while those before it hold less than top_p: the first always does
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(-1, drawn)[:, 0]

@@ -1,0 +1,1 @@
+"""Training one model once: the loop, its checkpoints and its evaluation."""

@@ -1,0 +1,109 @@
+"""Plans: what they accept, what they refuse and in which words, and the steps a budget gives."""
+
+from pathlib import Path
+
+import pytest
+
+from sqa.cost import train_step_flops
+from sqa.experiments.plan import Budget, Plan, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_round_trip(name: str) -> None:
+    plan = Plan.read(name)
+    assert plan.name == name
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_the_published_preset_is_the_published_experiment() -> None:
+    plan = Plan.read("published")
+    config = plan.model_config("sqa")
+    assert (config.vocab_size, config.d_model, config.num_layers, config.d_ff) == (10_000, 256, 8, 768)
+    assert (plan.batch_size, plan.context, plan.budget, plan.layout) == (128, 1024, "epochs=1", "padded")
+    assert (plan.learning_rate, plan.warmup_fraction) == (5e-4, 0.25)
+    assert (plan.train_fraction, plan.validation_fraction) == (0.45, 0.05)
+    assert plan.padding_in_loss
+    # 45 % of 6.4 M articles in batches of 128
+    assert plan.steps(batches_per_epoch=22_500, step_seconds={})["sqa"] == 22_500
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("steps=1000", "steps", 1000),
+        ("tokens=5M", "tokens", 5e6),
+        ("tokens=205k", "tokens", 205e3),
+        ("flops=1e15", "flops", 1e15),
+        ("time=20m", "time", 1200),
+        ("time=90", "time", 90),
+        ("epochs=0.5", "epochs", 0.5),
+    ],
+)
+def test_budgets_are_read(text: str, kind: str, amount: float) -> None:
+    assert Budget.parse(text) == Budget(kind, amount)
+
+
+@pytest.mark.parametrize("text", ["", "steps", "steps=", "steps=0", "steps=-3", "hours=3", "time=3d", "tokens=5X"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="^budget: "):
+        Budget.parse(text)
+
+
+def test_budgets_become_steps() -> None:
+    plan = Plan(name="p", variants=("gqa", "sqa"), batch_size=8, context=512)
+    tokens = plan.replace(budget="tokens=409600").steps(batches_per_epoch=7, step_seconds={})
+    assert tokens == {"gqa": 100, "sqa": 100}
+    assert plan.replace(budget="epochs=2").steps(batches_per_epoch=7, step_seconds={})["sqa"] == 14
+    timed = plan.replace(budget="time=60").steps(batches_per_epoch=7, step_seconds={"gqa": 0.5, "sqa": 0.25})
+    assert timed == {"gqa": 120, "sqa": 240}
+    flops = plan.replace(budget="flops=1e13").steps(batches_per_epoch=7, step_seconds={})
+    for name, steps in flops.items():
+        one = train_step_flops(plan.model_config(name), 512, 8)
+        assert abs(steps * one - 1e13) <= one / 2
+    assert flops["sqa"] > flops["gqa"]
+    with pytest.raises(ValueError, match="less than one step of gqa"):
+        plan.replace(budget="tokens=10").steps(batches_per_epoch=7, step_seconds={})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": ("sqb",)}, "'sqb' is unknown; did you mean 'sqa'"),
+        ({"variants": ("sqa", "SQA")}, "none of them twice"),
+        ({"seeds": (1, 1)}, "none of them twice"),
+        ({"seeds": ()}, "seeds must be one or more"),
+        ({"seeds": (-1,)}, "seeds must be 0 or more"),
+        ({"shape": "huge"}, "preset: 'huge' is unknown"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size must divide batch_size=6, got 4"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction must be from 0 to below 1"),
+        ({"padding_in_loss": True}, "padding_in_loss needs layout 'padded', got 'packed'"),
+        ({"dtype": "float8"}, "dtype must be one of 'float32', 'bfloat16', got 'float8'"),
+        ({"batch_size": "8"}, "batch_size must be a whole number, got '8'"),
+        ({"compile": 1}, "compile must be true or false, got 1"),
+        ({"model": {"num_heads": 6}}, "got num_heads=6"),
+        ({"model": {"num_head": 8}}, "no field 'num_head'; did you mean 'num_heads'"),
+        ({"model": {"max_seq_len": 256}}, "context must be at most the model's max_seq_len=256, got 512"),
+        ({"budget": "time=20m", "timing_rounds": 0}, "a time budget needs timing_rounds"),
+        ({"name": "../x"}, "name must be letters"),
+    ],
+)
+def test_bad_plans_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict({"name": "p", "context": 512, **changes})
+
+
+def test_a_toml_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('variants = ["gqa", "sqa"]\nseeds = [0, 7]\nbatch_size = 4\n[model]\nnum_layers = 2\n')
+    plan = Plan.read(str(path))
+    assert (plan.name, plan.seeds, plan.model_config("sqa").num_layers) == ("mine", (0, 7), 2)
+    path.write_text("batchsize = 4\n")
+    with pytest.raises(ValueError, match="no field 'batchsize'; did you mean 'batch_size'"):
+        Plan.read(str(path))
+    path.write_text("batch_size = \n")
+    with pytest.raises(ValueError, match="is not TOML"):
+        Plan.read(str(path))
+    with pytest.raises(ValueError, match="neither a file nor a preset .*did you mean 'demo'"):
+        Plan.read("dem")

@@ -1,0 +1,244 @@
+"""The command line as a person types it: figures, files, exit codes, and one clear sentence for bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED_COUNTS = {
+    "mha": (16, 16, 11_966_224),
+    "gqa": (16, 4, 11_179_792),
+    "mqa": (16, 1, 10_983_184),
+    "sqa": (8, 4, 10_655_504),
+    "ssqa": (8, 8, 10_917_648),
+    "xsqa": (4, 4, 10_393_360),
+    "xsmqa": (4, 1, 10_196_752),
+}
+RESULT_FIELDS = {
+    "variant", "seed", "config", "parameters", "steps", "tokens", "wall_s", "step_s", "val", "kernel", "device",
+    "dtype", "versions", "git", "data_fingerprint",
+}  # fmt: skip
+VAL_FIELDS = {
+    "loss", "perplexity", "accuracy", "bits_per_byte", "tokens", "loss_all_positions", "accuracy_all_positions",
+}  # fmt: skip
+TINY = """
+layout = "{layout}"
+context = 32
+batch_size = 4
+budget = "steps=6"
+timing_rounds = {rounds}
+evaluation_tokens = 500
+threads = 1
+seeds = [0]
+train_fraction = 0.9
+validation_fraction = 0.1
+variants = ["gqa", "sqa"]
+data = "text.jsonl"
+[model]
+vocab_size = 320
+num_layers = 2
+d_ff = 48
+d_model = 32
+num_heads = 4
+"""
+
+
+def sqa(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sqa", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with a small corpus of real text and a plan over it."""
+    words = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
+    with open(tmp_path / "text.jsonl", "w", encoding="utf-8") as file:
+        for start in range(0, len(words), 20):
+            file.write(json.dumps({"text": " ".join(words[start : start + 40])}) + "\n")
+    (tmp_path / "tiny.toml").write_text(TINY.format(layout="packed", rounds=2), encoding="utf-8")
+    return tmp_path
+
+
+def rows_in(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_variants_prints_the_published_counts(tmp_path: Path) -> None:
+    done = sqa("variants", "--preset", "published", "--json", "out.json", cwd=tmp_path)
+    found = {
+        row["variant"]: (row["num_query_heads"], row["num_kv_heads"], row["parameters"])
+        for row in json.loads((tmp_path / "out.json").read_text())
+    }
+    assert found == PUBLISHED_COUNTS
+    for _, _, count in PUBLISHED_COUNTS.values():
+        assert f"{count:,}" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_variants_says_which_rules_do_not_fit(tmp_path: Path) -> None:
+    done = sqa("variants", "--preset", "larger", "--all", cwd=tmp_path)
+    assert re.search(r"left out: variant wide-gqa: .* got num_heads=12, 8 or 16 would fit", done.stdout)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_comparison_from_plan_to_table_and_generation(tiny: Path, layout: str) -> None:
+    (tiny / "tiny.toml").write_text(TINY.format(layout=layout, rounds=2), encoding="utf-8")
+    done = sqa("compare", "tiny.toml", "--out", "out", "--json", "table.json", cwd=tiny)
+    rows = rows_in(tiny / "out")
+    assert [row["variant"] for row in rows] == ["gqa", "sqa"]
+    for row in rows:
+        assert set(row) == RESULT_FIELDS
+        assert set(row["val"]) == VAL_FIELDS
+        assert set(row["step_s"]) == {"p20", "median", "p80"}
+        assert row["kernel"] == ("blocks" if layout == "packed" else "sdpa")
+        assert (row["val"]["loss_all_positions"] is None) == (layout == "packed")
+    record = json.loads((tiny / "out" / "plan.json").read_text())
+    assert record["data"]["fingerprint"] == rows[0]["data_fingerprint"]
+    assert record["steps"] == {"gqa": 6, "sqa": 6}
+    assert str(tiny) not in (tiny / "out" / "plan.json").read_text()
+    assert {row["variant"] for row in json.loads((tiny / "table.json").read_text())} == {"gqa", "sqa"}
+    assert "SQA" in done.stdout
+    assert "loss" in done.stdout
+
+    # the same plan again prints the table and trains nothing
+    again = sqa("compare", "tiny.toml", "--out", "out", cwd=tiny)
+    assert rows_in(tiny / "out") == rows
+    assert "6 steps" not in again.stdout
+    assert again.stdout.splitlines()[-3:] == done.stdout.splitlines()[-3:]
+    other = sqa("compare", "tiny.toml", "--out", "out", "--max-steps", "7", cwd=tiny, check=False)
+    assert other.returncode == 2
+    assert "already holds another comparison (budget: 'steps=6' there, 'steps=7' now)" in other.stderr
+
+    greedy = ["generate", "out/sqa-0", "--prompt", "The License", "--max-new-tokens", "8"]
+    first, second = (sqa(*greedy, cwd=tiny).stdout for _ in range(2))
+    assert first == second
+    assert first.startswith("The License")
+    sampled = sqa(*greedy, "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", cwd=tiny)
+    assert sampled.stdout.startswith("The License")
+
+
+def test_the_same_seed_gives_bitwise_the_same_losses(tiny: Path) -> None:
+    plan = TINY.format(layout="packed", rounds=0)
+    (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
+    for out in ("a", "b"):
+        sqa("compare", "tiny.toml", "--seeds", "0,5", "--variants", "sqa", "--out", out, cwd=tiny)
+    a, b = (
+        [(tiny / out / run / "curve.jsonl").read_text().splitlines() for run in ("sqa-0", "sqa-5")] for out in "ab"
+    )
+    losses_a, losses_b = ([[json.loads(line)["loss"] for line in curve] for curve in curves] for curves in (a, b))
+    assert losses_a == losses_b
+    assert losses_a[0] != losses_a[1]
+    assert [row["val"] for row in rows_in(tiny / "a")] == [row["val"] for row in rows_in(tiny / "b")]
+
+
+def test_a_killed_comparison_resumes_to_bitwise_the_same_results(tiny: Path) -> None:
+    plan = TINY.format(layout="packed", rounds=0).replace('"steps=6"', '"steps=150"') + "\n"
+    plan = plan.replace("threads = 1", "threads = 1\ncheckpoint_seconds = 0.0")
+    (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
+    sqa("compare", "tiny.toml", "--out", "whole", cwd=tiny)
+    command = [sys.executable, "-m", "sqa", "compare", "tiny.toml", "--out", "parts"]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        curve = tiny / "parts" / ("gqa-0" if number == signal.SIGKILL else "sqa-0") / "curve.jsonl"
+        deadline = time.monotonic() + 120
+        while not (curve.exists() and curve.stat().st_size > 0) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+        if number == signal.SIGTERM:
+            second = sqa("compare", "--resume", "parts", cwd=tiny, check=False)
+            assert second.returncode == 2
+            assert f"is being written by process {process.pid}" in second.stderr
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if number == signal.SIGTERM:
+            assert "go on with: sqa compare --resume parts" in errors
+        command = [sys.executable, "-m", "sqa", "compare", "--resume", "parts"]
+    fresh = sqa("compare", "tiny.toml", "--out", "parts", cwd=tiny, check=False)
+    assert fresh.returncode == 2
+    assert "unfinished; go on with --resume parts" in fresh.stderr
+    changed = sqa("compare", "--resume", "parts", "--batch-size", "2", cwd=tiny, check=False)
+    assert changed.returncode == 2
+    assert "begun with another plan (batch_size: 4 there, 2 now)" in changed.stderr
+    sqa("compare", "--resume", "parts", cwd=tiny)
+    whole, parts = (
+        {row["variant"]: (row["val"], row["tokens"]) for row in rows_in(tiny / out)} for out in ("whole", "parts")
+    )
+    assert whole == parts
+    for run in ("gqa-0", "sqa-0"):
+        losses = [
+            [json.loads(line)["loss"] for line in (tiny / out / run / "curve.jsonl").read_text().splitlines()]
+            for out in ("whole", "parts")
+        ]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 150
+
+
+def test_a_run_that_diverges_is_named_and_the_others_go_on(tiny: Path) -> None:
+    plan = TINY.format(layout="packed", rounds=0).replace("threads = 1", "threads = 1\nlearning_rate = 1e30")
+    (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
+    done = sqa("compare", "tiny.toml", "--out", "out", "--max-steps", "30", cwd=tiny, check=False)
+    assert done.returncode == 1
+    assert re.search(r"gqa seed 0: loss was nan at step \d+; last good checkpoint: none", done.stderr)
+    assert "sqa seed 0: loss was nan" in done.stderr
+
+
+def test_train_makes_one_run(tiny: Path) -> None:
+    sqa("train", "tiny.toml", "--variant", "xsqa", "--seed", "4", cwd=tiny)
+    assert [(row["variant"], row["seed"]) for row in rows_in(tiny / "runs" / "tiny-xsqa")] == [("xsqa", 4)]
+    assert sqa("generate", "runs/tiny-xsqa", "--prompt", "The", "--max-new-tokens", "3", cwd=tiny).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("compare nothing.toml", "neither a file nor a preset"),
+        ("compare tiny.toml --variants gqa,sqx", "'sqx' is unknown; did you mean 'sqa'"),
+        ("compare tiny.toml --data nowhere", "nowhere"),
+        ("compare tiny.toml --data empty", "empty"),
+        ("compare tiny.toml --max-steps 5 --max-tokens 100", "give one of --budget, --max-steps and --max-tokens"),
+        ("compare tiny.toml --seeds 1,1", "none of them twice"),
+        ("compare tiny.toml --seeds x", "--seeds must be a number of seeds (3) or a list (0,7,9), got 'x'"),
+        ("compare tiny.toml --context 30000", "30000"),
+        ("compare tiny.toml --dtype float8", "dtype must be one of 'float32', 'bfloat16', got 'float8'"),
+        ("compare tiny.toml --out taken", "taken already holds other files"),
+        ("compare --resume empty", "empty holds no comparison"),
+        ("variants --preset publisched", "did you mean 'published'"),
+        ("generate empty --prompt x", "empty holds no finished run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tiny: Path, arguments: str, message: str) -> None:
+    (tiny / "empty").mkdir()
+    (tiny / "taken").mkdir()
+    (tiny / "taken" / "thesis.txt").write_text("mine")
+    before = sorted(str(path) for path in tiny.rglob("*"))
+    done = sqa(*arguments.split(), cwd=tiny, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(str(path) for path in tiny.rglob("*")) == before
+
+
+def test_sample_articles_train(articles: Path, tmp_path: Path) -> None:
+    """The published recipe, cut to a few small steps, on real articles."""
+    options = "--max-steps 8 --batch-size 2 --micro-batch-size 1 --context 128 --variants sqa --no-compile"
+    done = sqa("compare", "published", "--data", str(articles / "sample.parquet"), *options.split(), cwd=tmp_path)
+    (row,) = rows_in(tmp_path / "runs" / "published")
+    assert row["parameters"] == PUBLISHED_COUNTS["sqa"][2]
+    assert row["val"]["loss_all_positions"] is not None
+    assert "/" not in json.loads((tmp_path / "runs/published/plan.json").read_text())["data"]["name"]
+    assert "SQA" in done.stdout

@@ -1,0 +1,294 @@
+"""The Transformer: names, files, losses, generation, encoders."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sqa import ModelConfig, Transformer, variant, window_pattern
+from sqa.model import sample
+
+VOCAB = 32
+
+
+def config(**changes) -> ModelConfig:
+    fields = {
+        "vocab_size": VOCAB,
+        "num_layers": 3,
+        "d_ff": 48,
+        "max_seq_len": 40,
+        "attention": variant("sqa", d_model=32, num_heads=4),
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+def make(seed: int = 0, **changes) -> Transformer:
+    """A model whose weights are large enough to prefer some tokens to others."""
+    torch.manual_seed(seed)
+    model = Transformer(config(**changes)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+        if "norm" in name:
+            parameter.data += 0.1
+    return model
+
+
+LAYERS = (
+    variant("gqa", d_model=32, num_heads=4),
+    variant("xsqa", d_model=32, num_heads=4, window=5, num_sink_tokens=1),
+    variant("rsqa", d_model=32, num_heads=4, qk_norm=True),
+)
+MODELS = {
+    "plain": {},
+    "published": {"bias": True, "final_norm": False},
+    "tied": {"tie_embeddings": True},
+    "per-layer": {"attention": LAYERS, "bias": True},
+    "windows": {"attention": window_pattern(variant("sqa", d_model=32, num_heads=4), num_layers=3, window=4)},
+}
+
+
+def test_parameter_names_are_llamas() -> None:
+    names = set(make(num_layers=1).state_dict())
+    block = "model.layers.0."
+    attention = {f"{block}self_attn.{x}_proj.weight" for x in "qkvo"}
+    feed_forward = {f"{block}mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+    norms = {f"{block}input_layernorm.weight", f"{block}post_attention_layernorm.weight", "model.norm.weight"}
+    assert names == {"model.embed_tokens.weight", "lm_head.weight"} | attention | feed_forward | norms
+
+
+def test_biases_of_the_published_shape() -> None:
+    names = {name for name in make(num_layers=1, bias=True, final_norm=False).state_dict() if name.endswith("bias")}
+    block = "model.layers.0."
+    expected = {f"{block}mlp.{x}_proj.bias" for x in ("gate", "up", "down")}
+    assert names == {*expected, f"{block}self_attn.o_proj.bias", "lm_head.bias"}
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    model = Transformer(config(num_layers=8, bias=True, attention=variant("sqa", d_model=256, num_heads=4)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(**MODELS[name]).to(dtype)
+    model.save(tmp_path / "new" / "folder")
+    loaded = Transformer.load(tmp_path / "new" / "folder").eval()
+    assert loaded.config == model.config
+    for key, value in model.state_dict().items():
+        assert loaded.state_dict()[key].dtype == dtype
+        assert torch.equal(loaded.state_dict()[key], value)
+    ids = torch.randint(VOCAB, (2, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    tied = model.config.tie_embeddings
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "new" / "folder" / "model.safetensors")) != tied
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def _config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _tensors(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "config.json").unlink(), "no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda d: _config(d, model_type="bert"), "model_type 'bert'"),
+        (lambda d: _config(d, d_fff=3), "no field 'd_fff'; did you mean 'd_ff'"),
+        (lambda d: _config(d, d_ff=50), r"gate_proj.weight is \(48, 32\), expected \(50, 32\)"),
+        (lambda d: _config(d, num_layers=2), "unknown model.layers.2"),
+        (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x80" * 99), "damaged or incomplete"),
+        (lambda d: _tensors(d, lambda t: t.pop("model.norm.weight")), "missing model.norm.weight"),
+        (lambda d: _tensors(d, lambda t: t.update(extra=torch.ones(1))), "unknown extra"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_files(damage, message: str, tmp_path: Path) -> None:
+    make().save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Transformer.load(tmp_path)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no directory"):
+        Transformer.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_is_the_mean_over_real_labels(name: str) -> None:
+    model = make(**MODELS[name])
+    ids, labels = torch.randint(VOCAB, (2, 9)), torch.randint(VOCAB, (2, 9))
+    labels[0, 4:] = -100
+    out = model(ids, labels=labels)
+    logits = model(ids).logits
+    torch.testing.assert_close(out.loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    assert out.num_tokens == 13
+    torch.testing.assert_close(out.nll_sum / 13, out.loss)
+    assert out.logits is None
+    nll, correct = model.token_losses(ids, labels)
+    torch.testing.assert_close(nll.sum(), out.nll_sum)
+    assert correct.sum() == (logits.argmax(-1) == labels).sum()
+
+
+def test_last_logits_alone() -> None:
+    model, ids = make(), torch.randint(VOCAB, (2, 9))
+    torch.testing.assert_close(model(ids, num_logits=2).logits, model(ids).logits[:, -2:])
+
+
+@pytest.mark.parametrize("name", ["sqa", "rsqa", "wide-gqa"])
+def test_encoder_with_padding(name: str) -> None:
+    model = make(attention=variant(name, d_model=64, num_heads=8, causal=False))
+    ids = torch.randint(VOCAB, (2, 9))
+    real = torch.arange(9) < torch.tensor([[9], [5]])
+    padded, alone = model(ids, padding_mask=real).logits, model(ids[1:, :5]).logits
+    torch.testing.assert_close(padded[1:, :5], alone)
+    assert not torch.allclose(model(ids).logits[1, :5], alone[0])
+    with pytest.raises(ValueError, match="got causal=False"):
+        model.generate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, ids: m(ids[0]), r"input_ids must be \(B, T\), got \(9,\)"),
+        (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels must be \(2, 9\) as input_ids, got \(2, 8\)"),
+        (lambda m, ids: m(ids.repeat(1, 5)), "45 tokens, but the model's max_seq_len is 40"),
+        (lambda m, ids: m(ids, padding_mask=torch.ones(2, 8) > 0), r"padding_mask must be \(2, 9\), got \(2, 8\)"),
+    ],
+)
+def test_forward_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(make(), torch.zeros(2, 9, dtype=torch.long))
+
+
+@torch.no_grad()
+def slowly(model: Transformer, ids: Tensor, count: int) -> Tensor:
+    """Greedy continuation with the whole text read again for every token."""
+    for _ in range(count):
+        ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), 1)
+    return ids
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_equals_reading_everything_again(name: str) -> None:
+    model = make(**MODELS[name])
+    ids = torch.randint(VOCAB, (3, 6))
+    got = model.generate(ids, max_new_tokens=20)
+    assert torch.equal(got, slowly(model, ids, 20))
+    assert len(got[:, 6:].unique()) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_left_padded_batch_equals_single_rows(name: str) -> None:
+    model = make(**MODELS[name])
+    prompts = [torch.randint(VOCAB, (1, n)) for n in (2, 9, 5)]
+    batch = torch.cat([F.pad(prompt, (9 - prompt.shape[1], 0)) for prompt in prompts])
+    real = torch.arange(9) >= torch.tensor([[9 - prompt.shape[1]] for prompt in prompts])
+    together = model.generate(batch, max_new_tokens=15, padding_mask=real)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row[-15:], model.generate(prompt, max_new_tokens=15)[0, -15:])
+
+
+def test_end_id_fills_the_row_and_stops() -> None:
+    model = make()
+    ids = torch.randint(VOCAB, (3, 6))
+    free = model.generate(ids, max_new_tokens=20)[:, 6:]
+    end = int(free[0, 3])
+    got = model.generate(ids, max_new_tokens=20, end_id=end)[:, 6:]
+    stops = [row.index(end) if end in row else 20 for row in free.tolist()]
+    assert got.shape[1] == min(20, max(stops) + 1)
+    for row, before, stop in zip(got.tolist(), free.tolist(), stops, strict=True):
+        assert row[:stop] == before[:stop][: len(row)]
+        assert set(row[stop:]) <= {end}
+    assert model.generate(ids[:1], max_new_tokens=20, end_id=end).shape[1] == 6 + stops[0] + 1
+
+
+def test_generation_is_repeatable_and_ignores_the_mode() -> None:
+    model = make()
+    ids = torch.randint(VOCAB, (2, 6))
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(ids, max_new_tokens=12, temperature=1.0, generator=generator)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1)[:, :6], ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is out of range, got 0"),
+        ({"temperature": -0.5}, "temperature is out of range, got -0.5"),
+        ({"top_k": 0}, "top_k is out of range, got 0"),
+        ({"top_p": 0.0}, "top_p is out of range, got 0.0"),
+        ({"top_p": 1.5}, "top_p is out of range, got 1.5"),
+        ({"max_new_tokens": 35}, "6 prompt tokens and 35 new ones exceed max_seq_len=40"),
+    ],
+)
+def test_generate_errors(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().generate(torch.zeros(1, 6, dtype=torch.long), **{"max_new_tokens": 3, **changes})
+
+
+def test_generate_to_the_very_end() -> None:
+    assert make().generate(torch.zeros(1, 6, dtype=torch.long), max_new_tokens=34).shape == (1, 40)
+
+
+def frequencies(logits: list[float], **options) -> Tensor:
+    torch.manual_seed(0)
+    drawn = sample(torch.tensor([logits]).expand(20_000, -1), **options)
+    return drawn.bincount(minlength=len(logits)) / 20_000
+
+
+LOGITS = [1.0, 3.0, 2.0, 0.0, -1.0]  # probabilities .086 .633 .233 .032 .012 (rounded)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"temperature": 1.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 0.5}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1.0, "top_k": 2}, [1, 2]),
+        ({"temperature": 1.0, "top_k": 9}, [0, 1, 2, 3, 4]),
+        ({"temperature": 1.0, "top_p": 0.5}, [1]),
+        ({"temperature": 1.0, "top_p": 0.7}, [1, 2]),
+        ({"temperature": 1.0, "top_p": 0.9}, [0, 1, 2]),
+        ({"temperature": 1.0, "top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 2.0, "top_k": 3, "top_p": 0.6}, [1, 2]),
+    ],
+)
+def test_sampling(options: dict, kept: list[int]) -> None:
+    expected = torch.zeros(5)
+    expected[kept] = (torch.tensor(LOGITS)[kept] / options["temperature"]).softmax(0)
+    torch.testing.assert_close(frequencies(LOGITS, **options), expected, atol=0.012, rtol=0)
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert frequencies(LOGITS, temperature=0.0)[1] == 1

@@ -1,0 +1,266 @@
+"""The training loop: the weighting of tokens, the schedule, exact resumption, evaluation as sums."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sqa import Transformer
+from sqa.data.batches import Batch, PackedBatches, PaddedBatches, evaluation_batches
+from sqa.data.shards import TokenShards, write_shards
+from sqa.training.checkpoint import load_checkpoint
+from sqa.training.loop import (
+    Interrupted,
+    NonFiniteLoss,
+    Recipe,
+    evaluate,
+    learning_rate,
+    make_accelerator,
+    make_optimizer,
+    train,
+    train_step,
+)
+from sqa.variants import model_config
+
+VOCAB = 61
+CONFIG = model_config("sqa", vocab_size=VOCAB, num_layers=2, d_ff=48, max_seq_len=32, d_model=32, num_heads=4)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
+    """Documents of 3 to 60 tokens in which each token says much about the next."""
+    generator = np.random.default_rng(0)
+    documents = [
+        [*((int(start) + 3 * np.arange(length)) % (VOCAB - 2) + 2).tolist(), 0]
+        for start, length in zip(
+            generator.integers(0, VOCAB, 200), generator.integers(3, 60, 200), strict=True
+        )
+    ]
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    return write_shards(folder, [documents], vocab_size=VOCAB, origin={"made": "here"})
+
+
+def packed(shards: TokenShards, seed: int = 0) -> PackedBatches:
+    return PackedBatches(shards, batch_size=4, context_length=16, seed=seed)
+
+
+def padded(shards: TokenShards) -> PaddedBatches:
+    return PaddedBatches(shards, batch_size=6, context_length=16, pad_id=1, seed=0)
+
+
+def recipe(steps: int = 12, **changes: object) -> Recipe:
+    values: dict[str, object] = {
+        "steps": steps,
+        "batch_size": 4,
+        "micro_batch_size": 0,
+        "learning_rate": 1e-2,
+        "warmup_fraction": 0.25,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "padding_in_loss": False,
+        "checkpoint_seconds": 1e9,
+    }
+    return Recipe(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def run(shards: TokenShards, folder: Path, **options: object) -> tuple[Transformer, object]:
+    settings = {"recipe": recipe(), "seed": 3, **options}
+    return train(
+        CONFIG,
+        batches=packed(shards),
+        folder=folder,
+        accelerator=make_accelerator("cpu", "float32"),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_the_loss_falls_and_a_run_leaves_a_model_and_a_curve(shards: TokenShards, tmp_path: Path) -> None:
+    model, progress = run(shards, tmp_path, recipe=recipe(steps=60))
+    losses = [eval_line["loss"] for eval_line in read_curve(tmp_path)]
+    assert len(losses) == 60
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.2)  # an untrained model knows nothing
+    assert losses[-1] < losses[0] - 1.5
+    assert progress.tokens == sum(packed(shards).batch(t).num_tokens for t in range(60))
+    loaded = Transformer.load(tmp_path)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    import json
+
+    return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
+def test_one_seed_gives_bitwise_one_result_and_another_seed_another(shards: TokenShards, tmp_path: Path) -> None:
+    curves = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(shards, tmp_path / name, seed=seed)
+        curves.append([line["loss"] for line in read_curve(tmp_path / name)])
+    assert curves[0] == curves[1]
+    assert curves[0] != curves[2]
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_a_stopped_run_goes_on_bitwise_as_if_never_stopped(
+    shards: TokenShards, tmp_path: Path, stop_after: int
+) -> None:
+    whole, _ = run(shards, tmp_path / "whole")
+    seen = 0
+
+    def stop() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen == stop_after
+
+    with pytest.raises(Interrupted, match=f"step {stop_after} of 12"):
+        run(shards, tmp_path / "parts", should_stop=stop)
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    resumed, progress = run(shards, tmp_path / "parts")
+    losses = [[line["loss"] for line in read_curve(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert progress.step == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(shards, tmp_path / "whole")
+    seen = 0
+
+    def stop() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen == 6
+
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path / "parts", recipe=recipe(checkpoint_seconds=0.0), should_stop=stop)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
+    victim = checkpoints / "step-6" / "optimizer.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    run(shards, tmp_path / "parts")
+    assert "step-6 is damaged" in caplog.text
+    losses = [[line["loss"] for line in read_curve(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sqa.training.checkpoint as module
+
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path, should_stop=lambda: True)
+    real = module.write_safetensors
+
+    def full(path: Path, tensors: object) -> None:
+        if path.name.startswith("optimizer"):
+            raise OSError(28, "No space left on device")
+        real(path, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(shards, tmp_path, recipe=recipe(checkpoint_seconds=0.0))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    model = Transformer(CONFIG)
+    progress = load_checkpoint(tmp_path / "checkpoints", model, make_optimizer(model, recipe()))
+    assert progress is not None
+    assert progress.step == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_checkpoint(
+    shards: TokenShards, tmp_path: Path
+) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"loss was nan at step \d+; last good checkpoint: (step-\d+|none)"):
+        run(shards, tmp_path, recipe=recipe(steps=40, learning_rate=1e30, clip_norm=0.0))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 6])
+@pytest.mark.parametrize("padding_in_loss", [False, True])
+def test_micro_batches_weigh_every_target_alike(shards: TokenShards, micro: int, padding_in_loss: bool) -> None:
+    """Rows of a padded batch hold different numbers of targets: a mean of means would differ."""
+    gradients = []
+    batch = padded(shards).batch(0)
+    labels = batch.labels_all_positions if padding_in_loss else batch.labels
+    accelerator = make_accelerator("cpu", "float32")
+    for size in (0, micro):
+        torch.manual_seed(0)
+        model = Transformer(CONFIG)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        settings = recipe(micro_batch_size=size, padding_in_loss=padding_in_loss, clip_norm=0.0)
+        loss, targets = train_step(model, optimizer, accelerator, settings, batch, rate=1.0)
+        gradients.append({name: before[name] - p.detach() for name, p in model.named_parameters()})
+        assert targets == int((labels != -100).sum())
+        torch.manual_seed(0)
+        assert loss == pytest.approx(Transformer(CONFIG)(batch.input_ids, labels).loss.item(), rel=1e-5)
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole)
+
+
+def test_the_schedule_warms_up_and_falls_to_zero() -> None:
+    rates = [learning_rate(recipe(steps=100), step) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-2 / 25)
+    assert rates[24] == pytest.approx(1e-2)
+    assert rates[25] == pytest.approx(1e-2)
+    assert all(a >= b for a, b in zip(rates[25:], rates[26:], strict=False))
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    assert rates[62] == pytest.approx(0.5e-2, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, layout: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    token_bytes = torch.arange(VOCAB) % 5 + 1
+    options = {"layout": layout, "context_length": 16, "pad_id": 1, "max_tokens": 700}
+    batches = list(evaluation_batches(shards, batch_size=5, **options))  # type: ignore[arg-type]
+    result = evaluate(model, batches, token_bytes, make_accelerator("cpu", "float32"))
+    nll, hits, all_nll, all_count, count, size = 0.0, 0, 0.0, 0, 0, 0
+    for batch in batches:
+        logits = model(batch.input_ids, document_ids=batch.document_ids).logits.detach()
+        log_p = logits.log_softmax(-1).double()
+        for row, label, all_label in rows_of(batch):
+            lp = log_p[row]
+            if all_label != -100:
+                all_nll -= float(lp[all_label])
+                all_count += 1
+            if label != -100:
+                nll -= float(lp[label])
+                hits += int(lp.argmax() == label)
+                count += 1
+                size += int(token_bytes[label])
+    assert result.tokens == count
+    assert result.loss == pytest.approx(nll / count, rel=1e-6)
+    assert result.accuracy == pytest.approx(hits / count)
+    assert result.perplexity == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-6)
+    if layout == "padded":
+        assert result.loss_all_positions == pytest.approx(all_nll / all_count, rel=1e-6)
+    else:
+        assert result.loss_all_positions is None
+
+
+def rows_of(batch: Batch) -> list[tuple[tuple[int, int], int, int]]:
+    """Position, real label and label under the published convention, one by one."""
+    everywhere = batch.labels if batch.labels_all_positions is None else batch.labels_all_positions
+    return [
+        ((row, t), int(batch.labels[row, t]), int(everywhere[row, t]))
+        for row in range(batch.labels.shape[0])
+        for t in range(batch.labels.shape[1])
+    ]
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("gpu: there is one")
+    with pytest.raises(ValueError, match="device is 'cuda'"):
+        make_accelerator("cuda", "float32")
