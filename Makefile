@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 EXTRAS := all,ray,peers,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test lint bench clean
+.PHONY: help compare test test-gguf lint bench clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -17,6 +17,10 @@ compare: $(VENV)/.installed  ## train all variants on the built-in text and prin
 
 test: lint  ## everything that must pass: formatting, types, the whole test suite
 	@SQA_ALL_EXTRAS=1 $(BIN)/python -m pytest
+
+test-gguf: $(VENV)/.installed-dev  ## llama.cpp itself reads an export: builds llama-cpp-python first, some ten minutes
+	@$(INSTALL) llama-cpp-python==0.3.36
+	@$(BIN)/python -m pytest tests/interop/test_llama_cpp.py
 
 lint: $(VENV)/.installed-dev  ## formatting and types only
 	@$(BIN)/ruff check --quiet

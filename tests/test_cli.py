@@ -134,9 +134,7 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tiny: Path) -> None:
     (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
     for out in ("a", "b"):
         sqa("compare", "tiny.toml", "--seeds", "0,5", "--variants", "sqa", "--out", out, cwd=tiny)
-    a, b = (
-        [(tiny / out / run / "curve.jsonl").read_text().splitlines() for run in ("sqa-0", "sqa-5")] for out in "ab"
-    )
+    a, b = ([(tiny / out / run / "curve.jsonl").read_text().splitlines() for run in ("sqa-0", "sqa-5")] for out in "ab")
     losses_a, losses_b = ([[json.loads(line)["loss"] for line in curve] for curve in curves] for curves in (a, b))
     assert losses_a == losses_b
     assert losses_a[0] != losses_a[1]
@@ -194,6 +192,20 @@ def test_a_run_that_diverges_is_named_and_the_others_go_on(tiny: Path) -> None:
     assert done.returncode == 1
     assert re.search(r"gqa seed 0: loss was nan at step \d+; last good checkpoint: none", done.stderr)
     assert "sqa seed 0: loss was nan" in done.stderr
+
+
+def test_train_export_import_and_generate_agree(tiny: Path) -> None:
+    sqa("train", "tiny.toml", "--variant", "sqa", cwd=tiny)
+    run = "runs/tiny-sqa"
+    sqa("export", run, "exported", cwd=tiny)
+    assert json.loads((tiny / "exported" / "config.json").read_text())["model_type"] == "llama"
+    sqa("import", "exported", "imported", cwd=tiny)
+    texts = [sqa("generate", folder, "--prompt", "The License", cwd=tiny).stdout for folder in (run, "imported")]
+    assert texts[0] == texts[1]
+    for arguments in (("export", run, "exported"), ("import", "exported", "imported"), ("import", "text.jsonl", "x")):
+        refused = sqa(*arguments, cwd=tiny, check=False)
+        assert refused.returncode == 2
+        assert len(refused.stderr.splitlines()) == 1
 
 
 def test_train_makes_one_run(tiny: Path) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sqa"
 
 LAYERS = (
+    "files",
     "config",
     "variants",
     "cost",
@@ -35,7 +36,7 @@ LAYERS = (
 )
 CORE = LAYERS[: LAYERS.index("model") + 1]
 # (importer, layer it may import all the same, inside a function only)
-EXCEPTIONS = {("sqa.model", "sqa.interop")}
+EXCEPTIONS = {("sqa.model", "sqa.interop"), ("sqa.config", "sqa.variants")}
 NOT_IN_CORE = {"accelerate", "altair", "datasets", "transformers", "vl_convert"}
 
 

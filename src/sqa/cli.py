@@ -296,6 +296,55 @@ def train(
 
 
 @app.command()
+def kernels(
+    variant: Annotated[str, typer.Option(help="Heads of the shape asked about.")] = "sqa",
+    d_model: Annotated[int, typer.Option(help="Model width.")] = 256,
+    num_heads: Annotated[int, typer.Option(help="Nominal heads.")] = 16,
+    n: Annotated[int, typer.Option("--n", help="Tokens.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    window: Annotated[int | None, typer.Option(help="Sliding window.")] = None,
+    documents: Annotated[bool, typer.Option("--documents", help="Packed documents.")] = False,
+    padding: Annotated[bool, typer.Option("--padding", help="A padding mask.")] = False,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
+    training: Annotated[bool, typer.Option("--training/--inference")] = True,
+) -> None:
+    """The attention kernels, and which one a shape gets and why."""
+    from sqa.variants import variant as variant_config
+
+    config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    import torch
+    from rich.table import Table
+
+    from sqa.attention.kernels import KERNELS, Case, explain, resolve
+
+    case = Case.of_layer(
+        config,
+        length=n,
+        device=device,
+        dtype=getattr(torch, dtype),
+        documents=documents,
+        padding=padding,
+        grad=training,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("kernel", "devices", "masks", "backward", "this shape"):
+        table.add_column(heading)
+    for name, verdict in explain(case):
+        row = KERNELS[name]
+        table.add_row(name, row.devices, row.masks, row.backward, verdict)
+    console = _console()
+    console.print(table)
+    choice = resolve(case)
+    heads = f"{config.num_query_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
+    console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's directory (runs/demo/sqa-0), or a comparison with one run.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
@@ -327,6 +376,38 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
     )
     print(tokenizer.decode(tokens[0].tolist()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run, or a directory written by Transformer.save.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; for gguf a new .gguf file.")],
+    format: Annotated[str, typer.Option(help="hf (no code of ours), hf-remote (our own class) or gguf.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="hf: float32, bfloat16, float16; gguf: f32, bf16, f16, q8_0.")
+    ] = None,
+) -> None:
+    """Write a model for transformers or llama.cpp."""
+    if format not in ("hf", "hf-remote", "gguf"):
+        raise ValueError(f"--format must be hf, hf-remote or gguf, got {format!r}")
+    from sqa import interop
+
+    for note in interop.export(_run_folder(run), out, format=format, dtype=dtype):
+        print(note)
+    print(f"wrote {out}")
+
+
+@app.command(name="import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="A Hugging Face directory, an SQA author's, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
+) -> None:
+    """Read a Llama, Mistral, Qwen2, Qwen3 or SQAT model into a directory that sqa generate and export take."""
+    from sqa import interop
+
+    for note in interop.import_model(source, out):
+        print(note)
+    print(f"wrote {out}")
 
 
 def _run_folder(path: Path) -> Path:

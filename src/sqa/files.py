@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/sqa`, or `~/.cache/sqa` where that variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqa"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it is synced and takes the name of `path`."""

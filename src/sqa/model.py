@@ -140,9 +140,7 @@ class Transformer(nn.Module):
             return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
-        nll_sum = linear_cross_entropy(
-            hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled
-        )
+        nll_sum = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled)
         num_tokens = (labels != IGNORE).sum()
         return Output(loss=nll_sum / num_tokens, nll_sum=nll_sum, num_tokens=num_tokens)
 

@@ -1,5 +1,7 @@
 """Every kernel against the fp32 oracle, forward and gradients; the choice of a kernel and its reasons."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from attention_cases import BATCH, MASKS, by_rule, left_padding, make_mask, seen
@@ -8,15 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqa import AttentionConfig, variant
-from sqa.attention import blocks
+from sqa.attention import blocks, fused
 from sqa.attention.kernels import KERNELS, Case, attend, explain, resolve
 from sqa.attention.masks import Mask
 from sqa.attention.reference import reference_attention
 from sqa.variants import VARIANTS
 
-HEADS = {name: variant(name, d_model=64, num_heads=8) for name in VARIANTS}
+HEADS = {name: variant(name, d_model=128, num_heads=8) for name in VARIANTS}
 BLOCK_MASKS = tuple(kind for kind in MASKS if "padding" not in kind)
-GRID = [("sdpa", kind) for kind in MASKS] + [("blocks", kind) for kind in BLOCK_MASKS]
+FUSED_MASKS = tuple(kind for kind in BLOCK_MASKS if "sinks" not in kind)
+GRID = [
+    *(("sdpa", kind) for kind in MASKS),
+    *(("blocks", kind) for kind in BLOCK_MASKS),
+    *(("fused", kind) for kind in FUSED_MASKS),
+]
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 grid = pytest.mark.parametrize(("kernel", "kind"), GRID, ids=[f"{k}-{m}" for k, m in GRID])
@@ -66,10 +73,17 @@ def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def needs(kernel: str) -> None:
+    """Skip where there is no compiler for our own kernel."""
+    if kernel == "fused" and fused.lacks() == "no C++ compiler":
+        pytest.skip("data: no C++ compiler")
+
+
 @lengths
 @grid
 @pytest.mark.parametrize("name", HEADS)
 def test_fp32(name: str, kernel: str, kind: str, length: int) -> None:
+    needs(kernel)
     mask = make_mask(kind, length)
     qkv, grad = draw(HEADS[name], length)
     got = with_gradients(attend(*qkv, mask, kernel=kernel), qkv, grad)
@@ -81,6 +95,11 @@ def test_fp32(name: str, kernel: str, kind: str, length: int) -> None:
 @pytest.mark.parametrize("name", ["gqa", "xsqa", "rsqa"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_low_precision_is_no_worse_than_plain(dtype: str, name: str, kernel: str, kind: str, length: int) -> None:
+    if (kernel, dtype) == ("fused", "fp16"):
+        with pytest.raises(ValueError, match="fp32 and bf16 only"):
+            resolve(case(dtype=torch.float16), kernel)
+        return
+    needs(kernel)
     mask = make_mask(kind, length)
     qkv, grad = draw(HEADS[name], length, dtype=LOW[dtype])
     exact, simple = (f(qkv, grad, seen(kind, length)) for f in (oracle, plain))
@@ -104,6 +123,52 @@ def test_blocks_over_several_query_blocks(window: int, kind: str) -> None:
     got = with_gradients(attend(*qkv, mask, kernel="blocks"), qkv, grad)
     expected = with_gradients(attend(*qkv, mask, kernel="reference"), qkv, grad)
     assert_all_close(got, expected)
+
+
+@pytest.mark.parametrize("head_dim", fused.HEAD_DIMS)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (10, 1)], ids=str)
+@pytest.mark.parametrize("length", [1, 64, 129, 300])
+@pytest.mark.parametrize("window", [None, 1, 90])
+def test_fused_over_several_tiles(head_dim: int, heads: tuple[int, int], length: int, window: int | None) -> None:
+    """Tiles of 64 keys and blocks of 64 or 128 queries, whole, partial and skipped; more than eight heads a KV head."""
+    needs("fused")
+    config = AttentionConfig(
+        d_model=640, num_heads=10, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim
+    )
+    qkv, grad = draw(config, length)
+    mask = Mask(window=window)
+    got = with_gradients(attend(*qkv, mask, kernel="fused"), qkv, grad)
+    assert_all_close(got, with_gradients(attend(*qkv, mask, kernel="reference"), qkv, grad))
+
+
+def test_fused_softmax_does_not_overflow_and_forgets_nothing() -> None:
+    """Scores of +-1,000 that grow along the keys: the running maximum moves at every tile."""
+    needs("fused")
+    length = 200
+    q = torch.full((1, length, 1, 16), 10.0)
+    k = torch.linspace(-25, 25, length)[None, :, None, None].expand(1, length, 1, 16).contiguous()
+    v = torch.randn(1, length, 1, 16, generator=torch.Generator().manual_seed(0))
+    for keys in (k, k.flip(1)):
+        expected = attend(q, keys, v, Mask(), kernel="reference")
+        torch.testing.assert_close(attend(q, keys, v, Mask(), kernel="fused"), expected)
+
+
+def test_without_a_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_library", lambda: "no C++ compiler")
+    assert resolve(case()).kernel == "sdpa"
+    assert resolve(case(window=8)).kernel == "blocks"
+    with pytest.raises(ValueError, match=r"fused cannot do this call \(no C\+\+ compiler\)"):
+        resolve(case(), "fused")
+
+
+def test_a_compiler_that_fails_is_a_warning_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    assert fused._library.__wrapped__() == "did not compile"
+    assert "could not compile" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
 
 
 @given(
@@ -207,10 +272,15 @@ def case(**changes) -> Case:
 @pytest.mark.parametrize(
     ("changes", "kernel", "reason"),
     [
-        ({}, "sdpa", "fused"),
-        ({"window": 8}, "blocks", "skips"),
-        ({"window": 64}, "sdpa", "fused"),
-        ({"documents": True}, "blocks", "skips"),
+        ({}, "fused", "our own"),
+        ({"window": 8}, "fused", "our own"),
+        ({"documents": True, "causal": False}, "fused", "our own"),
+        ({"head_dim": 24}, "sdpa", "fused"),
+        ({"head_dim": 24, "window": 8}, "blocks", "skips"),
+        ({"window": 8, "num_sink_tokens": 2}, "blocks", "skips"),
+        ({"window": 64, "num_sink_tokens": 2}, "fused", "our own"),
+        ({"dtype": torch.float16}, "sdpa", "fused"),
+        ({"dtype": torch.float16, "documents": True}, "blocks", "skips"),
         ({"padding": True}, "sdpa", "dense mask"),
         ({"window": 8, "padding": True}, "sdpa", "dense mask"),
         ({"window": 8, "cached": True, "num_queries": 3}, "sdpa", "dense mask"),

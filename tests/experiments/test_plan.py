@@ -45,7 +45,7 @@ def test_budgets_are_read(text: str, kind: str, amount: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "steps", "steps=", "steps=0", "steps=-3", "hours=3", "time=3d", "tokens=5X"])
 def test_other_budgets_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="^budget: "):
+    with pytest.raises(ValueError, match=r"^budget: "):
         Budget.parse(text)
 
 
@@ -105,5 +105,5 @@ def test_a_toml_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
     path.write_text("batch_size = \n")
     with pytest.raises(ValueError, match="is not TOML"):
         Plan.read(str(path))
-    with pytest.raises(ValueError, match="neither a file nor a preset .*did you mean 'demo'"):
+    with pytest.raises(ValueError, match=r"neither a file nor a preset .*did you mean 'demo'"):
         Plan.read("dem")

@@ -1,5 +1,6 @@
 """The training loop: the weighting of tokens, the schedule, exact resumption, evaluation as sums."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -34,9 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     generator = np.random.default_rng(0)
     documents = [
         [*((int(start) + 3 * np.arange(length)) % (VOCAB - 2) + 2).tolist(), 0]
-        for start, length in zip(
-            generator.integers(0, VOCAB, 200), generator.integers(3, 60, 200), strict=True
-        )
+        for start, length in zip(generator.integers(0, VOCAB, 200), generator.integers(3, 60, 200), strict=True)
     ]
     folder = tmp_path_factory.mktemp("shards") / "train"
     return write_shards(folder, [documents], vocab_size=VOCAB, origin={"made": "here"})
@@ -211,7 +210,7 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert rates[0] == pytest.approx(1e-2 / 25)
     assert rates[24] == pytest.approx(1e-2)
     assert rates[25] == pytest.approx(1e-2)
-    assert all(a >= b for a, b in zip(rates[25:], rates[26:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[25:]))
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
     assert rates[62] == pytest.approx(0.5e-2, rel=0.05)
 

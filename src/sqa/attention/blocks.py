@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sqa.attention.masks import document_starts
+from sqa.attention.fused import fused_forward
+from sqa.attention.masks import document_starts, key_ranges
 
 QUERY_BLOCK = 64
 
@@ -124,9 +125,16 @@ def block_attention(
     window: int,
     sinks: int,
     scale: float,
+    own_forward: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none."""
+    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none.
+
+    `own_forward` takes our own forward, which has no sinks, instead of PyTorch's on slices.
+    """
     q, k, v = _dense(q, k, v)
+    if own_forward:
+        low, high = key_ranges(q.shape[0], q.shape[1], document_ids, causal=causal, window=window)
+        return fused_forward(q, k, v, low, high, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
     for b in _blocks(q, document_ids, causal, window, sinks):
@@ -139,7 +147,7 @@ def block_attention(
 
 
 @block_attention.register_fake
-def _(q, k, v, document_ids, causal, window, sinks, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, document_ids, causal, window, sinks, scale, own_forward):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -159,6 +167,11 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; blocks overlap in k and v, so those are summed in fp32."""
     grad, q, k, v = _dense(grad, q, k, v)
+    if document_ids is None and window == 0:  # nothing to skip: all rows in one call
+        heads = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        grads = _fused_backward(*heads, logsumexp.transpose(1, 2).contiguous(), 0.0, causal, scale=scale)
+        dq, dk, dv = (x.transpose(1, 2).contiguous() for x in grads)
+        return dq, dk, dv
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = torch.zeros(k.shape, dtype=torch.float32), torch.zeros(v.shape, dtype=torch.float32)
     for b in _blocks(q, document_ids, causal, window, sinks):
@@ -186,14 +199,14 @@ def _(grad, q, k, v, out, logsumexp, document_ids, causal, window, sinks, scale)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, document_ids, *ctx.options = inputs
+    q, k, v, document_ids, *ctx.options, _ = inputs
     ctx.save_for_backward(q, k, v, document_ids, *output)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     q, k, v, document_ids, out, logsumexp = ctx.saved_tensors
     dq, dk, dv = block_attention_backward(grad, q, k, v, out, logsumexp, document_ids, *ctx.options)
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 block_attention.register_autograd(_backward, setup_context=_save)

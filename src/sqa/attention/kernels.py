@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sqa.attention import fused
 from sqa.attention.blocks import block_attention
 from sqa.attention.masks import Mask, dense_mask, document_starts, sink_keys
 from sqa.attention.reference import reference_attention
@@ -144,8 +145,19 @@ def _lacks_sdpa(case: Case) -> str | None:
 
 
 def _run_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
+    return _block_attention(q, k, v, mask, case, scale, own_forward=False)
+
+
+def _run_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
+    return _block_attention(q, k, v, mask, case, scale, own_forward=True)
+
+
+def _block_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, *, own_forward: bool
+) -> Tensor:
     window = mask.window if case.windowed and mask.window is not None else 0
-    return block_attention(q, k, v, mask.document_ids, case.causal, window, mask.num_sink_tokens, scale)[0]
+    sinks = mask.num_sink_tokens if window else 0
+    return block_attention(q, k, v, mask.document_ids, case.causal, window, sinks, scale, own_forward)[0]
 
 
 def _lacks_blocks(case: Case) -> str | None:
@@ -158,6 +170,19 @@ def _lacks_blocks(case: Case) -> str | None:
     if case.padding or case.cached or case.num_queries != case.num_keys:
         return "no padding mask, cache or cross-attention"
     return None
+
+
+def _lacks_fused(case: Case) -> str | None:
+    lack = _lacks_blocks(case)
+    if lack is not None:
+        return lack
+    if case.windowed and case.num_sink_tokens:
+        return "no sinks"
+    if case.dtype not in fused.DTYPES:
+        return f"fp32 and bf16 only, got {case.dtype}"
+    if case.head_dim not in fused.HEAD_DIMS:
+        return f"head_dim must be one of {', '.join(map(str, fused.HEAD_DIMS))}, got {case.head_dim}"
+    return fused.lacks()
 
 
 @lru_cache(maxsize=1)
@@ -235,6 +260,10 @@ KERNELS: dict[str, Kernel] = {
         run=_run_blocks, lacks=_lacks_blocks, devices="cpu", masks="causal, window, sinks, documents",
         dtypes="fp32, fp16, bf16", backward="yes", about="fused attention on slices; skips what a mask hides",
     ),
+    "fused": Kernel(
+        run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="causal, window, documents", dtypes="fp32, bf16",
+        backward="yes", about="our own forward (C++, needs a compiler) with the backward of blocks",
+    ),
     "flex": Kernel(
         run=_flex, lacks=_lacks_flex, devices="cuda; cpu forward", masks="all but cached, soft-cap",
         dtypes="fp32, fp16, bf16", backward="cuda", about="PyTorch's FlexAttention, compiled; skips what a mask hides",
@@ -255,6 +284,8 @@ def resolve(case: Case, kernel: str = "auto") -> Choice:
         if lack is not None:
             raise ValueError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
         return Choice(kernel, "asked for")
+    if _lacks_fused(case) is None:
+        return Choice("fused", "our own forward, made for small heads; skips what a mask hides")
     skips = case.windowed or case.documents
     if case.device == "cpu" and skips and _lacks_blocks(case) is None:
         return Choice("blocks", "skips the keys that the window or the documents hide")

@@ -48,6 +48,25 @@ def document_starts(document_ids: Tensor) -> Tensor:
     return starts
 
 
+def key_ranges(
+    batch_size: int, length: int, document_ids: Tensor | None, *, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    """First key that each query sees and one past the last, int32 (B, T), on the CPU. window=0: none."""
+    positions = torch.arange(length, dtype=torch.int32).expand(batch_size, length)
+    first, past = torch.zeros_like(positions), torch.full_like(positions, length)
+    if document_ids is not None:
+        starts = document_starts(document_ids)
+        first = torch.where(starts, positions, 0).cummax(1).values
+        ends = torch.ones_like(starts)
+        ends[:, :-1] = starts[:, 1:]
+        past = torch.where(ends, positions + 1, length).flip(1).cummin(1).values.flip(1)
+    if causal:
+        past = positions + 1
+    if window:
+        first = torch.maximum(first, positions - window + 1)
+    return first.to(torch.int32), past.to(torch.int32)
+
+
 def sink_keys(mask: Mask, num_keys: int, device: torch.device) -> Tensor:
     """bool (1 or B, Tk): the first `num_sink_tokens` real tokens of each document."""
     real = mask.padding_mask

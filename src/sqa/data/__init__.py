@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqa.data.corpus import Corpus, fingerprint_of, open_corpus
-from sqa.data.shards import TokenShards, default_cache_dir, load_or_encode
+from sqa.data.shards import TokenShards, load_or_encode
 from sqa.data.tokenizer import Tokenizer, check_vocab_size, load_or_train_tokenizer
+from sqa.files import default_cache_dir
 
 __all__ = [
     "Corpus",

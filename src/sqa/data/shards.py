@@ -21,11 +21,6 @@ _FORMAT = 1  # part of the cache key and of the manifest: raise it when the file
 _CHARACTERS_PER_CHUNK = 1 << 20
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/sqa`, or `~/.cache/sqa` where that variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqa"
-
-
 class TokenShards:
     """The documents of one split as token ids, each with an end token, memory-mapped from a folder.
 

@@ -1,0 +1,96 @@
+"""Our own attention forward on CPU: fused.cpp, compiled on first use and kept in the cache folder.
+
+A plain shared library called through ctypes: it compiles in seconds where PyTorch's headers take a minute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sqa.files import default_cache_dir, replacing
+
+logger = logging.getLogger(__name__)
+
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.bfloat16)
+
+_SOURCE = Path(__file__).with_name("fused.cpp")
+# no -ffast-math: it would reorder sums, and linked into a library it flushes denormals in the whole process
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+
+
+@torch.compiler.assume_constant_result
+def lacks() -> str | None:
+    """Why there is no compiled library on this machine; None when there is one. The first call compiles."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | str:
+    """The library, or in words why there is none."""
+    if platform.system() != "Linux":
+        return "built on Linux only"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return "no C++ compiler"
+    try:
+        path = _compiled(compiler)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("%s could not compile the attention kernel; PyTorch's is used: %s", compiler, error)
+        return "did not compile"
+    library.sqa_attention_forward.restype = ctypes.c_int
+    return library
+
+
+def _compiled(compiler: str) -> Path:
+    """The library in the cache, compiled there when source, compiler or processor are new."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    target = subprocess.run(  # what -march=native means here
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
+    ).stdout
+    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, target, " ".join(_FLAGS).encode()))).hexdigest()
+    path = default_cache_dir() / "kernels" / f"attention-{key[:16]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary)], capture_output=True, check=True)
+    return path
+
+
+def fused_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq), fp32 inside.
+
+    Query i of row b sees keys low[b, i] .. high[b, i] - 1 (int32, (B, T)). Last axes must be without gaps, dtypes in
+    DTYPES and D in HEAD_DIMS: the kernel table sees to it.
+    """
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    batch_size, length, num_heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
+    low, high = low.contiguous(), high.contiguous()
+    strides = (ctypes.c_int64 * 9)(*(stride for x in (q, k, v) for stride in x.stride()[:3]))
+    failed = library.sqa_attention_forward(
+        ctypes.c_int(q.dtype == torch.bfloat16),
+        ctypes.c_int64(head_dim),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out, logsumexp, low, high)),
+        strides,
+        *(ctypes.c_int64(number) for number in (batch_size, length, num_heads, k.shape[2])),
+        ctypes.c_float(scale),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    assert not failed
+    return out, logsumexp

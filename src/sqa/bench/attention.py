@@ -1,0 +1,330 @@
+"""The attention operation alone: forward, and forward with backward, over lengths, head counts, masks and kernels.
+
+FLOPs are those of cost.attention_flops: visible pairs only, backward twice the forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sqa import cost
+from sqa.attention.kernels import KERNELS, Case, attend, resolve
+from sqa.attention.layer import SparseQueryAttention
+from sqa.attention.masks import Mask, dense_mask
+from sqa.attention.reference import reference_attention
+from sqa.bench.machine import find_device, find_dtype, matmul_peak
+from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, heads, timed
+from sqa.bench.timing import Budget, at_least_one, failure, take_turns
+from sqa.config import AttentionConfig, nearest
+from sqa.variants import variant
+
+logger = logging.getLogger(__name__)
+
+MASKS = ("causal", "none", "window", "documents")
+
+PINNED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""PyTorch's own implementations under `sdpa`: naming one lets no other run."""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def pinned(kernel: str) -> Iterator[str]:
+    """The name to give to `attend`, while PyTorch may run this implementation only; flex compiles with max-autotune."""
+    if kernel in PINNED:
+        with sdpa_kernel(PINNED[kernel]):
+            yield "sdpa"
+    elif kernel == "flex":
+        from torch._inductor import config
+
+        with config.patch(max_autotune=True):
+            yield kernel
+    else:
+        yield kernel
+
+
+def layer_config(name: str, *, d_model: int, num_heads: int) -> AttentionConfig:
+    """A variant's name, or head counts written Hq/Hkv or Hq/HkvxD. Raises ValueError for neither."""
+    counts = re.fullmatch(r"(\d+)/(\d+)(?:x(\d+))?", name)
+    if counts is None:
+        return variant(name, d_model=d_model, num_heads=num_heads)
+    num_query_heads, num_kv_heads = int(counts[1]), int(counts[2])
+    return AttentionConfig(
+        d_model=d_model,
+        num_heads=max(num_heads, num_query_heads, num_kv_heads),
+        num_query_heads=num_query_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=int(counts[3]) if counts[3] else d_model // num_heads,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One contestant: a layer shape under a mask, a kernel, and what is timed."""
+
+    variant: str
+    config: AttentionConfig
+    mask: str
+    document_length: int
+    kernel: str
+    what: str
+    n: int
+    batch_size: int
+    dtype: str
+    device: torch.device
+
+    @property
+    def documents(self) -> Tensor | None:
+        """document_ids (B, N) where the mask is made of documents."""
+        if self.mask != "documents":
+            return None
+        ids = torch.arange(self.n, device=self.device) // self.document_length
+        return ids.expand(self.batch_size, self.n).contiguous()
+
+    @property
+    def visible(self) -> Mask:
+        """The mask as `attend` takes it."""
+        return Mask(causal=self.config.causal, window=self.config.window, document_ids=self.documents)
+
+    @property
+    def scores(self) -> int:
+        """(query, key, head) triples: as many exponentials, and 4 x head_dim FLOPs each."""
+        length = self.document_length if self.mask == "documents" else self.n
+        whole, rest = divmod(self.n, length)
+        pairs = whole * cost.visible_pairs(self.config, length) + cost.visible_pairs(self.config, rest)
+        return self.batch_size * self.config.num_output_heads * pairs
+
+    def inputs(self) -> tuple[list[Tensor], Tensor]:
+        """q, k, v, which want gradients if there is a backward pass, and a gradient of the output."""
+        c = self.config
+        *qkv, grad = (
+            torch.randn(self.batch_size, self.n, h, c.head_dim, dtype=find_dtype(self.dtype), device=self.device)
+            for h in (c.num_query_heads, c.num_kv_heads, c.num_kv_heads, c.num_output_heads)
+        )
+        return [x.requires_grad_(self.what != "forward") for x in qkv], grad
+
+    def contestant(self) -> Callable[[], object]:
+        """What is timed, its inputs made."""
+        mask = self.visible
+        if self.what == "layer step":
+            layer = SparseQueryAttention(self.config).to(self.device, find_dtype(self.dtype))
+            shape = (self.batch_size, self.n, self.config.d_model)
+            x, out_grad = torch.randn(2, *shape, dtype=find_dtype(self.dtype), device=self.device)
+            wanted = (x.requires_grad_(), *layer.parameters())
+            return lambda: torch.autograd.grad(layer(x, document_ids=mask.document_ids), wanted, out_grad)
+        inputs, grad = self.inputs()
+        q, k, v = inputs
+
+        def forward() -> None:
+            with pinned(self.kernel) as kernel:
+                attend(q, k, v, mask, kernel=kernel)
+
+        def forward_backward() -> None:
+            # a compiled backward is compiled when it first runs, so inside `pinned` too
+            with pinned(self.kernel) as kernel:
+                torch.autograd.grad(attend(q, k, v, mask, kernel=kernel), inputs, grad)
+
+        return forward if self.what == "forward" else forward_backward
+
+    def row(self, peak: float) -> Row:
+        """All of a row that is known before timing; `peak` in FLOP/s."""
+        kernel = f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
+        if self.kernel == "auto":
+            case = Case.of_layer(
+                self.config,
+                length=self.n,
+                device=self.device.type,
+                dtype=find_dtype(self.dtype),
+                documents=self.mask == "documents",
+                grad=self.what != "forward",
+            )
+            kernel = resolve(case).kernel
+        row: Row = {"kind": "attention", "d_model": self.config.d_model, "variant": self.variant}
+        row |= {
+            **heads(self.config),
+            "batch_size": self.batch_size,
+            "n": self.n,
+            "dtype": self.dtype,
+            "mask": self.mask,
+        }
+        row |= {"window": self.config.window, "kernel": kernel, "what": self.what, "scores": self.scores}
+        if self.what != "layer step":
+            row["flops"] = (1 if self.what == "forward" else 3) * 4 * self.config.head_dim * self.scores
+            row["limit_seconds"] = row["flops"] / peak
+        return row
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention as one would write it, in the inputs' own precision: the yardstick for rounding errors."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())
+
+
+def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str | None:
+    """None when the kernel is right for this kind of call, else the sentence that stands in place of its time.
+
+    On 256 tokens, output and gradients may be off the fp32 oracle by at most twice what plain PyTorch in the same
+    precision is (root mean square); in fp32 by torch.testing's tolerance.
+    """
+    n, window = 256, setting.config.window
+    config = setting.config if window is None else setting.config.replace(window=min(window, n // 4))
+    setting = replace(setting, config=config, n=n, batch_size=1, document_length=n // 4)
+    mask = setting.visible
+    visible = dense_mask(mask, n, n, setting.device)
+    inputs, grad = setting.inputs()
+    repeats = config.num_output_heads // config.num_query_heads  # reverse SQA, of which the oracle knows nothing
+
+    def all_of(run: Attention, inputs: list[Tensor]) -> list[Tensor]:
+        out = run(*inputs)
+        gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype)) if out.requires_grad else ()
+        return [out.detach(), *gradients]
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference_attention(q.repeat_interleave(repeats, 2), k, v, visible, scale=config.head_dim**-0.5)
+
+    wanted = all_of(oracle, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
+    plain = all_of(lambda q, k, v: _plain(q.repeat_interleave(repeats, 2), k, v, visible), inputs)
+    try:
+        with pinned(setting.kernel) as name:
+            got = all_of(lambda q, k, v: attention(q, k, v, mask, kernel=name), inputs)
+    except (RuntimeError, ValueError) as problem:
+        return f"cannot run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
+    for what, given, simple, exact in zip(("output", "dq", "dk", "dv"), got, plain, wanted, strict=False):
+        error, allowed = _rms(given - exact), 2 * _rms(simple - exact)
+        if setting.dtype == "fp32":
+            error, allowed = float((given - exact).abs().max()), 1e-5 + 1.3e-6 * float(exact.abs().max())
+        if not error <= allowed:
+            return f"not timed: {what} is off by {error:.1e}, {allowed:.1e} allowed"
+    return None
+
+
+def run_attention(
+    *,
+    variants: Sequence[str] = VARIANTS,
+    lengths: Sequence[int] = (1024, 4096),
+    d_model: int = 256,
+    num_heads: int = 16,
+    batch_size: int = 1,
+    dtypes: Sequence[str] = ("bf16",),
+    mask: str = "causal",
+    window: int = 512,
+    document_length: int = 512,
+    kernels: Sequence[str] = ("auto",),
+    rounds: int = 10,
+    device: str = "cpu",
+    budget: float | None = None,
+) -> BenchResult:
+    """Time attention; every contestant of one length and dtype takes turns with the others.
+
+    `variants` are names or head counts (Hq/Hkv, Hq/HkvxD); `kernels` are "auto", those of `sqa kernels`, or one of
+    PyTorch's own pinned (flash, cudnn, efficient, math). With mask "window" full causal attention runs beside it, and
+    so does the training step of the whole layer. A kernel that cannot run or is not right becomes a row with a note.
+    `budget` (seconds): longer N are left out when they would not fit. Raises ValueError for bad options.
+    """
+    known = ["auto", *KERNELS, *PINNED]
+    for field, names, allowed in (("mask", [mask], list(MASKS)), ("kernel", kernels, known)):
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"{field}: {name!r} is unknown{nearest(name, allowed)} ({', '.join(allowed)})")
+    at_least_one(
+        variants=len(variants),
+        lengths=min(lengths, default=0),
+        batch_size=batch_size,
+        window=window,
+        document_length=document_length,
+        rounds=rounds,
+    )
+    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
+    configs = {name: layer_config(name, d_model=d_model, num_heads=num_heads) for name in variants}
+    peaks = {dtype: matmul_peak(find_dtype(dtype), where) for dtype in dtypes}
+    measured = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
+    notes = [
+        f"limit: share of the ratio that fewer scores allow (H / Hq). peak: share of a matrix product's {measured}."
+    ]
+    rows: list[Row] = []
+    for dtype, peak in peaks.items():
+        settings = [
+            Setting(
+                variant=name,
+                config=config.replace(causal=which != "none", window=window if which == "window" else None),
+                mask=which,
+                document_length=document_length,
+                kernel=kernel,
+                what=what,
+                n=lengths[0],
+                batch_size=batch_size,
+                dtype=dtype,
+                device=where,
+            )
+            for name, config in configs.items()
+            for which in (("causal", "window") if mask == "window" else (mask,))
+            for kernel in kernels
+            for what in ("forward", "forward+backward", *(("layer step",) if mask == "window" else ()))
+            if what != "layer step" or kernel == "auto"
+        ]
+        refused = {setting: refusal(setting) for setting in settings}
+        took = 0.0
+        for n in sorted(lengths):
+            before = left.left
+            if 2 * took > before:
+                notes.append(f"{dtype}: the budget was spent before N = {n:,}")
+                break
+            group: dict[Setting, Row] = {}
+            contestants: dict[Setting, Callable[[], object]] = {}
+            for setting in settings:
+                row = replace(setting, n=n).row(peak)
+                if (problem := refused[setting]) is not None:
+                    if n == min(lengths):
+                        group[setting] = row | {"note": problem}
+                    continue
+                run = replace(setting, n=n).contestant()
+                if (problem := failure(run, where)) is not None:
+                    group[setting] = row | {"note": f"cannot run: {problem}"}
+                    continue
+                group[setting], contestants[setting] = row, run
+            logger.info("attention %s, N = %d: %d contestants", dtype, n, len(contestants))
+            for setting, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
+                group[setting] |= timed(timing)
+            _compare(list(group.values()), peak, baseline)
+            rows += group.values()
+            took = before - left.left if budget else 0.0
+    options = {"d_model": d_model, "num_heads": num_heads, "rounds": rounds, "document_length": document_length}
+    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+
+
+def _compare(rows: list[Row], peak: float, baseline: str) -> None:
+    """Rates, shares and ratios among the rows of one length and dtype."""
+    add_ratios(rows, same=("mask", "kernel", "what"), baseline=baseline)
+    done = [row for row in rows if "seconds" in row]
+    scores = {(row["variant"], row["mask"]): row["scores"] for row in done}
+    full = {(row["variant"], row["what"]): row["seconds"]["median"] for row in done if row["mask"] == "causal"}
+    for row in done:
+        median = row["seconds"]["median"]
+        if "flops" in row:
+            row["flops_per_s"] = row["flops"] / median
+            row["share_of_peak"] = row["flops_per_s"] / peak
+        if "ratio" in row and "flops" in row:
+            row["limit"] = scores[baseline, row["mask"]] / row["scores"]
+            row["share_of_limit"] = row["ratio"] / row["limit"]
+        if row["mask"] == "window" and (row["variant"], row["what"]) in full:
+            row["ratio_to_full"] = full[row["variant"], row["what"]] / median

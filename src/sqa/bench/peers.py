@@ -1,0 +1,261 @@
+"""Who takes part: our model, and models of other libraries in the same shape behind the same three functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sqa.attention.kernels import Case, resolve
+from sqa.bench.machine import find_dtype
+from sqa.bench.report import Row, heads
+from sqa.config import ModelConfig, nearest
+from sqa.losses import IGNORE
+from sqa.model import Transformer
+
+OURS = "sqa"
+
+
+class Unavailable(Exception):
+    """A peer cannot take part; the message stands in the table in place of its time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """A language model to be measured.
+
+    `module` is called by the other two, so that a compiled form of it can be passed in its place: loss(module,
+    input_ids, labels) is the mean over labels != -100, labels[t] being the target of position t; last_logits(module,
+    input_ids) is (B, 1, V). `same_function`: given our weights it must compute what ours does.
+    """
+
+    module: nn.Module
+    logits: Callable[[nn.Module, Tensor], Tensor]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    last_logits: Callable[[nn.Module, Tensor], Tensor]
+    same_function: bool
+
+
+def ours(config: ModelConfig) -> Entrant:
+    """Our Transformer."""
+    return Entrant(
+        module=Transformer(config),
+        logits=lambda module, ids: module(ids).logits,
+        loss=lambda module, ids, labels: module(ids, labels=labels).loss,
+        last_logits=lambda module, ids: module(ids, num_logits=1).logits,
+        same_function=True,
+    )
+
+
+def _hf_llama(config: ModelConfig) -> Entrant:
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise Unavailable("not installed: pip install 'sparse-query-attention[hf]'") from None
+    layer = config.layers[0]
+    if layer.d_model % layer.num_query_heads or layer.num_query_heads % layer.num_kv_heads:
+        raise Unavailable(f"Llama cannot have {layer.num_query_heads} query and {layer.num_kv_heads} KV heads")
+    assert layer.rope is not None
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=layer.num_query_heads,
+        num_key_value_heads=layer.num_kv_heads,
+        head_dim=layer.head_dim,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": layer.rope.base},
+        tie_word_embeddings=config.tie_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return Entrant(
+        module=LlamaForCausalLM(llama),
+        logits=lambda module, ids: module(ids).logits,
+        # shift_labels: its own loss, over all T tokens as ours, where `labels` alone would drop one a row
+        loss=lambda module, ids, labels: module(ids, labels=labels, shift_labels=labels).loss,
+        last_logits=lambda module, ids: module(ids, logits_to_keep=1).logits,
+        same_function=True,
+    )
+
+
+def _x_transformers(config: ModelConfig) -> Entrant:
+    try:
+        from x_transformers import Decoder, TransformerWrapper
+    except ImportError:
+        raise Unavailable("not installed: pip install 'sparse-query-attention[peers]'") from None
+    layer = config.layers[0]
+    if layer.num_query_heads % layer.num_kv_heads:
+        raise Unavailable(f"it cannot have {layer.num_query_heads} query and {layer.num_kv_heads} KV heads")
+    decoder = Decoder(
+        dim=config.d_model,
+        depth=config.num_layers,
+        heads=layer.num_query_heads,
+        attn_kv_heads=layer.num_kv_heads,
+        attn_dim_head=layer.head_dim,
+        attn_flash=True,
+        rotary_pos_emb=True,
+        rotary_emb_dim=layer.head_dim,
+        use_rmsnorm=True,
+        ff_glu=True,
+        ff_swish=True,
+        ff_no_bias=True,
+        ff_mult=config.d_ff / config.d_model,
+        verbose=False,
+    )
+
+    def loss(module: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(module(ids).flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+
+    wrapper = TransformerWrapper(
+        num_tokens=config.vocab_size, max_seq_len=config.max_seq_len, use_abs_pos_emb=False, attn_layers=decoder
+    )
+    return Entrant(
+        module=wrapper,
+        logits=lambda module, ids: module(ids),
+        loss=loss,
+        last_logits=lambda module, ids: wrapper.to_logits(module(ids, return_embeddings=True)[:, -1:]),
+        # it shares KV heads in another order, normalises without eps and has a bias in the gate
+        same_function=False,
+    )
+
+
+PEERS: dict[str, Callable[[ModelConfig], Entrant]] = {"hf-llama": _hf_llama, "x-transformers": _x_transformers}
+
+
+def check_peers(peers: Sequence[str]) -> None:
+    """Raise ValueError for a name that is no peer."""
+    for name in peers:
+        if name not in PEERS:
+            raise ValueError(f"peers: {name!r} is unknown{nearest(name, list(PEERS))} (peers: {', '.join(PEERS)})")
+
+
+def shape(preset: str, variant: str, *, length: int, comparable: bool) -> ModelConfig:
+    """A preset for sequences of `length`; `comparable` is the shape peers can have: no biases, and a final norm."""
+    config = ModelConfig.preset(preset, variant=variant)
+    config = config.replace(max_seq_len=max(config.max_seq_len, length))
+    return config.replace(bias=False, final_norm=True) if comparable else config
+
+
+def build(name: str, config: ModelConfig) -> Entrant:
+    """Our model or a peer's, with its own initial weights. Raises Unavailable where a peer cannot be built."""
+    return ours(config) if name == OURS else PEERS[name](config)
+
+
+def copy_weights(own: Entrant, peer: Entrant) -> None:
+    """Give the peer our weights; the stored names are Llama's."""
+    peer.module.load_state_dict(own.module.state_dict())
+
+
+@torch.no_grad()
+def difference(own: Entrant, peer: Entrant, input_ids: Tensor, labels: Tensor) -> str | None:
+    """Compare logits and loss in fp32: None when equal within torch.testing's tolerance for fp32, else how not.
+
+    The losses agree only when both count the same tokens.
+    """
+    pairs = {
+        "logits": [entrant.logits(entrant.module, input_ids) for entrant in (own, peer)],
+        "last logits": [entrant.last_logits(entrant.module, input_ids) for entrant in (own, peer)],
+        "loss": [entrant.loss(entrant.module, input_ids, labels) for entrant in (own, peer)],
+    }
+    for what, (mine, theirs) in pairs.items():
+        if theirs.shape != mine.shape:
+            return f"not timed: {what} {tuple(theirs.shape)}, ours {tuple(mine.shape)}"
+        if not torch.allclose(theirs, mine, rtol=1.3e-6, atol=1e-5):
+            return f"not timed: {what} differ from ours by {float((theirs - mine).abs().max()):.1e}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """An entrant ready to run: `module` is what is called, compiled or not."""
+
+    implementation: str
+    variant: str
+    setting: str
+    entrant: Entrant
+    module: nn.Module
+
+
+def compiled(name: str, module: nn.Module) -> nn.Module:
+    """Ours by its own recipe, in place; a peer as torch.compile does it."""
+    if name == OURS:
+        module.compile()
+        return module
+    wrapped: nn.Module = torch.compile(module)  # type: ignore[assignment]
+    return wrapped
+
+
+def line_up(
+    configs: Mapping[str, ModelConfig], peers: Sequence[str], *, compile: bool, device: torch.device
+) -> tuple[list[Runner], dict[tuple[str, str], str]]:
+    """All that take part for each variant's config, in fp32, and why a (peer, variant) does not.
+
+    Peers get our weights and must compute what ours does, where they can. Each peer is there eager and, with
+    `compile`, compiled as well; both share one module. Ours is compiled or not, as asked.
+    """
+    runners: list[Runner] = []
+    absent: dict[tuple[str, str], str] = {}
+    for variant, config in configs.items():
+        input_ids, labels = torch.randint(config.vocab_size, (2, 2, min(config.max_seq_len, 128)), device=device)
+        labels[:, ::4] = IGNORE
+        own = build(OURS, config)
+        for name in (OURS, *peers):
+            try:
+                entrant = own if name == OURS else build(name, config)
+            except Unavailable as reason:
+                absent[name, variant] = str(reason)
+                continue
+            entrant.module.to(device)
+            if name != OURS and entrant.same_function:
+                copy_weights(own, entrant)
+                if (problem := difference(own, entrant, input_ids, labels)) is not None:
+                    absent[name, variant] = problem
+                    continue
+            settings = ("eager", "compiled") if compile else ("eager",)
+            for setting in settings[-1:] if name == OURS else settings:
+                module = compiled(name, entrant.module) if setting == "compiled" else entrant.module
+                runners.append(
+                    Runner(implementation=name, variant=variant, setting=setting, entrant=entrant, module=module)
+                )
+    return runners, absent
+
+
+def model_row(
+    kind: str, preset: str, implementation: str, variant: str, config: ModelConfig, dtype: str, *,
+    batch_size: int, n: int, device: torch.device, grad: bool,
+) -> Row:  # fmt: skip
+    """What is known of a model's row before it is timed."""
+    layer, kernel = config.layers[0], "sdpa"
+    if implementation == OURS:
+        case = Case.of_layer(layer, length=n, device=device.type, dtype=find_dtype(dtype), grad=grad)
+        kernel = resolve(case).kernel
+    row: Row = {"kind": kind, "preset": preset, "implementation": implementation, "variant": variant, **heads(layer)}
+    return row | {"batch_size": batch_size, "n": n, "dtype": dtype, "kernel": kernel}
+
+
+def described(runner: Runner) -> Row:
+    """How a runner runs and, of a peer, whether it was shown to compute what ours does."""
+    checked = {} if runner.implementation == OURS else {"checked": runner.entrant.same_function}
+    return {"setting": runner.setting, **checked}
+
+
+def best_settings(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:
+    """For each implementation and variant the row with the least median, which lists the medians `tried`.
+
+    In the order of `variants`, ours before its peers.
+    """
+    rows_of: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        rows_of.setdefault((row["implementation"], row["variant"]), []).append(row)
+    best = []
+    for rivals in rows_of.values():
+        tried = {row["setting"]: row["seconds"]["median"] for row in rivals if "seconds" in row}
+        fastest = min(tried, key=lambda setting: tried[setting], default=None)
+        row = next(row for row in rivals if fastest in (None, row.get("setting")))
+        best.append(row | {"tried": tried} if tried else row)
+    return sorted(best, key=lambda row: (variants.index(row["variant"]), row["implementation"] != OURS))

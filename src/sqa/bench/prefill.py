@@ -1,0 +1,127 @@
+"""The preprint's table: one forward pass over a prompt of N tokens, with the logits of the last position only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sqa import cost
+from sqa.bench.machine import find_device, find_dtype
+from sqa.bench.peers import OURS, Runner, best_settings, check_peers, described, line_up, model_row, shape
+from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, timed
+from sqa.bench.timing import Budget, at_least_one, failure, take_turns
+
+Key = tuple[str, str, str]
+
+logger = logging.getLogger(__name__)
+
+PREPRINT_SECONDS: dict[int, dict[str, float]] = {
+    1_024: {"xsqa": 0.0570, "sqa": 0.0642, "ssqa": 0.0669, "mqa": 0.0760, "gqa": 0.0785, "mha": 0.0869},
+    4_096: {"xsqa": 0.0637, "sqa": 0.0750, "ssqa": 0.0793, "mqa": 0.1001, "gqa": 0.1027, "mha": 0.1114},
+    32_768: {"xsqa": 0.1348, "sqa": 0.1991, "ssqa": 0.2117, "mqa": 0.3612, "gqa": 0.3637, "mha": 0.3727},
+    131_072: {"xsqa": 0.3759, "sqa": 0.6308, "ssqa": 0.6630, "mqa": 1.2530, "gqa": 1.2558, "mha": 1.2648},
+    200_000: {"xsqa": 0.8194, "sqa": 1.4116, "ssqa": 1.4824, "mqa": 2.8555, "gqa": 2.8596, "mha": 2.8734},
+}
+"""arXiv 2510.01817, forward pass of the published model on an A100: 131,072 tokens a step, one sequence of 200,000."""
+
+
+def preprint_ratio(variant: str, baseline: str, n: int) -> float | None:
+    """How many times faster than the baseline the preprint found a variant at N; None where it has no figure."""
+    seconds = PREPRINT_SECONDS.get(n, {})
+    return seconds[baseline] / seconds[variant] if {variant, baseline} <= seconds.keys() else None
+
+
+def lengths_to(max_n: int) -> list[int]:
+    """1,024, 2,048, 4,096 and so on, and at last `max_n` itself. Raises ValueError when that is below 1."""
+    if max_n < 1:
+        raise ValueError(f"prefill: max_n must be at least 1, got {max_n}")
+    lengths, n = [], 1024
+    while n < max_n:
+        lengths.append(n)
+        n *= 2
+    return [*lengths, max_n]
+
+
+def run_prefill(
+    *,
+    preset: str = "published",
+    variants: Sequence[str] = VARIANTS,
+    peers: Sequence[str] = (),
+    max_n: int = 16_384,
+    dtype: str = "bf16",
+    compile: bool = True,
+    rounds: int = 5,
+    device: str = "cpu",
+    budget: float | None = None,
+) -> BenchResult:
+    """Time one forward pass of one sequence at N = 1,024, 2,048 ... `max_n`; contestants of one N take turns.
+
+    Weights are in `dtype`; peers as in run_step. `budget` (seconds): longer N are left out when they would not fit.
+    Raises ValueError for bad options.
+    """
+    lengths = lengths_to(max_n)
+    at_least_one(variants=len(variants), rounds=rounds)
+    check_peers(peers)
+    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
+    torch_dtype = find_dtype(dtype)
+    configs = {name: shape(preset, name, length=max_n, comparable=bool(peers)) for name in variants}
+    runners, absent = line_up(configs, peers, compile=compile, device=where)
+    for r in runners:  # compared in fp32 first
+        r.entrant.module.to(torch_dtype).eval()
+    notes = [
+        f"ratio: {baseline}'s time over the variant's. FLOPs: the same of all matrix products (Amdahl); attention is "
+        "slower for each FLOP than they are, so times can differ by more. preprint: on an A100, 131,072 tokens a step.",
+    ]
+    rows: list[Row] = []
+    took = 0.0
+    for n in lengths:
+        before = left.left
+        if 2 * took > before:
+            notes.append(f"The budget was spent before N = {n:,}.")
+            break
+        input_ids = torch.randint(configs[variants[0]].vocab_size, (1, n), device=where)
+        group: dict[Key, Row] = {}
+        contestants: dict[Key, Callable[[], None]] = {}
+
+        def start(implementation: str, variant: str, n: int = n) -> Row:
+            return model_row(
+                "prefill", preset, implementation, variant, configs[variant], dtype,
+                batch_size=1, n=n, device=where, grad=False,
+            )  # fmt: skip
+
+        for (name, variant), reason in absent.items() if n == lengths[0] else ():
+            group[name, variant, ""] = start(name, variant) | {"note": reason}
+        for r in runners:
+            key = (r.implementation, r.variant, r.setting)
+            logger.info("prefill, N = %d: warming %s", n, " ".join(key))
+            group[key] = start(*key[:2]) | described(r)
+            run = _forward(r, input_ids)
+            if (problem := failure(run, where)) is None:
+                contestants[key] = run
+            else:
+                group[key]["note"] = f"cannot run: {problem}"
+        for key, timing in take_turns(contestants, rounds=rounds, warmup=0, device=where, budget=left).items():
+            group[key] |= timed(timing) | {"tokens_per_s": n / timing.median}
+        best = best_settings(group.values(), variants)
+        add_ratios(best, same=("implementation",), baseline=baseline)
+        for row in best:
+            if row["implementation"] == OURS and "ratio" in row:
+                flops = [cost.prefill_flops(configs[name], n) for name in (baseline, row["variant"])]
+                row["limit"] = flops[0] / flops[1]
+                printed = preprint_ratio(row["variant"], baseline, n) if preset == "published" else None
+                if printed is not None:
+                    row["preprint_ratio"] = printed
+        rows += best
+        took = before - left.left if budget else 0.0
+    options = {"preset": preset, "rounds": rounds, "compile": compile}
+    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+
+
+def _forward(runner: Runner, input_ids: torch.Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def run() -> None:
+        runner.entrant.last_logits(runner.module, input_ids)
+
+    return run

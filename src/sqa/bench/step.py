@@ -1,0 +1,195 @@
+"""Whole training steps: forward, loss, backward and AdamW; variants against each other and against peers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sqa import cost
+from sqa.bench.machine import find_device, find_dtype, matmul_peak
+from sqa.bench.peers import (
+    OURS,
+    Entrant,
+    best_settings,
+    build,
+    check_peers,
+    compiled,
+    described,
+    line_up,
+    model_row,
+    shape,
+)
+from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, timed
+from sqa.bench.timing import Budget, at_least_one, failure, take_turns
+from sqa.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, str, str]
+
+
+def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch: Tensor) -> Callable[[], None]:
+    """One step on input ids and labels (2, B, T); any dtype but fp32 runs under autocast. AdamW is fused for all."""
+    input_ids, labels = batch
+    optimizer = torch.optim.AdamW(entrant.module.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = entrant.loss(module, input_ids, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def run_step(
+    *,
+    preset: str = "published",
+    variants: Sequence[str] = VARIANTS,
+    peers: Sequence[str] = (),
+    dtypes: Sequence[str] = ("bf16", "fp32"),
+    batch_size: int = 4,
+    length: int = 1024,
+    compile: bool = True,
+    memory: bool = False,
+    rounds: int = 10,
+    device: str = "cpu",
+    budget: float | None = None,
+) -> BenchResult:
+    """Time training steps; all contestants of one dtype (fp32, bf16 autocast) take turns.
+
+    With peers, our models take the shape that peers can have (no biases, a final norm), a peer that shares our
+    function must compute the same logits and loss before it is timed, each is tried eager and compiled, and the
+    better counts. `memory` measures the peak memory of a step too, each contestant in a process of its own.
+    Raises ValueError for bad options.
+    """
+    at_least_one(variants=len(variants), batch_size=batch_size, length=length, rounds=rounds)
+    if "fp16" in dtypes:
+        raise ValueError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
+    check_peers(peers)
+    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
+    torch_dtypes = {name: find_dtype(name) for name in dtypes}
+    configs = {name: shape(preset, name, length=length, comparable=bool(peers)) for name in variants}
+    batch = torch.randint(configs[variants[0]].vocab_size, (2, batch_size, length), device=where)
+    rows: list[Row] = []
+    for dtype, torch_dtype in torch_dtypes.items():
+        peak = matmul_peak(torch_dtype, where)
+        runners, absent = line_up(configs, peers, compile=compile, device=where)
+        group: dict[Key, Row] = {}
+        contestants: dict[Key, Callable[[], None]] = {}
+
+        def start(implementation: str, variant: str, dtype: str = dtype) -> Row:
+            return model_row(
+                "step", preset, implementation, variant, configs[variant], dtype,
+                batch_size=batch_size, n=length, device=where, grad=True,
+            )  # fmt: skip
+
+        for (name, variant), reason in absent.items():
+            group[name, variant, ""] = start(name, variant) | {"note": reason}
+        for r in runners:
+            key = (r.implementation, r.variant, r.setting)
+            logger.info("step %s: warming %s", dtype, " ".join(key))
+            group[key] = start(*key[:2]) | described(r)
+            step = training_step(r.entrant, r.module, torch_dtype, batch)
+            if (problem := failure(step, where)) is None:
+                contestants[key] = step
+            else:
+                group[key]["note"] = f"cannot run: {problem}"
+        for key, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
+            rate = cost.train_step_flops(configs[key[1]], length, batch_size) / timing.median
+            group[key] |= timed(timing) | {"tokens_per_s": batch_size * length / timing.median}
+            group[key]["share_of_peak"] = rate / peak
+        best = best_settings(group.values(), variants)
+        _compare(best, baseline)
+        rows += best
+        if memory:
+            rows += _memory_rows(best, configs, device)
+    notes = [f"{cost.parameters(configs[v]):,} parameters ({v})" for v in variants[:1]]
+    if peers:
+        notes.append(
+            "Shape without biases and with a final norm, as peers have it. same: our weights, equal logits and loss."
+        )
+        notes.append("vs peer: the fastest peer's time over ours. run: the faster of eager and compiled.")
+    options = {"preset": preset, "rounds": rounds, "optimizer": "AdamW, fused", "compile": compile}
+    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+
+
+def _compare(rows: list[Row], baseline: str) -> None:
+    """Ratios among the rows of one dtype."""
+    add_ratios(rows, same=("implementation",), baseline=baseline)
+    for row in rows:
+        rivals = [r for r in rows if r["variant"] == row["variant"] and r["implementation"] != OURS]
+        times = [r["seconds"]["median"] for r in rivals if "seconds" in r]
+        if row["implementation"] == OURS and "seconds" in row and times:
+            row["ratio_to_peer"] = min(times) / row["seconds"]["median"]
+
+
+def _memory_rows(rows: list[Row], configs: Mapping[str, ModelConfig], device: str) -> list[Row]:
+    """Peak memory of each contestant that was timed, and ours as a share of the most frugal peer's."""
+    found: list[Row] = []
+    for row in rows:
+        compile = row.get("setting") == "compiled"
+        arguments = (row["implementation"], configs[row["variant"]], row["dtype"], row["batch_size"], row["n"], compile)
+        peak = None
+        # a compiled contestant runs twice: the first fills the compiler's cache on disk
+        for _ in range((2 if compile else 1) if "seconds" in row else 0):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                peak = process.submit(peak_memory, *arguments, device, torch.get_num_threads()).result()
+        if peak is not None:
+            keep = ("preset", "implementation", "variant", "batch_size", "n", "dtype", "setting")
+            found.append({"kind": "step memory", **{field: row[field] for field in keep}, "peak_bytes": peak})
+    for row in found:
+        rivals = [r for r in found if r["variant"] == row["variant"] and r["implementation"] != OURS]
+        if row["implementation"] == OURS and rivals:
+            row["memory_to_peer"] = row["peak_bytes"] / min(r["peak_bytes"] for r in rivals)
+    return found
+
+
+def peak_memory(
+    name: str, config: ModelConfig, dtype: str, batch_size: int, n: int, compile: bool, device: str, threads: int
+) -> int | None:
+    """Bytes at the peak of steps 3 to 5, less what the process held before the model was built.
+
+    Resident memory on CPU (Linux only, None elsewhere), PyTorch's allocations on CUDA. For a process of its own.
+    """
+    torch.set_num_threads(threads)
+    where = torch.device(device)
+
+    def steps(config: ModelConfig, n: int) -> Iterator[Callable[[], None]]:
+        entrant = build(name, config)
+        entrant.module.to(where)
+        module = compiled(name, entrant.module) if compile else entrant.module
+        batch = torch.randint(config.vocab_size, (2, batch_size, n), device=where)
+        yield from itertools.repeat(training_step(entrant, module, find_dtype(dtype), batch), 5)
+
+    # what the libraries hold once everything was imported is not the model's
+    for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
+        step()
+    before = _resident("VmRSS")
+    for turn, step in enumerate(steps(config, n)):
+        if turn == 2 and where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+        elif turn == 2 and before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again from here
+        step()
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    peak = _resident("VmHWM")
+    return None if before is None or peak is None else peak - before
+
+
+def _resident(field: str) -> int | None:
+    """VmRSS or VmHWM of this process in bytes; None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,170 @@
+"""Models in and out of files: ours, Hugging Face's, llama.cpp's and the SQA authors'."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sqa.config import ModelConfig
+from sqa.files import write_json, write_safetensors
+from sqa.interop import llama, native, reactive
+from sqa.interop.hub import local_directory, push_to_hub
+from sqa.interop.native import save_model
+from sqa.interop.replace import Replacement, replace_attention
+from sqa.model import Transformer
+
+__all__ = [
+    "Replacement",
+    "export",
+    "import_model",
+    "load_config",
+    "load_model",
+    "push_to_hub",
+    "replace_attention",
+    "save_model",
+]
+
+Format = Literal["hf", "hf-remote", "gguf"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """The ModelConfig of a model directory of any kind that `load_model` reads."""
+    return _model_config(native.read_config(local_directory(source)))
+
+
+def _model_config(values: dict[str, Any]) -> ModelConfig:
+    kind = values.get("model_type")
+    if kind == native.MODEL_TYPE:
+        return native.model_config(values)
+    if kind in llama.MODEL_TYPES:
+        return llama.model_config(values)
+    if reactive.is_reactive(values):
+        return reactive.model_config(values)
+    raise ValueError(
+        f"model: config.json has model_type {kind!r}; supported: {native.MODEL_TYPE}, {', '.join(llama.MODEL_TYPES)} "
+        f"and ReactiveAI's SQAT format"
+    )
+
+
+def load_model(source: str | Path) -> Transformer:
+    """Read a model: our own directory, a Hugging Face one (Llama, Mistral, Qwen2, Qwen3) or one of the SQA authors.
+
+    `source` is a directory or a name on the Hub ("ReactiveAI/SQAT-m"). The dtype is that of the file.
+    Raises ValueError, naming what is wrong, for anything missing, unknown, damaged, misshapen or pickled.
+    """
+    directory = local_directory(source)
+    values = native.read_config(directory)
+    config = _model_config(values)
+    tensors = native.read_tensors(directory)
+    if values.get("model_type") in llama.MODEL_TYPES:
+        tensors = llama.state_from_stock(tensors, config, values)
+    elif values.get("model_type") != native.MODEL_TYPE:
+        tensors = reactive.state_from_reactive(tensors, config)
+    return native.build(config, tensors, str(directory))
+
+
+def import_model(source: str | Path, out: Path) -> list[str]:
+    """Read a model of any kind and write it as our own directory, with its tokenizer; returns notes to print."""
+    native.refuse_existing(out)
+    directory = local_directory(source)
+    model = load_model(directory)
+    tokenizer = native.read_tokenizer(directory, model.config.vocab_size)
+    with native.new_directory(out) as folder:
+        save_model(model, folder)
+        native.copy_tokenizer(directory, folder)
+    return [] if tokenizer is not None else [_no_tokenizer(directory)]
+
+
+def _no_tokenizer(directory: Path) -> str:
+    return f"{directory} has no tokenizer.json: only the weights were written"
+
+
+def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
+    """Write a model for other software; returns notes to print.
+
+    format "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as one file beside the
+    weights (trust_remote_code); "gguf": one file for llama.cpp. dtype: float32, float16 or bfloat16 (default: as
+    stored), for gguf f32 (default), f16, bf16 or q8_0.
+
+    Raises ValueError when `out` exists, when the format cannot hold the model (with what to change), and for anything
+    `load_model` refuses. Nothing is left half-written.
+    """
+    native.refuse_existing(out)
+    config = load_config(source_dir)
+    tokenizer = native.read_tokenizer(source_dir, config.vocab_size)
+    if format == "gguf":
+        from sqa.interop.gguf import check_gguf, write_gguf
+
+        check_gguf(config, tokenizer, out, dtype or "f32")
+        write_gguf(load_model(source_dir), tokenizer, out, dtype or "f32")
+    elif format in ("hf", "hf-remote"):
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        stock = format == "hf"
+        if stock:
+            llama.stock_config(config, dtype=torch.float32)  # refuses before the weights are read
+        elif not config.causal:
+            raise ValueError("export: an encoder (causal=False) is no causal language model; nothing to export")
+        model = load_model(source_dir)
+        chosen = model.lm_head.weight.dtype if dtype is None else _DTYPES[dtype]
+        with native.new_directory(out) as folder:
+            _write_hugging_face(model, folder, source_dir, tokenizer, stock=stock, dtype=chosen)
+    else:
+        raise ValueError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
+    return [] if tokenizer is not None else [_no_tokenizer(source_dir)]
+
+
+def _write_hugging_face(
+    model: Transformer, folder: Path, source: Path, tokenizer: Any, *, stock: bool, dtype: torch.dtype
+) -> None:
+    tensors: dict[str, Tensor] = native.state_dict(model, dtype)
+    if stock:
+        values = llama.stock_config(model.config, dtype=dtype)
+        tensors = llama.stock_state(model, tensors)
+    else:
+        values = {"model_type": native.MODEL_TYPE, **model.config.to_dict()} | {
+            "architectures": ["SqaForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "modeling_sqa.SqaConfig",
+                "AutoModelForCausalLM": "modeling_sqa.SqaForCausalLM",
+            },
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        shutil.copyfile(Path(__file__).with_name("modeling_sqa.py"), folder / "modeling_sqa.py")
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", values | _write_tokenizer(folder, source, tokenizer, model.config))
+
+
+def _write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: ModelConfig) -> dict[str, Any]:
+    """The tokenizer's files, and the token ids that belong into config.json (None, where transformers would guess)."""
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is None:
+        return ids
+    if (source / "tokenizer_config.json").is_file():  # it came with an imported model
+        native.copy_tokenizer(source, folder)
+        if (source / "generation_config.json").is_file():
+            kept = native.read_json(source / "generation_config.json")
+            ids |= {name: kept.get(name) for name in ids}
+        return ids
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        raise ImportError(
+            "exporting a tokenizer needs transformers: pip install 'sparse-query-attention[hf]'"
+        ) from None
+    from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
+
+    end_id, pad_id = tokenizer.token_to_id(END_TOKEN), tokenizer.token_to_id(PAD_TOKEN)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_TOKEN if end_id is not None else None,
+        pad_token=PAD_TOKEN if pad_id is not None else None,
+        model_max_length=config.max_seq_len,
+        padding_side="left",
+    ).save_pretrained(folder)
+    return ids | {"eos_token_id": end_id, "pad_token_id": pad_id}

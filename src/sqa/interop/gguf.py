@@ -1,0 +1,147 @@
+"""One GGUF file for llama.cpp: weights, tokenizer and metadata, through the `gguf` package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqa.config import ModelConfig
+from sqa.files import replacing
+from sqa.interop.llama import rotary_keys, stock_config, stock_state, to_interleaved
+from sqa.interop.native import state_dict
+from sqa.model import Transformer
+
+# dtype -> (type of matrices, file type), by their names in the gguf package
+_TYPES = {
+    "f32": ("F32", "ALL_F32"),
+    "f16": ("F16", "MOSTLY_F16"),
+    "bf16": ("BF16", "MOSTLY_BF16"),
+    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
+}
+
+
+def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
+    """Raise ValueError for what a GGUF file of the llama or qwen3 architecture cannot hold, and what to change."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ImportError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
+    if out.suffix != ".gguf":
+        raise ValueError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
+    if dtype not in _TYPES:
+        raise ValueError(f"export: dtype must be one of {', '.join(_TYPES)} for gguf, got {dtype!r}")
+    stock_config(config, dtype=torch.float32)
+    layer = config.layers[0]
+    if any(each.window is not None for each in config.layers):
+        raise ValueError(
+            "export: llama.cpp's llama architecture has no sliding window, got window on some layer; export as hf"
+        )
+    elsewhere = "export as hf, then use llama.cpp's convert_hf_to_gguf.py"
+    if layer.qkv_bias:
+        raise ValueError(f"export: gguf is written without q/k/v bias, got qkv_bias=True; {elsewhere}")
+    if layer.rope is not None and layer.rope.scaling is not None:
+        raise ValueError(f"export: gguf is written without rope scaling, got {layer.rope.scaling.kind}; {elsewhere}")
+    if tokenizer is not None and not _is_gpt2_bpe(json.loads(tokenizer.to_str())):
+        raise ValueError(
+            f"export: gguf is written for tokenizers that split text as GPT-2's does, this one does not; {elsewhere}"
+        )
+
+
+def _is_gpt2_bpe(tokenizer: dict[str, Any]) -> bool:
+    splits = tokenizer.get("pre_tokenizer") or {}
+    return (
+        tokenizer["model"]["type"] == "BPE"
+        and not tokenizer.get("normalizer")
+        and splits.get("type") == "ByteLevel"
+        and splits.get("use_regex", True)
+        and not splits.get("add_prefix_space")
+    )
+
+
+def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> None:
+    """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
+    import gguf
+
+    config, layer = model.config, model.config.layers[0]
+    arch = gguf.MODEL_ARCH.QWEN3 if layer.qk_norm else gguf.MODEL_ARCH.LLAMA
+    tensors = stock_state(model, state_dict(model, torch.float32))
+    if arch == gguf.MODEL_ARCH.LLAMA:  # llama.cpp pairs (2j, 2j+1) there, and (j, j + head_dim/2) for qwen3
+        for i in range(config.num_layers):
+            for key in rotary_keys(i, tensors):
+                tensors[key] = to_interleaved(tensors[key], layer.head_dim)
+    names = gguf.get_tensor_name_map(arch, config.num_layers)
+    quantization, file_type = _TYPES[dtype]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
+        try:
+            writer.add_file_type(gguf.LlamaFileType[file_type])
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_vocab_size(config.vocab_size)
+            writer.add_context_length(config.max_seq_len)
+            writer.add_embedding_length(config.d_model)
+            writer.add_block_count(config.num_layers)
+            writer.add_feed_forward_length(config.d_ff)
+            writer.add_head_count(layer.num_query_heads)
+            writer.add_head_count_kv(layer.num_kv_heads)
+            writer.add_key_length(layer.head_dim)
+            writer.add_value_length(layer.head_dim)
+            writer.add_rope_dimension_count(layer.head_dim)
+            assert layer.rope is not None  # check_gguf
+            writer.add_rope_freq_base(layer.rope.base)
+            writer.add_layer_norm_rms_eps(config.norm_eps)
+            if tokenizer is not None:
+                _add_tokenizer(writer, tokenizer, config.vocab_size)
+            for key, tensor in tensors.items():
+                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                assert name is not None, key
+                data, kind = _quantized(tensor, gguf.GGMLQuantizationType[quantization])
+                writer.add_tensor(name, data, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
+    """The data of one tensor: vectors stay F32, and rows that blocks do not divide F16."""
+    import gguf
+
+    data = tensor.numpy()
+    block_size, _ = gguf.GGML_QUANT_SIZES[kind]
+    if data.ndim == 1:
+        kind = gguf.GGMLQuantizationType.F32
+    elif data.shape[-1] % block_size:
+        kind = gguf.GGMLQuantizationType.F16
+    return gguf.quants.quantize(data, kind), kind
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+    import gguf
+
+    from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
+
+    values = json.loads(tokenizer.to_str())
+    special = {entry["id"] for entry in values["added_tokens"] if entry["special"]}
+    tokens = [f"<|unused{i}|>" for i in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index] = token
+        types[index] = gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_add_bos_token(False)
+    if (end_id := tokenizer.token_to_id(END_TOKEN)) is not None:
+        writer.add_eos_token_id(end_id)
+    if (pad_id := tokenizer.token_to_id(PAD_TOKEN)) is not None:
+        writer.add_pad_token_id(pad_id)

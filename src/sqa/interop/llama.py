@@ -1,0 +1,262 @@
+"""Hugging Face directories of Llama, Mistral, Qwen2 and Qwen3, both ways.
+
+A layer with fewer query heads is a plain Llama layer with num_attention_heads = Hq and an explicit head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
+from sqa.model import Transformer
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# transformers' names of what RopeScaling holds
+_SCALING_NAMES = {"kind": "rope_type", "original_max_seq_len": "original_max_position_embeddings"}
+_SCALING_FIELDS = {
+    "linear": ("kind", "factor"),
+    "llama3": ("kind", "factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("kind", "factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+}
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Read a config.json of one of MODEL_TYPES. Raises ValueError for what such a model may have and ours has not."""
+    kind = values["model_type"]
+    needed = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    if absent := [name for name in needed if values.get(name) is None]:
+        raise ValueError(f"model: config.json ({kind}) lacks {', '.join(absent)}")
+    for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
+        if values.get(name, allowed) != allowed:
+            raise ValueError(f"model: {name} must be {allowed!r} to be read here, got {values[name]!r}")
+    d_model, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values.get("head_dim") or d_model // heads
+    attention_bias = bool(values.get("attention_bias")) and kind in ("llama", "qwen3")
+    attention = AttentionConfig(
+        d_model=d_model,
+        num_heads=max(heads, d_model // head_dim),  # the nominal count of an exported layer with fewer query heads
+        num_query_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        qkv_bias=kind == "qwen2" or attention_bias,
+        qk_norm=kind == "qwen3",
+        rope=_read_rope(values),
+    )
+    windows = _windows(values)
+    layers = tuple(attention.replace(window=window) for window in windows)
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        num_layers=values["num_hidden_layers"],
+        d_ff=values["intermediate_size"],
+        max_seq_len=values["max_position_embeddings"],
+        attention=layers[0] if len(set(windows)) == 1 else layers,
+        bias=attention_bias or (kind == "llama" and bool(values.get("mlp_bias"))),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+    )
+
+
+def _windows(values: Mapping[str, Any]) -> list[int | None]:
+    count, window = values["num_hidden_layers"], values.get("sliding_window")
+    if values["model_type"] == "mistral":
+        return [window] * count
+    if not values.get("use_sliding_window", False) or window is None:
+        return [None] * count
+    types = values.get("layer_types") or [
+        "sliding_attention" if i >= values.get("max_window_layers", 28) else "full_attention" for i in range(count)
+    ]
+    if len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(f"model: layer_types must be {count} of full_attention and sliding_attention, got {types}")
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def _read_rope(values: Mapping[str, Any]) -> Rope:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
+    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
+    kind: Any = given.pop("rope_type", None) or given.get("type") or "default"
+    given.pop("type", None)
+    partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(
+            f"model: partial_rotary_factor must be 1, got {partial}; rotating part of a head is not supported"
+        )
+    if kind == "default":
+        return Rope(base=base)
+    if kind not in _SCALING_FIELDS:
+        raise ValueError(
+            f"model: rope type must be default, {', '.join(_SCALING_FIELDS)} to be read here, got {kind!r}"
+        )
+    ours = {
+        _SCALING_NAMES.get(name, name): name
+        for name in (*_SCALING_FIELDS[kind], "original_max_seq_len")
+        if name != "kind"
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if unknown := set(given) - set(ours):
+        raise ValueError(f"model: rope type {kind} has fields not read here: {', '.join(sorted(unknown))}")
+    if kind != "linear":
+        given.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    return Rope(base=base, scaling=RopeScaling(kind=kind, **{ours[name]: value for name, value in given.items()}))
+
+
+def state_from_stock(
+    tensors: Mapping[str, Tensor], config: ModelConfig, values: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Our tensors from theirs: the names are the same; biases that theirs lacks are zero; tables are dropped."""
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
+    if not config.bias:
+        return tensors
+    absent = {"lm_head.bias": config.vocab_size}
+    for i in range(config.num_layers):
+        if not values.get("attention_bias"):
+            absent[f"model.layers.{i}.self_attn.o_proj.bias"] = config.d_model
+        if not values.get("mlp_bias"):
+            for name, size in (
+                ("gate_proj", config.d_ff),
+                ("up_proj", config.d_ff),
+                ("down_proj", config.d_model),
+            ):
+                absent[f"model.layers.{i}.mlp.{name}.bias"] = size
+    dtype = next(iter(tensors.values())).dtype
+    return tensors | {key: torch.zeros(size, dtype=dtype) for key, size in absent.items()}
+
+
+def stock_config(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of the stock class that holds this model: Llama, Mistral, Qwen2 or Qwen3.
+
+    Raises ValueError with the reasons, and what to change, when there is none.
+    """
+    layer = config.layers[0]
+    windows = [each.window for each in config.layers]
+    reasons = _why_not_stock(config)
+    if layer.qk_norm:
+        kind = "qwen3"
+    elif layer.qkv_bias:
+        kind = "qwen2"
+    elif layer.window is not None or config.d_model % layer.num_query_heads:
+        kind = "mistral"
+    else:
+        kind = "llama"
+    if kind in ("llama", "mistral") and len(set(windows)) > 1:
+        reasons.append("windows on some layers only (without QK-norm; use one window on all layers)")
+    if reasons:
+        raise ValueError(
+            f"export: no stock Hugging Face class holds {'; nor '.join(reasons)}; "
+            f"train without it, or export with format 'hf-remote', which ships the class"
+        )
+    assert layer.rope is not None
+    values: dict[str, Any] = {
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": layer.num_query_heads,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": layer.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        "rope_parameters": _write_rope(layer.rope),
+    }
+    if kind in ("llama", "qwen3"):
+        values["attention_bias"] = False
+    if kind == "llama":
+        values["mlp_bias"] = False
+    if kind == "mistral":
+        values["sliding_window"] = layer.window
+    if kind.startswith("qwen"):
+        window = next((each for each in windows if each is not None), None)
+        values |= {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+        }
+    return values
+
+
+def _why_not_stock(config: ModelConfig) -> list[str]:
+    layers = config.layers
+    first = replace(layers[0], window=None, num_sink_tokens=0)
+    unlike = any(replace(each, window=None, num_sink_tokens=0) != first for each in layers)
+    several = len({each.window for each in layers} - {None}) > 1
+    checks = [
+        (
+            not config.causal,
+            "an encoder (causal=False): it is no causal language model, keep it as Transformer.save wrote it",
+        ),
+        (config.bias, "a bias on the output projection, the feed-forward and the head (bias=False)"),
+        (not config.final_norm, "a model without final norm (final_norm=True)"),
+        (unlike, "layers with different head counts (one AttentionConfig for all)"),
+        (first.num_query_heads < first.num_kv_heads, "fewer query than KV heads (num_query_heads >= num_kv_heads)"),
+        (any(each.num_sink_tokens for each in layers), "sink tokens (num_sink_tokens=0)"),
+        (several, "windows of several sizes (one window)"),
+        (first.logit_softcap is not None, "capped logits (logit_softcap=None)"),
+        (first.scale is not None and first.scale != first.head_dim**-0.5, "another attention scale (scale=None)"),
+        (first.rope is None, "attention without rotary positions (rope=Rope())"),
+        (first.qk_norm and first.qkv_bias, "QK-norm together with qkv_bias (one of them)"),
+    ]  # fmt: skip
+    return [reason for applies, reason in checks if applies]
+
+
+def _write_rope(rope: Rope) -> dict[str, Any]:
+    if rope.scaling is None:
+        return {"rope_type": "default", "rope_theta": rope.base}
+    ours = asdict(rope.scaling)
+    fields = {
+        _SCALING_NAMES.get(name, name): ours[name]
+        for name in _SCALING_FIELDS[rope.scaling.kind]
+        if ours[name] is not None
+    }
+    return {**fields, "rope_theta": rope.base}
+
+
+def stock_state(model: Transformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors as Llama pairs rotary dimensions; the same unless ours are interleaved."""
+    interleaved = [layer.rope is not None and layer.rope.interleaved for layer in model.config.layers]
+    result = dict(tensors)
+    for i, layer in enumerate(model.config.layers):
+        if interleaved[i]:
+            for key in rotary_keys(i, tensors):
+                result[key] = to_half_split(tensors[key], layer.head_dim)
+    return result
+
+
+def rotary_keys(layer_index: int, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of a layer whose rows are rotary dimensions."""
+    prefix = f"model.layers.{layer_index}.self_attn."
+    names = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias", "q_norm.weight", "k_norm.weight")
+    return [prefix + name for name in names if prefix + name in tensors]
+
+
+def to_half_split(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows (heads * head_dim, ...) whose pairs are (2j, 2j+1), reordered to pairs (j, j + head_dim/2)."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def to_interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """The inverse of to_half_split."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()

@@ -1,0 +1,123 @@
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sqa.bench.prefill import PREPRINT_SECONDS, lengths_to, preprint_ratio
+from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline
+
+
+def step_row(variant: str, median: float, **changes: Any) -> Row:
+    row = {"kind": "step", "preset": "published", "implementation": "sqa", "variant": variant, "batch_size": 4}
+    row |= {"n": 1024, "dtype": "bf16", "kernel": "sdpa", "setting": "compiled", "tokens_per_s": 4096 / median}
+    return row | {"seconds": {"p20": 0.9 * median, "median": median, "p80": 1.2 * median}} | changes
+
+
+def missing(variant: str, note: str) -> Row:
+    row = step_row(variant, 1.0, implementation="hf-llama", note=note)
+    return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "setting")}
+
+
+def result(*rows: Row) -> BenchResult:
+    return BenchResult.of(list(rows), device="cpu", settings={"rounds": 3}, notes=("A note.",))
+
+
+def printed(result: BenchResult, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(result)
+    return console.export_text()
+
+
+def test_ratios_are_baseline_over_own_time_within_a_setting() -> None:
+    rows = [step_row("gqa", 2.0), step_row("sqa", 1.0), step_row("sqa", 3.0, dtype="fp32"), missing("sqa", "not there")]
+    add_ratios(rows, same=("dtype", "implementation"), baseline="gqa")
+    assert [row.get("ratio") for row in rows] == [1.0, 2.0, None, None]
+    assert rows[1]["baseline"] == "gqa"
+
+
+def test_gqa_is_the_baseline_where_it_takes_part() -> None:
+    assert choose_baseline(["sqa", "gqa"]) == "gqa"
+    assert choose_baseline(["sqa", "xsqa"]) == "sqa"
+
+
+def test_a_file_holds_the_header_and_every_row(tmp_path: Path) -> None:
+    written = result(step_row("gqa", 2.0), missing("gqa", "not installed: pip install it"))
+    written.write_json(tmp_path / "step.jsonl")
+    assert len((tmp_path / "step.jsonl").read_text().splitlines()) == 3
+    assert BenchResult.read(tmp_path / "step.jsonl") == written
+    assert set(written.header) == {"kind", "date", "device", "machine", "versions", "git", "settings", "notes"}
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", "no json"])
+def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.jsonl is no file written by sqa bench"):
+        BenchResult.read(tmp_path / "x.jsonl")
+
+
+def test_the_table_fits_80_columns_and_loses_nothing() -> None:
+    wide = {"ratio": 12.34, "baseline": "gqa", "ratio_to_peer": 1.41, "share_of_peak": 0.5}
+    rows = [
+        step_row("gqa", 2.0, **wide),
+        step_row("wide-gqa", 1.0, implementation="x-transformers", checked=False, **wide),
+    ]
+    rows += [missing("gqa", "not installed: pip install 'sparse-query-attention[hf]'")]
+    text = printed(result(*rows, step_row("sqa", 0.5, setting="eager", **wide, checked=True)))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    assert "preset published, batch 4, N 1,024, dtype bf16, kernel sdpa" in text
+    assert "hf-llama gqa: not installed: pip install 'sparse-query-attention[hf]'" in text
+    line = next(line for line in text.splitlines() if line.startswith("x-transformers"))
+    assert " ".join(line.split()) == "x-transformers wide-gqa compiled no 1 s ±20% 4,096 50% 12.34x 1.41x"
+    assert "A note." in text
+
+
+def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> None:
+    rows = [
+        step_row(name, seconds, kind="prefill", n=n, ratio=2 / seconds, limit=1.9)
+        for n in (1024, 4096)
+        for name, seconds in (("gqa", 2.0), ("sqa", 1.0))
+    ]
+    rows[3]["preprint_ratio"] = 1.37
+    lines = printed(result(*rows)).splitlines()
+    table = [line.split() for line in lines if line.strip()]
+    assert ["N", "gqa", "sqa"] in table
+    assert ["1,024", "seconds", "2", "s", "1", "s"] in table
+    assert ["ratio", "1.00x", "2.00x"] in table
+    assert ["FLOPs", "1.90x", "1.90x"] in table
+    assert ["preprint", "1.37x"] in table
+
+
+def test_the_preprints_ratios_are_those_it_prints() -> None:
+    assert preprint_ratio("xsqa", "gqa", 32_768) == pytest.approx(2.698, abs=1e-3)
+    assert preprint_ratio("wide-gqa", "gqa", 32_768) is None
+    assert preprint_ratio("sqa", "gqa", 2048) is None
+    assert all(set(row) == {"mha", "gqa", "mqa", "sqa", "ssqa", "xsqa"} for row in PREPRINT_SECONDS.values())
+
+
+def test_lengths_double_up_to_the_last() -> None:
+    assert lengths_to(5000) == [1024, 2048, 4096, 5000]
+    assert lengths_to(1024) == [1024]
+    assert lengths_to(200_000)[-2:] == [131_072, 200_000]
+    with pytest.raises(ValueError, match="max_n must be at least 1, got 0"):
+        lengths_to(0)
+
+
+def test_plots_have_a_mark_for_every_measurement(tmp_path: Path) -> None:
+    over_n = [step_row("sqa", n / 1000, kind="attention", n=n, ratio=1.5, limit=2.0) for n in (1000, 2000, 4000)]
+    drawn = result(*over_n, step_row("gqa", 2.0), step_row("sqa", 1.0), missing("sqa", "not installed: x"))
+    specification = drawn.chart().to_dict()
+    marks = [layer["mark"]["type"] for chart in specification["vconcat"][:2] for layer in chart["spec"]["layer"]]
+    assert marks == ["line"] * 4
+    assert specification["vconcat"][2]["spec"]["mark"]["type"] == "bar"
+    drawn.plot(tmp_path / "all.svg")
+    svg = (tmp_path / "all.svg").read_text()
+    assert svg.count('aria-roledescription="bar"') == 2
+    assert svg.count('aria-roledescription="point"') == 6
+    with pytest.raises(ValueError, match=r"'all.gif' must end in \.svg"):
+        drawn.plot(tmp_path / "all.gif")
+    with pytest.raises(ValueError, match="no timed row"):
+        result(missing("sqa", "not installed: x")).plot(tmp_path / "none.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["all.svg"]

@@ -1,0 +1,75 @@
+import time
+
+import pytest
+
+from sqa.bench.machine import find_device, find_dtype, matmul_peak
+from sqa.bench.timing import Budget, Timing, at_least_one, failure, take_turns
+
+
+def test_everybody_is_warm_before_anybody_is_timed_and_rounds_alternate() -> None:
+    calls: list[str] = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
+    timings = take_turns(contestants, rounds=3, warmup=2)
+    assert "".join(calls) == "aabbcc" + "abc" + "cba" + "abc"
+    assert [timing.rounds for timing in timings.values()] == [3, 3, 3]
+
+
+def test_what_happens_between_turns_is_not_timed() -> None:
+    timings = take_turns({"a": lambda: None}, rounds=3, on_turn=lambda: time.sleep(0.02))
+    assert timings["a"].p80 < 0.02
+
+
+def test_quantiles_are_those_of_the_measurements() -> None:
+    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (timing.p20, timing.median, timing.p80, timing.rounds) == (2.0, 3.5, 5.0, 6)
+    assert Timing.of([7.0]).to_dict() == {"p20": 7.0, "median": 7.0, "p80": 7.0}
+
+
+def test_a_spent_budget_ends_after_a_whole_round() -> None:
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.03)
+
+    timings = take_turns({"slow": slow, "fast": lambda: calls.append("fast")}, rounds=50, budget=Budget(seconds=0.1))
+    assert 1 <= timings["slow"].rounds < 10
+    assert calls.count("slow") == calls.count("fast") == timings["slow"].rounds + 1
+
+
+def test_a_budget_counts_down_and_none_never_ends() -> None:
+    assert 0 < Budget(seconds=5).left <= 5
+    assert Budget().left == float("inf")
+    with pytest.raises(ValueError, match=r"seconds must be above 0, got 0"):
+        Budget(seconds=0)
+
+
+def test_a_contestant_that_cannot_run_says_why_and_a_bug_is_raised() -> None:
+    def out_of_memory() -> None:
+        raise RuntimeError("no memory\nfor 8 GiB")
+
+    def bug() -> None:
+        raise KeyError("bug")
+
+    assert failure(lambda: None) is None
+    assert failure(out_of_memory) == "no memory"
+    with pytest.raises(KeyError):
+        failure(bug)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: at_least_one(rounds=3, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: find_dtype("bf61"), "'bf61' is unknown; did you mean 'bf16'"),
+        (lambda: find_device("cuda:99"), "'cuda:99' cannot be used here"),
+        (lambda: find_device("tpu?"), "cannot be used here"),
+    ],
+)
+def test_bad_options_are_named(call, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        call()
+
+
+def test_the_peak_is_flops_of_the_product_over_its_time() -> None:
+    assert 1e7 < matmul_peak(find_dtype("fp32"), size=64) < 1e14

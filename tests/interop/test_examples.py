@@ -1,0 +1,39 @@
+"""The examples run and do what they say."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_train_llama(tmp_path: Path) -> None:
+    first, last = example("train_llama").main(str(tmp_path), steps=30)
+    assert last < first - 0.5
+
+
+def test_plain_encoder() -> None:
+    module = example("plain_encoder")
+    torch.manual_seed(0)
+    assert module.train(module.OwnEncoder(), steps=150) > 0.8
+    assert module.train(module.torch_encoder(), steps=150) > 0.8
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks
+def test_lora(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before, after, back = example("lora").main(tmp_path)
+    assert after < before - 0.5
+    assert back <= after
