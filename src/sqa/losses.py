@@ -85,9 +85,14 @@ def _softmax_gradient(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Te
     return nll, ((exponentials / total - picked.float()) * valid[:, None]).to(dtype)
 
 
-@lru_cache(maxsize=1)
-def _compiled_softmax_gradient() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_softmax_gradient, dynamic=True)
+def _accumulate(total: Tensor, part: Tensor) -> None:
+    """total += part; compiled, a low-precision part is not copied to fp32 first."""
+    total.add_(part)
+
+
+@lru_cache(maxsize=2)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,7 +106,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         compiled: bool,
     ) -> Tensor:
-        softmax_gradient = _compiled_softmax_gradient() if compiled else _softmax_gradient
+        softmax_gradient, accumulate = _softmax_gradient, _accumulate
+        if compiled:
+            softmax_gradient, accumulate = _compiled(_softmax_gradient), _compiled(_accumulate)
         valid, labels = labels != IGNORE, labels.clamp_min(0)
         low_weight, low_hidden, low_bias = weight.to(dtype), hidden.to(dtype), _to(bias, dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -117,9 +124,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if dtype == torch.float32:
                     grad_weight.addmm_(gradient.T, low_hidden[part])
                 else:
-                    grad_weight += gradient.T @ low_hidden[part]
+                    accumulate(grad_weight, gradient.T @ low_hidden[part])
                 if grad_bias is not None:
-                    grad_bias += gradient.sum(0, dtype=torch.float32)
+                    # a product with ones: sum() would first copy the chunk to fp32
+                    grad_bias += (torch.ones_like(gradient[:, :1]).T @ gradient)[0]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return total

@@ -1,0 +1,214 @@
+"""Spend what a variant saves: shapes that cost what another variant costs, and plans that compare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sqa.bench.peers import ours
+from sqa.bench.step import training_step
+from sqa.bench.timing import take_turns
+from sqa.config import ModelConfig
+from sqa.cost import parameters, train_step_flops
+from sqa.files import write_text
+from sqa.variants import VARIANTS, find_variant, model_config, shape
+
+BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
+WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
+SPENDERS = ("sqa", "ssqa", "xsqa", "wide-gqa")
+"""What is proposed for unless told otherwise."""
+
+_D_FF_STEP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A variant, a model shape and rows of `context` tokens; `share` is its cost over that of the variant to be like.
+
+    `model` holds the fields that differ from the preset's. `step_s` is measured, seconds, for equal-time alone.
+    """
+
+    preset: str
+    budget: str
+    variant: str
+    way: str = "as it is"
+    model: Mapping[str, int]
+    context: int
+    batch_size: int
+    step_s: float | None = None
+    share: float = 1.0
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model. Raises ValueError when the variant's rule does not fit the shape."""
+        fields = {**shape(self.preset), **self.model}
+        return model_config(self.variant, **{**fields, "max_seq_len": max(fields["max_seq_len"], self.context)})
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return parameters(self.config)
+
+    @property
+    def flops(self) -> int:
+        """Of a training step of the whole batch."""
+        return train_step_flops(self.config, self.context, self.batch_size)
+
+    @property
+    def cost(self) -> int:
+        """Closed form of what the budget holds equal; an equal time is reached through FLOPs."""
+        return self.parameters if self.budget == "equal-parameters" else self.flops
+
+
+def propose(
+    like: str, preset: str, budget: str, variants: Sequence[str] = SPENDERS, n: int = 1024, batch: int = 8,
+    *, rounds: int = 5, device: str = "cpu",
+) -> list[Proposal]:  # fmt: skip
+    """First `like` in the preset's shape, then each variant in the largest shapes that cost no more.
+
+    `batch` rows of `n` tokens are a training step; with a longer context there are fewer rows. Layers and width come
+    in large steps, so what they leave over goes to the feed-forward. A way in which nothing fits is left out. For
+    equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises ValueError for bad options.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"budget: must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    for name, value in (("n", n), ("batch", batch), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"plan: {name} must be at least 1, got {value}")
+    reference, *starts = (
+        Proposal(preset=preset, budget=budget, variant=find_variant(name)[0], model={}, context=n, batch_size=batch)
+        for name in (like, *(name for name in variants if name.lower() != like.lower()))
+    )
+    limits = {start.variant: float(reference.cost) for start in starts}
+    if budget != "equal-time":
+        chosen = [_largest(way, start, limits[start.variant]) for way in WAYS for start in starts]
+        return [reference, *(replace(p, share=p.cost / reference.cost) for p in chosen if p is not None)]
+    # a step's time follows its FLOPs at the variant's own rate, and once more at the rate that the new shape shows
+    reference, *starts = _measure([reference, *starts], rounds, device)
+    found = []
+    for way in WAYS:
+        tried = [_largest(way, start, start.cost / start.share) for start in starts]
+        tried = _measure([reference, *filter(None, tried)], rounds, device)[1:]
+        bases = {start.variant: start for start in starts}
+        again = [_largest(way, bases[p.variant], p.cost / p.share) for p in tried]
+        found += _measure([reference, *filter(None, again)], rounds, device)[1:]
+    return [reference, *found]
+
+
+def _largest(way: str, start: Proposal, limit: float) -> Proposal | None:
+    """The last of the growing shapes that costs no more than `limit`; None where even the first does."""
+    found = _last_within(_grown(way, start), limit)
+    if found is not None and way in ("more-layers", "wider-model"):
+        found = _last_within(_grown("wider-feed-forward", found), limit) or found
+    return None if found is None else replace(found, way=way)
+
+
+def _last_within(proposals: Iterable[Proposal], limit: float) -> Proposal | None:
+    found = None
+    for proposal in proposals:
+        if proposal.cost > limit:
+            break
+        found = proposal
+    return found
+
+
+def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
+    """Ever dearer shapes, up to four times the first in the way's measure."""
+    fields: dict[str, Any] = {**shape(start.preset), **start.model}
+    if way == "longer-context":
+        # fewer rows, as many tokens; no parameter more
+        rows = range(start.batch_size - 1, 0, -1) if start.budget != "equal-parameters" else ()
+        for count in rows:
+            yield replace(start, context=start.batch_size * start.context // count, batch_size=count)
+        return
+    name, by = {
+        "wider-feed-forward": ("d_ff", _D_FF_STEP), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1),
+    }[way]  # fmt: skip
+    head_dim = fields["d_model"] // fields["num_heads"]
+    for value in range(fields[name] + by, 4 * fields[name] + 1, by):
+        changes = {name: value, **({"d_model": head_dim * value} if name == "num_heads" else {})}
+        grown = replace(start, model={**start.model, **changes})
+        try:
+            _ = grown.config
+        except ValueError:
+            continue  # the variant's rule wants another multiple of heads
+        yield grown
+
+
+def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Proposal]:
+    """With the time of their training steps, taken in turns; shares are of the first's."""
+
+    def step(proposal: Proposal) -> Any:
+        entrant, config = ours(proposal.config), proposal.config
+        entrant.module.to(device)
+        batch = torch.randint(config.vocab_size, (2, proposal.batch_size, proposal.context), device=device)
+        return training_step(entrant, entrant.module, torch.float32, batch)
+
+    turns = take_turns({i: step(p) for i, p in enumerate(proposals)}, rounds=rounds, device=device)
+    seconds = [turns[i].median for i in range(len(proposals))]
+    return [replace(p, step_s=s, share=s / seconds[0]) for p, s in zip(proposals, seconds, strict=True)]
+
+
+def table(proposals: Sequence[Proposal]) -> Table:
+    """What was proposed, at most 80 columns wide."""
+    built = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("spent on", "variant", "shape", "params", "GFLOP\na step", "ms a\nstep", "of\nall"):
+        built.add_column(heading, justify="left" if heading in ("spent on", "variant", "shape") else "right")
+    for p in proposals:
+        built.add_row(
+            p.way.replace("-", " "),
+            VARIANTS[p.variant].label,
+            _changed(p, proposals[0]),
+            f"{p.parameters / 1e6:.2f}M",
+            f"{p.flops / 1e9:,.0f}",
+            "" if p.step_s is None else f"{1000 * p.step_s:,.0f}",
+            f"{p.share:.0%}",
+        )
+    return built
+
+
+def _changed(p: Proposal, reference: Proposal) -> str:
+    rows = {} if p.context == reference.context else {"context": p.context, "batch_size": p.batch_size}
+    return ", ".join(f"{name} {value}" for name, value in {**p.model, **rows}.items())
+
+
+def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
+    """One TOML for `sqa compare` a way of spending; longer contexts one each, since a plan has one context."""
+    reference, *others = proposals
+    plans: dict[str, list[Proposal]] = {}
+    for p in others:
+        plans.setdefault(f"{p.way}-{p.variant}" if p.way == "longer-context" else p.way, [reference, p][:0]).append(p)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, members in plans.items():
+        alone = members[0].way == "longer-context"
+        written.append(out / f"{reference.budget}-{name}.toml")
+        write_text(written[-1], _toml(written[-1].stem, reference, members, alone=alone))
+    return written
+
+
+def _toml(name: str, reference: Proposal, members: Sequence[Proposal], *, alone: bool) -> str:
+    variants = [p.variant for p in members]
+    if not alone:
+        # without the baseline of wide heads no comparison claims anything
+        variants = list(dict.fromkeys([reference.variant, *variants, "wide-gqa"]))
+    label = VARIANTS[reference.variant].label
+    fields = {
+        "name": name, "shape": reference.preset, "variants": variants, "seeds": [0, 1, 2],
+        "context": members[0].context, "batch_size": members[0].batch_size,
+    }  # fmt: skip
+    lines = [f"# What is saved against {label} at {reference.context:,} tokens is spent ({reference.budget})."]
+    if alone:
+        lines.append(f"# Compare bits per byte with a run of {label} on the same data at its own context.")
+    lines += [f"# {p.variant}: {p.parameters:,} parameters, {p.share:.1%} of {label}'s cost" for p in members]
+    lines += [f"{field} = {json.dumps(value)}" for field, value in fields.items()]
+    for p in members:
+        if p.model:
+            lines += ["", f"[shapes.{p.variant}]", *(f"{field} = {value}" for field, value in p.model.items())]
+    return "\n".join(lines) + "\n"

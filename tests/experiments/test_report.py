@@ -1,0 +1,257 @@
+"""The report of made-up results: the right figures and words, and a page that a browser draws without complaint."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqa.cost import parameters
+from sqa.experiments.figures import CURVE_POINTS, curve
+from sqa.experiments.plan import Plan
+from sqa.experiments.report import pareto_front, write_report
+from sqa.variants import DEFAULT_VARIANTS
+
+LOSSES = {"mha": 2.40, "gqa": 2.42, "mqa": 2.46, "sqa": 2.43, "ssqa": 2.425, "xsqa": 2.47, "xsmqa": 2.50}
+SECONDS = {"mha": 0.75, "gqa": 0.70, "mqa": 0.69, "sqa": 0.48, "ssqa": 0.49, "xsqa": 0.38, "xsmqa": 0.36}
+FIGURES = [
+    "loss-over-tokens",
+    "loss-over-seconds",
+    "loss-against-step-time",
+    "speed-against-theory",
+    "parameters",
+    "kv-cache",
+]
+
+
+def make_directory(folder: Path, *, seeds: int = 3, steps: int = 700, **fields: Any) -> Path:
+    """What `sqa compare` leaves, made up: sqa differs from gqa steadily, ssqa by less than seeds do."""
+    plan = Plan(name="made-up", seeds=tuple(range(seeds)), **{"shape": "published", "context": 1024, **fields})
+    variants, timed = plan.variants, plan.timing_rounds > 0
+    step_s = {name: {q: SECONDS.get(name, 0.6) for q in ("p20", "median", "p80")} for name in variants if timed}
+    record = {
+        "plan": plan.to_dict(),
+        "steps": dict.fromkeys(variants, steps),
+        "step_s": step_s,
+        "kernel": dict.fromkeys(variants, "blocks"),
+        "machine": {"system": "Linux", "processor": "made </script> & up", "cores": 2, "threads": 2},
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "git": None,
+        "data": {"name": "builtin", "fingerprint": "f00dfeed" * 4, "train_tokens": 2_846_311},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(record))
+    rows = []
+    for number, name in enumerate(variants):
+        config = plan.model_config(name)
+        for seed in plan.seeds:
+            wobble = 0.01 * math.sin(9 * number + 5 * seed) if name == "ssqa" else 0.0005 * math.sin(number + seed)
+            loss = LOSSES.get(name, 2.41) + 0.02 * seed + wobble
+            run = folder / f"{name}-{seed}"
+            run.mkdir(exist_ok=True)
+            points = [
+                {
+                    "step": i + 1,
+                    "loss": loss + 6 * math.exp(-9 * i / steps) + 0.1 * math.sin(i * (1 + i)),
+                    "tokens": 7000 * (i + 1),
+                    "seconds": SECONDS.get(name, 0.6) * (i + 1),
+                }
+                for i in range(steps)
+            ]
+            (run / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+            rows.append(
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "config": config.to_dict(),
+                    "parameters": parameters(config),
+                    "steps": steps,
+                    "tokens": 7000 * steps,
+                    "wall_s": 100.0,
+                    "step_s": step_s.get(name),
+                    "val": {
+                        "loss": loss,
+                        "accuracy": 0.5 - loss / 100,
+                        "loss_all_positions": loss / 2,
+                        "accuracy_all_positions": 0.77,
+                    },
+                    "device": "cpu",
+                    "dtype": "float32",
+                    "data_fingerprint": "f00dfeed" * 4,
+                }
+            )
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def text_of(html: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", html.split("<script>")[0]).split())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The full report: eight variants, three seeds."""
+    return write_report(make_directory(tmp_path_factory.mktemp("runs") / "full"))
+
+
+def test_one_page_and_two_files_a_figure(written: list[Path]) -> None:
+    page, *images = written
+    assert page.name == "report.html"
+    assert sorted(p.name for p in page.parent.iterdir()) == sorted(p.name for p in written)
+    assert [p.name for p in images] == [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
+    assert page.stat().st_size < 3_000_000
+    for path in images:
+        start = path.read_bytes()[:4]
+        assert start == (b"\x89PNG" if path.suffix == ".png" else b"<svg")
+    svg = {path.stem: path.read_text() for path in images if path.suffix == ".svg"}
+    assert svg["loss-over-tokens"].count('aria-roledescription="line mark"') == 8
+    assert svg["loss-against-step-time"].count('aria-roledescription="point"') == 8
+    assert svg["speed-against-theory"].count('aria-roledescription="point"') == 24
+    assert svg["kv-cache"].count('aria-roledescription="bar"') == 8
+
+
+def test_the_page_loads_nothing(written: list[Path]) -> None:
+    page = written[0].read_text()
+    assert "default-src 'none'" in page  # the browser itself refuses to
+    outside_of_scripts = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"https?:|\s(src|href)=", outside_of_scripts)
+    assert page.count("<script") == page.count("<script>")
+
+
+def test_the_words_say_what_is_established_and_what_is_not(written: list[Path]) -> None:
+    text = text_of(written[0].read_text())
+    established, unsure = re.findall(r"loss against GQA of ([^.]*(?:\.\d+[^.]*)*)\.", text)
+    assert "SQA +0.0094 ± 0.0006" in established
+    assert re.search(r"\bsSQA", unsure)
+    assert not re.search(r"\bsSQA", established)
+    row = re.search(r"sSQA 8 8 16 10,917,648 700 (.*?) xSQA", text)
+    assert row is not None
+    assert "not established" in row[1]
+    assert "One seed" not in text
+    assert "both faster and by its mean better: xSMQA, xSQA, SQA, sSQA" in text
+    # the published figures beside ours: SQA 1.2272, and 0.6877 / 0.6417 the speed of its step
+    assert re.search(r" SQA 1\.2272 1\.\d{4} 76\.97% 77\.00% 1\.07× 1\.46×", text)
+    assert "f00dfeed" in text
+    assert "made &lt;/script&gt; &amp; up" in text
+
+
+def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None:
+    folder = make_directory(tmp_path / "r", seeds=1, steps=30, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
+    out = tmp_path / "elsewhere" / "r"
+    paths = write_report(folder, out)
+    assert {path.stem for path in paths[1:]} == {"loss-over-tokens", "loss-over-seconds", "parameters", "kv-cache"}
+    assert {path.parent for path in paths} == {out}
+    text = text_of(paths[0].read_text())
+    assert "One seed has no interval: no difference to GQA is established for SQA." in text
+    assert "Steps were not timed" in text
+    assert "published table" not in text
+    assert "±" not in text.split("Loss in nats")[0]
+
+
+def test_curves_are_the_mean_of_the_seeds_smoothed_and_thinned() -> None:
+    runs = [
+        [{"tokens": 10 * i, "seconds": i * speed, "loss": base} for i in range(5000)]
+        for base, speed in ((2.0, 1.0), (4.0, 3.0))
+    ]
+    points = curve("SQA", runs)
+    assert len(points) <= CURVE_POINTS
+    assert {point["loss"] for point in points} == {3.0}
+    assert (points[0]["step"], points[-1]["step"]) == (501, 5000)
+    assert points[-1]["seconds"] == pytest.approx(2 * 4999)
+    # a loss that falls by 1 a step is left where it is by an average over both sides
+    falling = curve("SQA", [[{"tokens": i, "seconds": i, "loss": float(-i)} for i in range(1000)]])
+    assert falling[100]["loss"] == pytest.approx(-falling[100]["tokens"])
+    assert len(curve("SQA", [runs[0][:1]])) == 1
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    points = {"slow": (3.0, 1.0), "bad": (2.0, 5.0), "fast": (1.0, 2.0), "same": (3.0, 2.0)}
+    assert pareto_front(points) == ["fast", "slow"]
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no comparison"):
+        write_report(tmp_path)
+    folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
+    results = (folder / "results.jsonl").read_text()
+    (folder / "results.jsonl").write_text(results.replace("f00dfeed", "00000000", 1))
+    with pytest.raises(ValueError, match="rows come from different data"):
+        write_report(folder)
+    (folder / "results.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"no run of .* has finished yet"):
+        write_report(folder)
+    assert not (folder / "report").exists()
+
+
+def test_without_altair_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(ImportError, match=r"sparse-query-attention\[report\]"):
+        write_report(folder)
+
+
+# --- in a browser
+
+
+def open_in_browser(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The document once its scripts have run, and what they wrote to the console."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("browser: no chromium here")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={profile}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.browser
+def test_a_browser_draws_every_figure_and_has_no_complaint(written: list[Path], tmp_path: Path) -> None:
+    document, console = open_in_browser(written[0], tmp_path / "profile")
+    assert console == []
+    assert re.search(r'<body class="drawn"', document)
+    charts = dict(re.findall(r'<div class="chart[^"]*" id="([^"]+)"[^>]*>(.*?)</figure>', document, re.DOTALL))
+    assert list(charts) == FIGURES
+    marks = {name: chart.count('aria-roledescription="') for name, chart in charts.items()}
+    assert charts["loss-over-tokens"].count('aria-roledescription="line mark"') == 8
+    assert charts["loss-over-seconds"].count('aria-roledescription="line mark"') == 8
+    assert charts["loss-over-tokens"].count('aria-roledescription="point"') == 8 * CURVE_POINTS  # hover values
+    assert charts["loss-against-step-time"].count('aria-roledescription="point"') == 8
+    assert charts["parameters"].count('aria-roledescription="bar"') == 8
+    assert min(marks.values()) >= 8
+    table = re.search(r'<table id="results">.*?</table>', document, re.DOTALL)
+    assert table is not None
+    labels = re.findall(r"<tr><th>([^<]+)</th><td>", table[0])
+    assert labels == ["MHA", "GQA", "MQA", "SQA", "sSQA", "xSQA", "xSMQA", "wide GQA"]
+    assert len(labels) == len(DEFAULT_VARIANTS)
+
+
+@pytest.mark.browser
+def test_a_broken_page_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "broken.html"
+    page.write_text("<body><script>vegaEmbed('#x')</script>")
+    _, console = open_in_browser(page, tmp_path / "profile")
+    assert "vegaEmbed is not defined" in console[0]
