@@ -247,6 +247,12 @@ def _compare(
         highlight=False,
         soft_wrap=True,
     )
+    try:
+        from sqa.experiments.report import write_report
+
+        console.print(f"Report: {write_report(out)[0]}", highlight=False, soft_wrap=True)
+    except ImportError as error:  # a finished comparison does not fail for want of a plotting library
+        console.print(f"No report: {error}", highlight=False, soft_wrap=True)
     if json_path is not None:
         from dataclasses import asdict, is_dataclass
 
@@ -293,6 +299,39 @@ def train(
         if out is None:
             out = Path("runs") / f"{Path(plan).stem}-{variant}"
     _compare(plan, changes, out, resume, None)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A comparison, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default DIRECTORY/report.")] = None,
+) -> None:
+    """Write the report of a comparison: one HTML file, and PNG and SVG of each figure."""
+    from sqa.experiments.report import write_report
+
+    for path in write_report(directory, out):
+        print(path)
+
+
+@app.command(name="plan")
+def plan_spending(
+    like: Annotated[str, typer.Option(help="The variant whose cost may be spent.")] = "gqa",
+    preset: Annotated[str, typer.Option(help="Model shape: demo, published or larger.")] = "published",
+    budget: Annotated[
+        str, typer.Option(help="equal-flops, equal-parameters or equal-time (measured).")
+    ] = "equal-flops",
+    variants: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Tokens a sequence.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write a plan for sqa compare here for each way.")] = None,
+) -> None:
+    """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
+    from sqa.experiments import spend
+
+    proposals = spend.propose(like, preset, budget, _names(variants) or spend.SPENDERS, n, batch_size)
+    _console().print(spend.table(proposals))
+    for path in spend.write_plans(proposals, out) if out else []:
+        print(path)
 
 
 @app.command()

@@ -61,7 +61,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "bias": True, "final_norm": False, "norm_eps": 2.0**-23,
     },
     "demo": {
-        "vocab_size": 2048, "num_layers": 3, "d_ff": 384, "max_seq_len": 512, "d_model": 128, "num_heads": 8,
+        "vocab_size": 512, "num_layers": 3, "d_ff": 384, "max_seq_len": 512, "d_model": 128, "num_heads": 8,
     },
     "larger": {
         "vocab_size": 32_000, "num_layers": 12, "d_ff": 2048, "max_seq_len": 2048, "d_model": 768, "num_heads": 12,

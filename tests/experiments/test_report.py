@@ -15,7 +15,7 @@ from sqa.cost import parameters
 from sqa.experiments.figures import CURVE_POINTS, curve
 from sqa.experiments.plan import Plan
 from sqa.experiments.report import pareto_front, write_report
-from sqa.variants import DEFAULT_VARIANTS
+from sqa.variants import DEFAULT_VARIANTS, VARIANTS
 
 LOSSES = {"mha": 2.40, "gqa": 2.42, "mqa": 2.46, "sqa": 2.43, "ssqa": 2.425, "xsqa": 2.47, "xsmqa": 2.50}
 SECONDS = {"mha": 0.75, "gqa": 0.70, "mqa": 0.69, "sqa": 0.48, "ssqa": 0.49, "xsqa": 0.38, "xsmqa": 0.36}
@@ -247,6 +247,34 @@ def test_a_browser_draws_every_figure_and_has_no_complaint(written: list[Path], 
     labels = re.findall(r"<tr><th>([^<]+)</th><td>", table[0])
     assert labels == ["MHA", "GQA", "MQA", "SQA", "sSQA", "xSQA", "xSMQA", "wide GQA"]
     assert len(labels) == len(DEFAULT_VARIANTS)
+
+
+HOVER = """<script>
+const before = new MutationObserver(() => {
+  if (!document.body.classList.contains("drawn")) return;
+  before.disconnect();
+  const svg = document.querySelector("#loss-over-tokens svg");
+  svg.scrollIntoView();
+  const box = svg.getBoundingClientRect();
+  const at = { clientX: box.left + 0.6 * box.width, clientY: box.top + 0.5 * box.height, bubbles: true, view: window };
+  const target = document.elementFromPoint(at.clientX, at.clientY);
+  for (const name of ["pointerover", "pointermove"]) target.dispatchEvent(new PointerEvent(name, at));
+});
+before.observe(document.body, { attributes: true });
+</script>"""
+
+
+@pytest.mark.browser
+def test_curves_show_their_values_under_the_pointer(written: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "hover.html"
+    page.write_text(written[0].read_text().replace("</main>", "</main>" + HOVER))
+    document, _ = open_in_browser(page, tmp_path / "profile")
+    tooltip = re.search(r'id="vg-tooltip-element".*', document)
+    assert tooltip is not None
+    shown = dict(re.findall(r'class="key">(\w+)</td><td class="value">([^<]+)<', tooltip[0]))
+    assert set(shown) == {"variant", "step", "tokens", "seconds", "loss"}
+    assert shown["variant"] in {VARIANTS[name].label for name in DEFAULT_VARIANTS}
+    assert int(shown["tokens"]) == 7000 * int(shown["step"])
 
 
 @pytest.mark.browser

@@ -116,16 +116,12 @@ def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str,
         color=_colour(plan),
     )
     lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=alt.StrokeDash("variant:N", scale=dashes))
-    near = alt.selection_point(nearest=True, on="pointerover", empty=False, clear="pointerout")
-    shown = [
-        alt.Tooltip("variant:N"),
-        alt.Tooltip("loss:Q", format=".4f"),
-        alt.Tooltip("step:Q", format=","),
-        alt.Tooltip("tokens:Q", format=","),
-        alt.Tooltip("seconds:Q", format=",.1f"),
-    ]
-    points = base.mark_point(filled=True, size=70).encode(
-        opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0)), tooltip=shown
+    near = alt.selection_point(
+        fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
+    )
+    # all of the datum: a tooltip of chosen fields misses the names where the nearest point counts (Vega-Lite 6.4)
+    points = base.mark_point(filled=True, size=70, tooltip=alt.TooltipContent("data")).encode(
+        opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
     )
     return Figure(name=name, title=title, caption=caption, chart=lines, hover=points.add_params(near))
 

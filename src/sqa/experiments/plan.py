@@ -50,11 +50,12 @@ def _list(units: Mapping[str, float]) -> str:
 class Plan:
     """Every field of a comparison; a TOML file gives some, the command line may override single ones.
 
-    `shape` names a model shape and `model` replaces fields of it. `context` is the tokens a row is trained at.
-    `batch_size` rows make a step, taken `micro_batch_size` at a time (0: at once). `budget` is text as
-    Budget.parse reads it. `padding_in_loss` trains on padding too, as the published experiment did (padded layout
-    only). `evaluation_tokens` bounds the real tokens of the validation set. `dtype` bfloat16 means autocast.
-    `threads` 0 leaves PyTorch's own number. `timing_rounds` 0 skips the phase that times all variants in turns.
+    `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
+    single variants. `context` is the tokens a row is trained at. `batch_size` rows make a step, taken
+    `micro_batch_size` at a time (0: at once). `budget` is text as Budget.parse reads it. `padding_in_loss` trains on
+    padding too, as the published experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of
+    the validation set. `dtype` bfloat16 means autocast. `threads` 0 leaves PyTorch's own number. `timing_rounds` 0
+    skips the phase that times all variants in turns.
 
     Raises ValueError, naming the field, for anything that cannot be run.
     """
@@ -65,6 +66,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     shape: str = "demo"
     model: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, Any] = field(default_factory=dict)
     layout: Literal["packed", "padded"] = "packed"
     padding_in_loss: bool = False
     train_fraction: float = 0.95
@@ -116,6 +118,11 @@ class Plan:
         budget = Budget.parse(self.budget)
         if budget.kind == "time" and not self.timing_rounds:
             raise ValueError("plan: a time budget needs timing_rounds of at least 1, got 0")
+        for name, fields in self.shapes.items():
+            if name not in self.variants or not isinstance(fields, dict):
+                raise ValueError(f"plan: shapes must hold a table for a variant of {list(self.variants)}, got {name!r}")
+            if "vocab_size" in fields:
+                raise ValueError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
         for name in self.variants:
             longest = self.model_config(name).max_seq_len
             if self.context > longest:
@@ -123,8 +130,9 @@ class Plan:
 
     def model_config(self, variant_name: str) -> ModelConfig:
         """The model of one variant. Raises ValueError for a field or a head count that does not fit."""
-        fields = {**shape(self.shape), **self.model}
-        fields["max_seq_len"] = self.model.get("max_seq_len", max(fields["max_seq_len"], self.context))
+        given = {**self.model, **self.shapes.get(find_variant(variant_name)[0], {})}
+        fields = {**shape(self.shape), **given}
+        fields["max_seq_len"] = given.get("max_seq_len", max(fields["max_seq_len"], self.context))
         return model_config(variant_name, **fields)
 
     @property

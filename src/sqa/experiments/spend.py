@@ -31,7 +31,8 @@ _D_FF_STEP = 8
 class Proposal:
     """A variant, a model shape and rows of `context` tokens; `share` is its cost over that of the variant to be like.
 
-    `model` holds the fields that differ from the preset's. `step_s` is measured, seconds, for equal-time alone.
+    `model` holds the fields that differ from the preset's. `step_s`, for equal-time alone, is measured, in seconds;
+    `share` is then of the other's time in the same turns.
     """
 
     preset: str
@@ -85,19 +86,19 @@ def propose(
         Proposal(preset=preset, budget=budget, variant=find_variant(name)[0], model={}, context=n, batch_size=batch)
         for name in (like, *(name for name in variants if name.lower() != like.lower()))
     )
-    limits = {start.variant: float(reference.cost) for start in starts}
     if budget != "equal-time":
-        chosen = [_largest(way, start, limits[start.variant]) for way in WAYS for start in starts]
+        ways = WAYS if budget == "equal-flops" else WAYS[:-1]  # a longer context has no more parameters
+        chosen = [_largest(way, start, reference.cost) for way in ways for start in starts]
         return [reference, *(replace(p, share=p.cost / reference.cost) for p in chosen if p is not None)]
     # a step's time follows its FLOPs at the variant's own rate, and once more at the rate that the new shape shows
     reference, *starts = _measure([reference, *starts], rounds, device)
-    found = []
+    bases, found = {start.variant: start for start in starts}, []
     for way in WAYS:
-        tried = [_largest(way, start, start.cost / start.share) for start in starts]
-        tried = _measure([reference, *filter(None, tried)], rounds, device)[1:]
-        bases = {start.variant: start for start in starts}
-        again = [_largest(way, bases[p.variant], p.cost / p.share) for p in tried]
-        found += _measure([reference, *filter(None, again)], rounds, device)[1:]
+        guessed = starts
+        for _ in range(2):
+            fitting = [_largest(way, bases[p.variant], p.cost / p.share) for p in guessed]
+            guessed = _measure([reference, *(p for p in fitting if p is not None)], rounds, device)[1:]
+        found += guessed
     return [reference, *found]
 
 
@@ -122,9 +123,8 @@ def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
     """Ever dearer shapes, up to four times the first in the way's measure."""
     fields: dict[str, Any] = {**shape(start.preset), **start.model}
     if way == "longer-context":
-        # fewer rows, as many tokens; no parameter more
-        rows = range(start.batch_size - 1, 0, -1) if start.budget != "equal-parameters" else ()
-        for count in rows:
+        # fewer rows, as many tokens
+        for count in range(start.batch_size - 1, 0, -1):
             yield replace(start, context=start.batch_size * start.context // count, batch_size=count)
         return
     name, by = {
@@ -183,7 +183,7 @@ def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
     reference, *others = proposals
     plans: dict[str, list[Proposal]] = {}
     for p in others:
-        plans.setdefault(f"{p.way}-{p.variant}" if p.way == "longer-context" else p.way, [reference, p][:0]).append(p)
+        plans.setdefault(f"{p.way}-{p.variant}" if p.way == "longer-context" else p.way, []).append(p)
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, members in plans.items():

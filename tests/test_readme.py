@@ -1,0 +1,54 @@
+"""What the README says holds: its snippet runs, its commands exist, its figures come from the committed files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from sqa.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_snippet_runs() -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert names["y"].shape == (2, 128, 256)  # type: ignore[attr-defined]
+    (claimed,) = re.findall(r'variant="sqa"\)\)\s+# ([\d,]+) parameters', snippet)
+    assert sum(p.numel() for p in names["model"].parameters()) == int(claimed.replace(",", ""))  # type: ignore[attr-defined]
+
+
+def test_the_two_commands_are_make_targets_and_ci_runs_the_second() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    assert "sqa compare demo" in makefile
+    assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_commands_it_lists_exist() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    listed = set(re.findall(r"^\| `sqa ([a-z]+)", README, flags=re.MULTILINE))
+    assert {"variants", "compare", "train", "generate", "bench", "export", "import", "kernels"} <= listed
+    assert listed <= set(commands)
+    for name in re.findall(r"`sqa bench (\w+)`, `(\w+)`, `(\w+)`, `(\w+)`", README)[0]:
+        assert name in commands["bench"].commands
+
+
+@pytest.mark.parametrize("path", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_inside_the_project_lead_somewhere(path: str) -> None:
+    file = ROOT / path
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text(encoding="utf-8")):
+        assert (file.parent / target).exists(), target
+
+
+def test_generated_figures_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
