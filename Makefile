@@ -16,7 +16,7 @@ compare: $(VENV)/.installed  ## train all variants on the built-in text and prin
 	@$(BIN)/sqa compare demo
 
 test: lint  ## everything that must pass: formatting, types, the whole test suite
-	@SQA_ALL_EXTRAS=1 $(BIN)/python -m pytest
+	@SQA_ALL_EXTRAS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-gguf: $(VENV)/.installed-dev  ## llama.cpp itself reads an export: builds llama-cpp-python first, some ten minutes
 	@$(INSTALL) llama-cpp-python==0.3.36

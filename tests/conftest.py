@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 ALLOWED_SKIPS = ("data:", "gpu:", "browser:")
 
+# Tests run side by side, one process a core, and their tensors are tiny: threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No example database: it would make a run depend on the runs before it.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25, database=None)
 settings.load_profile("ci")

@@ -92,6 +92,46 @@ def test_variants_says_which_rules_do_not_fit(tmp_path: Path) -> None:
     assert re.search(r"left out: variant wide-gqa: .* got num_heads=12, 8 or 16 would fit", done.stdout)
 
 
+def test_kernels_says_what_a_shape_gets_and_why(tmp_path: Path) -> None:
+    assert ": blocks (skips" in " ".join(
+        sqa("kernels", "--window", "64", "--dtype", "float16", cwd=tmp_path).stdout.split()
+    )
+    assert "no backward on CPU" in sqa("kernels", cwd=tmp_path).stdout
+
+
+def test_bench_attention_writes_rows(tmp_path: Path) -> None:
+    options = "--n 64 --variants gqa,sqa --rounds 1 --dtypes fp32 --json rows.jsonl --plot plot.svg"
+    done = sqa("bench", "attention", *options.split(), cwd=tmp_path)
+    header, *rows = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert header["kind"] == "header"
+    assert {row["variant"] for row in rows} == {"gqa", "sqa"}
+    assert all(row["kernel"] for row in rows)
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_plan_writes_what_compare_reads(tiny: Path) -> None:
+    sqa(
+        "plan",
+        "--preset",
+        "demo",
+        "--budget",
+        "equal-flops",
+        "--variants",
+        "sqa",
+        "--n",
+        "64",
+        "--out",
+        "plans",
+        cwd=tiny,
+    )
+    plans = sorted((tiny / "plans").glob("*.toml"))
+    assert plans
+    options = "--data text.jsonl --max-steps 1 --context 32 --batch-size 2"
+    done = sqa("compare", str(plans[0]), *options.split(), cwd=tiny)
+    assert "SQA" in done.stdout
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_comparison_from_plan_to_table_and_generation(tiny: Path, layout: str) -> None:
     (tiny / "tiny.toml").write_text(TINY.format(layout=layout, rounds=2), encoding="utf-8")
@@ -120,6 +160,10 @@ def test_a_comparison_from_plan_to_table_and_generation(tiny: Path, layout: str)
     other = sqa("compare", "tiny.toml", "--out", "out", "--max-steps", "7", cwd=tiny, check=False)
     assert other.returncode == 2
     assert "already holds another comparison (budget: 'steps=6' there, 'steps=7' now)" in other.stderr
+
+    pages = list((tiny / "out" / "report").glob("*.html"))
+    assert len(pages) == 1
+    assert str(pages[0]) in sqa("report", str(tiny / "out"), cwd=tiny).stdout
 
     greedy = ["generate", "out/sqa-0", "--prompt", "The License", "--max-new-tokens", "8"]
     first, second = (sqa(*greedy, cwd=tiny).stdout for _ in range(2))
@@ -228,6 +272,11 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --dtype float8", "dtype must be one of 'float32', 'bfloat16', got 'float8'"),
         ("compare tiny.toml --out taken", "taken already holds other files"),
         ("compare --resume empty", "empty holds no comparison"),
+        ("bench attention --n 10,x", "--n must be whole numbers with commas between, got '10,x'"),
+        ("bench step --budget 3d", "budget: time needs a number above 0"),
+        ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
+        ("plan --budget equal-fun", "budget: must be one of"),
+        ("report empty", "empty holds no"),
         ("variants --preset publisched", "did you mean 'published'"),
         ("generate empty --prompt x", "empty holds no finished run"),
     ],

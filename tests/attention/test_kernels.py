@@ -141,6 +141,81 @@ def test_fused_over_several_tiles(head_dim: int, heads: tuple[int, int], length:
     assert_all_close(got, with_gradients(attend(*qkv, mask, kernel="reference"), qkv, grad))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+def test_fused_over_several_tiles_of_any_mask(
+    causal: bool, window: int | None, documents: bool, heads: tuple[int, int]
+) -> None:
+    """Documents that end within a tile, at its edge and several tiles on; whole tiles that nobody sees."""
+    needs("fused")
+    length = 391
+    config = AttentionConfig(d_model=64, num_heads=4, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=16)
+    lengths = torch.tensor([[1, 63, 64, 17, 200, 46], [130, 5, 5, 5, 245, 1]])
+    ids = torch.stack([torch.repeat_interleave(torch.arange(6), row) for row in lengths]) if documents else None
+    mask = Mask(causal=causal, window=window if causal else None, document_ids=ids)
+    qkv, grad = draw(config, length)
+    got = with_gradients(attend(*qkv, mask, kernel="fused"), qkv, grad)
+    assert_all_close(got, with_gradients(attend(*qkv, mask, kernel="reference"), qkv, grad))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (10, 1)], ids=str)
+@pytest.mark.parametrize("head_dim", fused.HEAD_DIMS)
+def test_fused_bf16_over_several_tiles(head_dim: int, heads: tuple[int, int]) -> None:
+    needs("fused")
+    config = AttentionConfig(
+        d_model=640, num_heads=10, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim
+    )
+    qkv, grad = draw(config, 300, dtype=torch.bfloat16)
+    causal = torch.ones(BATCH, 300, 300).tril() > 0
+    exact, simple = (f(qkv, grad, causal) for f in (oracle, plain))
+    got = with_gradients(attend(*qkv, Mask(), kernel="fused"), qkv, grad)
+    for name, value in exact.items():
+        error, allowed = ((x[name].float() - value).norm() for x in (got, simple))
+        assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+def test_fused_gives_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    needs("fused")
+    qkv, grad = draw(HEADS["gqa"], 333, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(attend(*qkv, Mask(window=150), kernel="fused"), qkv, grad))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(result[name], value), name
+
+
+def test_fused_forward_goes_with_the_backward_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("fused")
+    qkv, grad = draw(HEADS["sqa"], 150)
+    own = with_gradients(attend(*qkv, Mask(window=40), kernel="fused"), qkv, grad)
+    monkeypatch.setattr(blocks, "BACKWARD_DTYPES", ())
+    assert_all_close(with_gradients(attend(*qkv, Mask(window=40), kernel="fused"), qkv, grad), own)
+
+
+@pytest.mark.parametrize("position", [0, 50, 130])
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+def test_fused_hides_no_nan(which: int, position: int) -> None:
+    """One number in q, k or v: the query at its place, and for k and v every later one, must show it."""
+    needs("fused")
+    qkv, grad = draw(HEADS["sqa"], 140)
+    with torch.no_grad():
+        qkv[which][0, position, 0, 3] = torch.nan
+    got = with_gradients(attend(*qkv, Mask(), kernel="fused"), qkv, grad)
+    touched = got["out"][0, position:, 0, 3].isnan()
+    assert touched[0] if which == 0 else touched.all()
+    for name, value in got.items():
+        assert value[0].isnan().any() or (which, name) == (2, "dv")  # no gradient of v depends on v
+        assert value[1].isfinite().all()
+
+
 def test_fused_softmax_does_not_overflow_and_forgets_nothing() -> None:
     """Scores of +-1,000 that grow along the keys: the running maximum moves at every tile."""
     needs("fused")
@@ -224,15 +299,18 @@ def test_a_query_that_sees_nothing_gives_zeros(kernel: str) -> None:
     assert not got["dv"][1].any()
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "blocks"])
-def test_any_memory_layout(kernel: str) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("sdpa", "causal+window+sinks"), ("blocks", "causal+window+sinks"), ("fused", "causal+window")]
+)
+def test_any_memory_layout(kernel: str, kind: str) -> None:
     """Fused kernels that expect dense vectors read garbage from others without a word."""
+    needs(kernel)
     qkv, grad = draw(HEADS["sqa"], 20)
-    mask = make_mask("causal+window+sinks", 20)
+    mask = make_mask(kind, 20)
     odd = [x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_() for x in qkv]
     grad = grad[:1, :1].expand_as(grad)
     got = with_gradients(attend(*odd, mask, kernel=kernel), odd, grad)
-    assert_all_close(got, oracle(qkv, grad, seen("causal+window+sinks", 20)))
+    assert_all_close(got, oracle(qkv, grad, seen(kind, 20)))
 
 
 @pytest.mark.slow

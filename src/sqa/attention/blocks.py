@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sqa.attention.fused import fused_forward
+from sqa.attention.fused import BACKWARD_DTYPES, fused_backward, fused_forward
 from sqa.attention.masks import document_starts, key_ranges
 
 QUERY_BLOCK = 64
@@ -115,7 +115,8 @@ def _add_keys(total: Tensor, part: Tensor, b: _Blocks) -> None:
         _cut(total[b.row], b.q0 - b.lead + offset, piece.shape[-1], b.size, b.number).add_(piece)
 
 
-@torch.library.custom_op("sqa::block_attention", mutates_args=(), device_types="cpu")
+# torch.compile's disk cache knows operators by name alone: another signature here or below needs another name here
+@torch.library.custom_op("sqa::attention_on_cpu", mutates_args=(), device_types="cpu")
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -125,14 +126,14 @@ def block_attention(
     window: int,
     sinks: int,
     scale: float,
-    own_forward: bool,
+    own: bool,
 ) -> tuple[Tensor, Tensor]:
     """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none.
 
-    `own_forward` takes our own forward, which has no sinks, instead of PyTorch's on slices.
+    `own` takes our own kernel, which has no sinks, instead of PyTorch's on slices.
     """
     q, k, v = _dense(q, k, v)
-    if own_forward:
+    if own:
         low, high = key_ranges(q.shape[0], q.shape[1], document_ids, causal=causal, window=window)
         return fused_forward(q, k, v, low, high, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
@@ -147,11 +148,11 @@ def block_attention(
 
 
 @block_attention.register_fake
-def _(q, k, v, document_ids, causal, window, sinks, scale, own_forward):  # type: ignore[no-untyped-def]
+def _(q, k, v, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sqa::block_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sqa::attention_on_cpu_backward", mutates_args=(), device_types="cpu")
 def block_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -164,9 +165,13 @@ def block_attention_backward(
     window: int,
     sinks: int,
     scale: float,
+    own: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; blocks overlap in k and v, so those are summed in fp32."""
     grad, q, k, v = _dense(grad, q, k, v)
+    if own and q.dtype in BACKWARD_DTYPES:
+        low, high = key_ranges(q.shape[0], q.shape[1], document_ids, causal=causal, window=window)
+        return fused_backward(grad, q, k, v, out, logsumexp, low, high, scale)
     if document_ids is None and window == 0:  # nothing to skip: all rows in one call
         heads = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         grads = _fused_backward(*heads, logsumexp.transpose(1, 2).contiguous(), 0.0, causal, scale=scale)
@@ -194,12 +199,12 @@ def block_attention_backward(
 
 
 @block_attention_backward.register_fake
-def _(grad, q, k, v, out, logsumexp, document_ids, causal, window, sinks, scale):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, out, logsumexp, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, document_ids, *ctx.options, _ = inputs
+    q, k, v, document_ids, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, document_ids, *output)
 
 

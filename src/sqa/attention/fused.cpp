@@ -1,10 +1,11 @@
-// Attention forward on CPU for small heads, in fp32 whatever the input type. Compiled by fused.py on first use.
+// Attention on CPU for small heads, in fp32 whatever the input type. Compiled by fused.py on first use.
 //
-// One task is a block of queries of one KV head: all query heads that share it are handled together, so each tile of
-// keys and values is converted and transposed once for all of them. Scores never leave the first-level cache, and a
-// tile that no query of eight sees is skipped. Softmax is taken online, in base 2 (arXiv 2205.14135, 2307.08691).
+// Forward. One task is a block of queries of one KV head: all query heads that share it are handled together, so each
+// tile of keys and values is converted and transposed once for all of them. Scores never leave the first-level cache,
+// and a tile that no query of eight sees is skipped. Softmax is taken online, in base 2 (arXiv 2205.14135, 2307.08691).
 //
 // GCC's and Clang's vector extension spells 16 floats; the compiler splits them for narrower machines.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,7 +16,8 @@ namespace {
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 constexpr int LANES = 16, KEYS = 64, ROWS = 8;
-constexpr float LOWEST = -1e30f;
+constexpr float LOWEST = -1e30f, LOG2E = 1.44269504f;
+constexpr IntVec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -30,9 +32,9 @@ inline void from_float(float x, uint16_t* p) {  // bfloat16, to nearest even
     *p = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// 2^x for x <= 0 to 2 units in the last place; below 2^-126 it stays there
+// 2^x for x <= 0 to 2 units in the last place; below 2^-126 it stays there. NaN stays NaN, by the order of the operands
 inline Vec exp2_of(Vec x) {
-    x = larger(x, all(-126.f));
+    x = larger(all(-126.f), x);
     const Vec shift = all(12582912.f);  // adding 1.5 * 2^23 leaves the nearest whole number in the low bits
     Vec t = x + shift, f = x - (t - shift);
     Vec p = all(1.5403530e-4f);
@@ -52,10 +54,12 @@ inline float max_of(Vec v) { return fold(v, [](float a, float b) { return a > b 
 
 // strides in elements of (batch, token, head)
 struct Strides { int64_t b, t, h; };
+struct Sizes { int64_t batch, length, heads, kv_heads, head_dim; };
 
 template <int D, class T>
-void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v, T* __restrict out, float* __restrict lse, const int32_t* low, const int32_t* high,
-            Strides sq, Strides sk, Strides sv, int64_t length, int heads, int shared, int64_t q0, int64_t q1, float scale) {
+void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v, T* __restrict out,
+            float* __restrict lse, const int32_t* low, const int32_t* high, Strides sq, Strides sk, Strides sv,
+            int64_t length, int heads, int shared, int64_t q0, int64_t q1, float scale) {
     const int count = int(q1 - q0), padded = (count + ROWS - 1) / ROWS * ROWS;
     static thread_local std::vector<float> memory;
     memory.resize(size_t(shared) * padded * (2 * D + 2));
@@ -122,7 +126,7 @@ void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v,
                     Vec sum = {};
                     for (int c = 0; c < KEYS / LANES; c++) {
                         Vec p = exp2_of(x[c] - top);
-                        if (!whole) p = x[c] > LOWEST ? p : Vec{};
+                        if (!whole) p = x[c] == LOWEST ? Vec{} : p;
                         store(&s[r][c * LANES], p);
                         sum += p;
                     }
@@ -156,43 +160,219 @@ void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v,
         }
 }
 
+// tensors: q, k, v, out, lse, low, high
 template <int D, class T>
-void run(const T* q, const T* k, const T* v, T* out, float* lse, const int32_t* low, const int32_t* high,
-         const int64_t* strides, int64_t batch, int64_t length, int64_t heads, int64_t kv_heads, float scale, int threads) {
-    const Strides sq{strides[0], strides[1], strides[2]}, sk{strides[3], strides[4], strides[5]},
-        sv{strides[6], strides[7], strides[8]};
-    const int shared = int(heads / kv_heads);
-    const int64_t block = shared > 8 ? 64 : 128, blocks = (length + block - 1) / block, tasks = batch * kv_heads * blocks;
+void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale, int threads) {
+    const T *q = (const T*)tensors[0], *k = (const T*)tensors[1], *v = (const T*)tensors[2];
+    T* out = (T*)tensors[3];
+    float* lse = (float*)tensors[4];
+    const int32_t *low = (const int32_t*)tensors[5], *high = (const int32_t*)tensors[6];
+    const Strides sq{s[0], s[1], s[2]}, sk{s[3], s[4], s[5]}, sv{s[6], s[7], s[8]};
+    const int64_t heads = n.heads, shared = heads / n.kv_heads, rows = n.batch * n.kv_heads;
+    const int64_t block = shared > 8 ? 64 : 128, blocks = (n.length + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t n = blocks - 1 - task / (batch * kv_heads), rest = task % (batch * kv_heads);  // longest first
-        const int64_t b = rest / kv_heads, h = rest % kv_heads, q0 = n * block, q1 = q0 + block < length ? q0 + block : length;
+    for (int64_t task = 0; task < rows * blocks; task++) {
+        const int64_t q0 = (blocks - 1 - task / rows) * block, q1 = std::min(q0 + block, n.length);  // longest first
+        const int64_t b = task % rows / n.kv_heads, h = task % n.kv_heads;
         attend<D, T>(q + b * sq.b + h * shared * sq.h, k + b * sk.b + h * sk.h, v + b * sv.b + h * sv.h,
-                     out + (b * length * heads + h * shared) * D, lse + b * length * heads + h * shared,
-                     low + b * length, high + b * length, sq, sk, sv, length, int(heads), shared, q0, q1,
-                     scale * 1.44269504f);
+                     out + (b * n.length * heads + h * shared) * D, lse + b * n.length * heads + h * shared,
+                     low + b * n.length, high + b * n.length, sq, sk, sv, n.length, int(heads), int(shared), q0, q1,
+                     scale * LOG2E);
     }
 }
 
-template <class T>
-int dispatch(int64_t head_dim, const void* q, const void* k, const void* v, void* out, float* lse, const int32_t* low,
-             const int32_t* high, const int64_t* strides, int64_t batch, int64_t length, int64_t heads,
-             int64_t kv_heads, float scale, int threads) {
-#define CASE(D) case D: run<D, T>((const T*)q, (const T*)k, (const T*)v, (T*)out, lse, low, high, strides, batch, \
-                                  length, heads, kv_heads, scale, threads); return 0;
-    switch (head_dim) { CASE(16) CASE(32) CASE(64) CASE(128) }
-#undef CASE
+// Backward. One task is one query head of one row: it walks the tiles of keys, and for each the blocks of queries that
+// see it, so every score is computed once. Gradients of the queries gather in fp32 in the task's own memory; those of
+// keys and values go, per query head, to `partial` and are summed over the heads that share them at the end. Each
+// number has one writer and one order of summing, so results are the same bits for any number of threads.
+template <class T> struct Backward {
+    const T *grad, *q, *k, *v, *out;
+    const float* lse;
+    const int32_t *low, *high;
+    T *dq, *dk, *dv;
+    float* partial;  // 2 (dk, dv), batch, heads, length, head_dim
+    Strides sg, sq, sk, sv;
+    Sizes n;
+    float scale;
+};
+
+constexpr int BLOCK = 16;  // queries at a time
+
+// c[i][j] (+)= sum over x of a[i * step_i + x * step_x] * b[x][j]
+template <int SIZE, int TERMS, bool ADD>
+inline void product(float (*c)[KEYS], const float* a, int step_i, int step_x, const float (*b)[KEYS]) {
+    for (int i = 0; i < SIZE; i += 4) {
+        Vec sums[4][KEYS / LANES] = {};
+        if (ADD)
+            for (int r = 0; r < 4; r++)
+                for (int w = 0; w < KEYS / LANES; w++) sums[r][w] = load(&c[i + r][w * LANES]);
+#pragma GCC unroll 2
+        for (int x = 0; x < TERMS; x++)
+            for (int w = 0; w < KEYS / LANES; w++) {
+                Vec right = load(&b[x][w * LANES]);
+                for (int r = 0; r < 4; r++) sums[r][w] += a[(i + r) * step_i + x * step_x] * right;
+            }
+        for (int r = 0; r < 4; r++)
+            for (int w = 0; w < KEYS / LANES; w++) store(&c[i + r][w * LANES], sums[r][w]);
+    }
+}
+
+inline int64_t padded_to_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
+
+template <int D, class T>
+void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory) {
+    const int64_t length = a.n.length, heads = a.n.heads, padded = padded_to_blocks(length), blocks = padded / BLOCK;
+    float *queries = memory, *grads = queries + padded * D, *dq = grads + padded * D, *lse = dq + padded * D,
+          *delta = lse + padded;
+    const int32_t *low = a.low + b * length, *high = a.high + b * length;
+    // keys that some query of a block sees, and those that all of them see
+    struct Seen { int32_t some_low, some_high, all_low, all_high; };
+    std::vector<Seen> seen(blocks, Seen{INT32_MAX, 0, 0, INT32_MAX});
+    for (int64_t i = 0; i < padded; i++) {  // rows past the end are zeros and add nothing
+        const bool real = i < length;
+        const T* q = a.q + b * a.sq.b + i * a.sq.t + h * a.sq.h;
+        const T* grad = a.grad + b * a.sg.b + i * a.sg.t + h * a.sg.h;
+        const T* out = a.out + ((b * length + i) * heads + h) * D;
+        float sum = 0;
+        for (int d = 0; d < D; d++) {
+            queries[i * D + d] = real ? to_float(q[d]) * (a.scale * LOG2E) : 0;
+            grads[i * D + d] = real ? to_float(grad[d]) : 0;
+            dq[i * D + d] = 0;
+            sum += real ? grads[i * D + d] * to_float(out[d]) : 0;
+        }
+        delta[i] = sum;
+        lse[i] = real ? a.lse[(b * length + i) * heads + h] * LOG2E : 0;
+        if (!real) continue;
+        Seen& s = seen[i / BLOCK];
+        s.some_low = std::min(s.some_low, low[i]); s.some_high = std::max(s.some_high, high[i]);
+        s.all_low = std::max(s.all_low, low[i]); s.all_high = std::min(s.all_high, high[i]);
+    }
+    alignas(64) float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS];
+    alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
+    const int64_t kv = h / (heads / a.n.kv_heads);
+    const T *k = a.k + b * a.sk.b + kv * a.sk.h, *v = a.v + b * a.sv.b + kv * a.sv.h;
+    float* dk = a.partial + (b * heads + h) * length * D;
+    float* dv = dk + a.n.batch * heads * length * D;
+    for (int64_t k0 = 0; k0 < length; k0 += KEYS) {
+        const int here = int(std::min<int64_t>(length - k0, KEYS));
+        for (int j = 0; j < KEYS; j++)
+            for (int d = 0; d < D; d++) {
+                keys[j][d] = kt[d][j] = j < here ? to_float(k[(k0 + j) * a.sk.t + d]) : 0;
+                vt[d][j] = j < here ? to_float(v[(k0 + j) * a.sv.t + d]) : 0;
+            }
+        std::memset(dkt, 0, sizeof dkt); std::memset(dvt, 0, sizeof dvt);
+        for (int64_t n = 0; n < blocks; n++) {
+            const int64_t row = n * BLOCK;
+            if (seen[n].some_low >= k0 + KEYS || seen[n].some_high <= k0) continue;
+            const bool whole = seen[n].all_low <= k0 && seen[n].all_high >= k0 + KEYS;
+            product<BLOCK, D, false>(p, queries + row * D, D, 1, kt);
+            product<BLOCK, D, false>(ds, grads + row * D, D, 1, vt);
+            for (int r = 0; r < BLOCK; r++) {
+                const int64_t i = std::min(row + r, length - 1);
+                const int32_t first = int32_t(low[i] - k0), last = int32_t(high[i] - k0);
+                for (int w = 0; w < KEYS; w += LANES) {
+                    Vec x = load(&p[r][w]) - lse[row + r];
+                    if (!whole) {
+                        const IntVec j = COUNT + w;
+                        x = (j >= first) & (j < last) ? x : all(LOWEST);
+                    }
+                    Vec weight = x < -126.f ? Vec{} : exp2_of(x);
+                    store(&p[r][w], weight);
+                    store(&ds[r][w], weight * (load(&ds[r][w]) - delta[row + r]));
+                }
+            }
+            product<D, BLOCK, true>(dvt, grads + row * D, 1, D, p);
+            product<D, BLOCK, true>(dkt, queries + row * D, 1, D, ds);
+            constexpr int WIDE = D < 32 ? 1 : 2, HIGH = BLOCK / WIDE;  // 16 sums stay in registers
+            for (int r0 = 0; r0 < BLOCK; r0 += HIGH)
+                for (int column = 0; column < D; column += WIDE * LANES) {
+                    Vec sums[HIGH][WIDE];
+                    float* to_row = dq + (row + r0) * D + column;
+                    for (int r = 0; r < HIGH; r++)
+                        for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
+#pragma GCC unroll 2
+                    for (int j = 0; j < KEYS; j++)
+                        for (int w = 0; w < WIDE; w++) {
+                            Vec key = load(&keys[j][column + w * LANES]);
+                            for (int r = 0; r < HIGH; r++) sums[r][w] += ds[r0 + r][j] * key;
+                        }
+                    for (int r = 0; r < HIGH; r++)
+                        for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
+                }
+        }
+        for (int j = 0; j < here; j++)
+            for (int d = 0; d < D; d++) {
+                dk[(k0 + j) * D + d] = dkt[d][j] * (1 / LOG2E);  // the queries carry scale * log2(e)
+                dv[(k0 + j) * D + d] = dvt[d][j];
+            }
+    }
+    for (int64_t i = 0; i < length; i++)
+        for (int d = 0; d < D; d++)
+            from_float(dq[i * D + d] * a.scale, a.dq + ((b * length + i) * heads + h) * D + d);
+}
+
+// tensors: grad, q, k, v, out, lse, low, high, dq, dk, dv, partial
+template <int D, class T>
+void backward(void* const* t, const int64_t* s, const Sizes& n, float scale, int threads) {
+    const Backward<T> a{(T*)t[0], (T*)t[1], (T*)t[2], (T*)t[3], (T*)t[4], (float*)t[5], (int32_t*)t[6], (int32_t*)t[7],
+                        (T*)t[8], (T*)t[9], (T*)t[10], (float*)t[11], {s[0], s[1], s[2]}, {s[3], s[4], s[5]},
+                        {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, n, scale};
+    const int64_t shared = n.heads / n.kv_heads, dk_to_dv = n.batch * n.heads * n.length * D;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Vec> memory(padded_to_blocks(n.length) * (3 * D + 2) / LANES);  // of vectors: aligned
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < n.batch * n.heads; task++)
+            backward_of_head<D>(a, task / n.heads, task % n.heads, (float*)memory.data());
+#pragma omp for
+        for (int64_t token = 0; token < n.batch * n.length; token++)
+            for (int64_t kv = 0; kv < n.kv_heads; kv++)
+                for (int d = 0; d < D; d += LANES) {
+                    const int64_t b = token / n.length, first = b * n.heads + kv * shared;
+                    const float* from = a.partial + (first * n.length + token % n.length) * D + d;
+                    Vec dk = {}, dv = {};
+                    for (int64_t g = 0; g < shared; g++, from += n.length * D) {
+                        dk += load(from);
+                        dv += load(from + dk_to_dv);
+                    }
+                    const int64_t to = (token * n.kv_heads + kv) * D + d;
+                    for (int i = 0; i < LANES; i++) {
+                        from_float(dk[i], a.dk + to + i);
+                        from_float(dv[i], a.dv + to + i);
+                    }
+                }
+    }
+}
+
+typedef void Function(void* const*, const int64_t*, const Sizes&, float, int);
+#define FOR_HEAD_DIMS(F, T) {F<16, T>, F<32, T>, F<64, T>, F<128, T>}
+constexpr Function *FORWARD[2][4] = {FOR_HEAD_DIMS(forward, float), FOR_HEAD_DIMS(forward, uint16_t)},
+                   *BACKWARD[2][4] = {FOR_HEAD_DIMS(backward, float), FOR_HEAD_DIMS(backward, uint16_t)};
+
+int call(Function* const (&functions)[2][4], int is_bfloat16, void* const* tensors, const int64_t* strides,
+         const int64_t* sizes, float scale, int threads) {
+    const Sizes n{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    for (int i = 0; i < 4; i++)
+        if (n.head_dim == 16 << i) {
+            functions[is_bfloat16][i](tensors, strides, n, scale, threads);
+            return 0;
+        }
     return 1;
 }
 
 }  // namespace
 
-// q (B, T, Hq, D), k and v (B, T, Hkv, D) with the given strides and contiguous last axis -> out (B, T, Hq, D) and
-// log-sum-exp (B, T, Hq), both contiguous. Query i of row b sees keys low[b][i] .. high[b][i] - 1.
-extern "C" int sqa_attention_forward(int is_bfloat16, int64_t head_dim, const void* q, const void* k, const void* v,
-                                     void* out, float* lse, const int32_t* low, const int32_t* high,
-                                     const int64_t* strides, int64_t batch, int64_t length, int64_t heads,
-                                     int64_t kv_heads, float scale, int threads) {
-    auto dispatched = is_bfloat16 ? dispatch<uint16_t> : dispatch<float>;
-    return dispatched(head_dim, q, k, v, out, lse, low, high, strides, batch, length, heads, kv_heads, scale, threads);
+// tensors: q (B, T, Hq, D), k, v (B, T, Hkv, D), then results, contiguous: out (B, T, Hq, D), log-sum-exp fp32 (B, T,
+// Hq); then low, high int32 (B, T): query i of row b sees keys low[b][i] .. high[b][i] - 1. strides: of q, k and v,
+// whose last axis is contiguous. sizes: B, T, Hq, Hkv, D. Returns 1 for a D it does not have.
+extern "C" int sqa_attention_forward(int is_bfloat16, void* const* tensors, const int64_t* strides,
+                                     const int64_t* sizes, float scale, int threads) {
+    return call(FORWARD, is_bfloat16, tensors, strides, sizes, scale, threads);
+}
+
+// tensors: grad (B, T, Hq, D), q, k, v, then as the forward wrote or took them out, log-sum-exp, low, high, then
+// results, contiguous: dq, dk, dv; then scratch fp32 (2, B, Hq, T, D). strides: of grad, q, k and v.
+extern "C" int sqa_attention_backward(int is_bfloat16, void* const* tensors, const int64_t* strides,
+                                      const int64_t* sizes, float scale, int threads) {
+    return call(BACKWARD, is_bfloat16, tensors, strides, sizes, scale, threads);
 }

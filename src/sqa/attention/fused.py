@@ -1,4 +1,4 @@
-"""Our own attention forward on CPU: fused.cpp, compiled on first use and kept in the cache folder.
+"""Our own attention on CPU, forward and backward: fused.cpp, compiled on first use and kept in the cache folder.
 
 A plain shared library called through ctypes: it compiles in seconds where PyTorch's headers take a minute.
 """
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
+BACKWARD_DTYPES = DTYPES  # the others of DTYPES take the backward of blocks
 
 _SOURCE = Path(__file__).with_name("fused.cpp")
 # no -ffast-math: it would reorder sums, and linked into a library it flushes denormals in the whole process
@@ -51,7 +52,6 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, subprocess.CalledProcessError) as error:
         logger.warning("%s could not compile the attention kernel; PyTorch's is used: %s", compiler, error)
         return "did not compile"
-    library.sqa_attention_forward.restype = ctypes.c_int
     return library
 
 
@@ -76,21 +76,49 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, sc
     Query i of row b sees keys low[b, i] .. high[b, i] - 1 (int32, (B, T)). Last axes must be without gaps, dtypes in
     DTYPES and D in HEAD_DIMS: the kernel table sees to it.
     """
-    library = _library()
-    assert isinstance(library, ctypes.CDLL)
-    batch_size, length, num_heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
-    low, high = low.contiguous(), high.contiguous()
-    strides = (ctypes.c_int64 * 9)(*(stride for x in (q, k, v) for stride in x.stride()[:3]))
-    failed = library.sqa_attention_forward(
+    _call("sqa_attention_forward", (q, k, v), (out, logsumexp, low.contiguous(), high.contiguous()), scale)
+    return out, logsumexp
+
+
+def fused_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output (B, T, Hq, D) and from what `fused_forward` took and gave.
+
+    Summed in fp32, in the same order for any number of threads. Takes 8 * B * T * Hq * D bytes while it runs.
+    """
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    batch_size, length, num_heads, head_dim = q.shape
+    scratch = torch.empty(2, batch_size, num_heads, length, head_dim, dtype=torch.float32)
+    saved = (x.contiguous() for x in (out, logsumexp, low, high))
+    _call("sqa_attention_backward", (grad, q, k, v), (*saved, dq, dk, dv, scratch), scale)
+    return dq, dk, dv
+
+
+def _call(function: str, strided: tuple[Tensor, ...], contiguous: tuple[Tensor, ...], scale: float) -> None:
+    """Calls `function` of fused.cpp; the tensors in its order, those with strides end with k and v."""
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    pointers = [x.data_ptr() for x in (*strided, *contiguous)]
+    strides = [stride for x in strided for stride in x.stride()[:3]]
+    *_, q, k, _ = strided
+    batch_size, length, num_heads, head_dim = q.shape
+    failed = library[function](
         ctypes.c_int(q.dtype == torch.bfloat16),
-        ctypes.c_int64(head_dim),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, out, logsumexp, low, high)),
-        strides,
-        *(ctypes.c_int64(number) for number in (batch_size, length, num_heads, k.shape[2])),
+        (ctypes.c_void_p * len(pointers))(*pointers),
+        (ctypes.c_int64 * len(strides))(*strides),
+        (ctypes.c_int64 * 5)(batch_size, length, num_heads, k.shape[2], head_dim),
         ctypes.c_float(scale),
         ctypes.c_int(torch.get_num_threads()),
     )
     assert not failed
-    return out, logsumexp

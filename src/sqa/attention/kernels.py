@@ -145,19 +145,17 @@ def _lacks_sdpa(case: Case) -> str | None:
 
 
 def _run_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
-    return _block_attention(q, k, v, mask, case, scale, own_forward=False)
+    return _block_attention(q, k, v, mask, case, scale, own=False)
 
 
 def _run_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
-    return _block_attention(q, k, v, mask, case, scale, own_forward=True)
+    return _block_attention(q, k, v, mask, case, scale, own=True)
 
 
-def _block_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, *, own_forward: bool
-) -> Tensor:
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, *, own: bool) -> Tensor:
     window = mask.window if case.windowed and mask.window is not None else 0
     sinks = mask.num_sink_tokens if window else 0
-    return block_attention(q, k, v, mask.document_ids, case.causal, window, sinks, scale, own_forward)[0]
+    return block_attention(q, k, v, mask.document_ids, case.causal, window, sinks, scale, own)[0]
 
 
 def _lacks_blocks(case: Case) -> str | None:
@@ -262,7 +260,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "fused": Kernel(
         run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="causal, window, documents", dtypes="fp32, bf16",
-        backward="yes", about="our own forward (C++, needs a compiler) with the backward of blocks",
+        backward="yes", about="our own (C++, needs a compiler), made for small heads; skips what a mask hides",
     ),
     "flex": Kernel(
         run=_flex, lacks=_lacks_flex, devices="cuda; cpu forward", masks="all but cached, soft-cap",
@@ -285,7 +283,7 @@ def resolve(case: Case, kernel: str = "auto") -> Choice:
             raise ValueError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
         return Choice(kernel, "asked for")
     if _lacks_fused(case) is None:
-        return Choice("fused", "our own forward, made for small heads; skips what a mask hides")
+        return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
     skips = case.windowed or case.documents
     if case.device == "cpu" and skips and _lacks_blocks(case) is None:
         return Choice("blocks", "skips the keys that the window or the documents hide")
