@@ -186,8 +186,8 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tiny: Path) -> None:
 
 
 def test_a_killed_comparison_resumes_to_bitwise_the_same_results(tiny: Path) -> None:
-    plan = TINY.format(layout="packed", rounds=0).replace('"steps=6"', '"steps=150"') + "\n"
-    plan = plan.replace("threads = 1", "threads = 1\ncheckpoint_seconds = 0.0")
+    plan = TINY.format(layout="packed", rounds=0).replace('"steps=6"', '"steps=1500"') + "\n"
+    plan = plan.replace("threads = 1", "threads = 1\ncheckpoint_seconds = 0.05")
     (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
     sqa("compare", "tiny.toml", "--out", "whole", cwd=tiny)
     command = [sys.executable, "-m", "sqa", "compare", "tiny.toml", "--out", "parts"]
@@ -226,7 +226,7 @@ def test_a_killed_comparison_resumes_to_bitwise_the_same_results(tiny: Path) -> 
             for out in ("whole", "parts")
         ]
         assert losses[0] == losses[1]
-        assert len(losses[0]) == 150
+        assert len(losses[0]) == 1500
 
 
 def test_a_run_that_diverges_is_named_and_the_others_go_on(tiny: Path) -> None:
@@ -272,6 +272,10 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --dtype float8", "dtype must be one of 'float32', 'bfloat16', got 'float8'"),
         ("compare tiny.toml --out taken", "taken already holds other files"),
         ("compare --resume empty", "empty holds no comparison"),
+        ("compare tiny.toml --json nowhere/x.json", "--json nowhere/x.json is in a folder that does not exist"),
+        ("compare tiny.toml --resume empty", "leave out 'tiny.toml'"),
+        ("train --variant mha --resume empty", "leave out --variant and --seed"),
+        ("compare tiny.toml --out tiny.toml", "tiny.toml"),
         ("bench attention --n 10,x", "--n must be whole numbers with commas between, got '10,x'"),
         ("bench step --budget 3d", "budget: time needs a number above 0"),
         ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),

@@ -57,7 +57,7 @@ def test_reverse_reads_and_costs_the_larger_count() -> None:
         ({"num_sink_tokens": -2, "window": 4}, "num_sink_tokens must be 0 or more, got -2"),
         ({"logit_softcap": 0.0}, "logit_softcap must be above 0, got 0.0"),
         ({"scale": -1.0}, "scale must be above 0, got -1.0"),
-        ({"scale": float("nan")}, "scale must be above 0, got nan"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
     ],
 )
 def test_attention_mistakes(changes: dict, message: str) -> None:

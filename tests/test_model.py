@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sqa import ModelConfig, Transformer, variant, window_pattern
+from sqa import KVCache, ModelConfig, SparseQueryAttention, Transformer, variant, window_pattern
 from sqa.model import sample
 
 VOCAB = 32
@@ -292,3 +292,48 @@ def test_sampling(options: dict, kept: list[int]) -> None:
 
 def test_temperature_zero_is_greedy() -> None:
     assert frequencies(LOGITS, temperature=0.0)[1] == 1
+
+
+def test_generate_refuses_right_padding_and_empty_prompts() -> None:
+    model = Transformer(ModelConfig.preset("demo", variant="sqa"))
+    ids = torch.ones(2, 4, dtype=torch.long)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(ids, max_new_tokens=1, padding_mask=mask)
+    with pytest.raises(ValueError, match="T of at least 1"):
+        model.generate(ids[:, :0], max_new_tokens=1)
+    with pytest.raises(ValueError, match="num_logits must be at least 1, got 0"):
+        model(ids, num_logits=0)
+
+
+def test_a_cache_of_another_layer_is_refused() -> None:
+    config = variant("sqa", d_model=64, num_heads=8)
+    x = torch.randn(1, 3, 64)
+    for other, message in (
+        (config.replace(window=2), "made for window=2, got None"),
+        (variant("gqa", d_model=64, num_heads=8, num_kv_heads=1), "made for num_kv_heads=1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SparseQueryAttention(config)(x, cache=KVCache(other, batch_size=1, capacity=4))
+    with pytest.raises(ValueError, match="made for 1 layers, got layer 1"):
+        SparseQueryAttention(config, layer_index=1)(x, cache=KVCache(config, batch_size=1, capacity=4))
+    with pytest.raises(ValueError, match="dtype must be a floating-point one"):
+        KVCache(config, batch_size=1, capacity=4, dtype=torch.int32)
+
+
+def test_a_label_that_is_no_token_is_an_error_not_token_zero() -> None:
+    model = Transformer(ModelConfig.preset("demo", variant="sqa"))
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        model(ids, torch.full_like(ids, -1))
+
+
+def test_forward_derivatives_are_right_or_refused() -> None:
+    layer = SparseQueryAttention(variant("sqa", d_model=64, num_heads=4))
+    x, direction = torch.randn(1, 5, 64), torch.randn(1, 5, 64)
+    gradient = torch.func.grad(lambda x: layer(x).square().sum())(x)
+    y = x.clone().requires_grad_()
+    layer(y).square().sum().backward()
+    torch.testing.assert_close(gradient, y.grad)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(layer, (x,), (direction,))

@@ -25,7 +25,7 @@ def main() -> None:
     """Entry point of the `sqa` command."""
     try:
         app()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         _fail(str(error), 2)
     except RuntimeError as error:
         # torch raises RuntimeError too: only what a run reports of itself is one sentence
@@ -173,7 +173,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 @app.command()
 def compare(
-    plan: Annotated[str, typer.Argument(help="A preset (demo, published) or a TOML file.")] = "demo",
+    plan: Annotated[str | None, typer.Argument(help="A preset (demo, published) or a TOML file; default demo.")] = None,
     data: Data = None,
     variants: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
     seeds: Seeds = None,
@@ -211,17 +211,21 @@ def compare(
 
 
 def _compare(
-    source: str, changes: dict[str, Any], out: Path | None, resume: Path | None, json_path: Path | None
+    source: str | None, changes: dict[str, Any], out: Path | None, resume: Path | None, json_path: Path | None
 ) -> None:
     from sqa.experiments.plan import Plan
 
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_path} is in a folder that does not exist")
     if resume is None:
-        plan = Plan.read(source).replace(**changes)
+        plan = Plan.read(source or "demo").replace(**changes)
         out = out or Path("runs") / plan.name
     else:
         # torch comes with the next import, after what the plan alone can get wrong
         from sqa.experiments.compare import open_resumed
 
+        if source is not None:
+            raise ValueError(f"--resume goes on with the plan in its directory; leave out {source!r}")
         if out not in (None, resume):
             raise ValueError(f"--resume names the directory already, got --out {out} as well")
         out, plan = resume, open_resumed(resume, changes)
@@ -265,9 +269,9 @@ def _compare(
 
 @app.command()
 def train(
-    plan: Annotated[str, typer.Argument(help="A preset (demo, published) or a TOML file.")] = "demo",
-    variant: Annotated[str, typer.Option(help="Which variant.")] = "sqa",
-    seed: Annotated[int, typer.Option(help="Initialisation and data order.")] = 0,
+    plan: Annotated[str | None, typer.Argument(help="A preset (demo, published) or a TOML file; default demo.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Which variant; default sqa.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Initialisation and data order; default 0.")] = None,
     data: Data = None,
     budget: Annotated[str | None, typer.Option(help="steps=, tokens=, epochs= or flops=.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for --budget steps=.")] = None,
@@ -295,9 +299,12 @@ def train(
         device=device,
     )
     if resume is None:
-        changes |= {"variants": (variant,), "seeds": (seed,), "timing_rounds": 0}
+        variant = variant or "sqa"
+        changes |= {"variants": (variant,), "seeds": (seed or 0,), "timing_rounds": 0}
         if out is None:
-            out = Path("runs") / f"{Path(plan).stem}-{variant}"
+            out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
+    elif variant is not None or seed is not None:
+        raise ValueError("--resume goes on with the run as it was begun; leave out --variant and --seed")
     _compare(plan, changes, out, resume, None)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, Self, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 
@@ -39,6 +41,24 @@ def _positive(where: str, **values: float | None) -> None:
             raise ValueError(f"{where}: {name} must be a positive whole number, got {value!r}")
 
 
+def _check_types(where: str, config: Any) -> None:
+    """A TOML or JSON file can hold anything: say what a field wants before something far away trips over it."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, expected = getattr(config, item.name), hints[item.name]
+        kinds = get_args(expected) if get_origin(expected) is UnionType else (expected,)
+        if int in kinds or (value is None and NoneType in kinds):
+            continue  # whole numbers have a range as well, and are checked with it
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {item.name} must be a finite number, got {value!r}")
+        known = {bool: "true or false", float: "a number"}
+        wanted = [kind for kind in kinds if kind in known or dataclasses.is_dataclass(kind)]
+        good = [type(value) is kind or (kind is float and type(value) is int) for kind in wanted]
+        if wanted and not any(good) and not isinstance(value, tuple | list):
+            names = " or ".join(known.get(kind) or f"a {kind.__name__}" for kind in wanted)
+            raise ValueError(f"{where}: {item.name} must be {names}, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How published models stretch rotary frequencies beyond the length they were trained at.
@@ -57,6 +77,7 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
+        _check_types("rope scaling", self)
         if self.kind not in get_args(RopeKind):
             raise ValueError(f"rope scaling: kind must be one of {', '.join(get_args(RopeKind))}, got {self.kind!r}")
         if self.factor < 1:
@@ -82,6 +103,7 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        _check_types("rope", self)
         if self.base <= 1:
             raise ValueError(f"rope: base must be above 1, got {self.base!r}")
 
@@ -116,6 +138,8 @@ class AttentionConfig:
     rope: Rope | None = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
+        _check_types("attention", self)
+
         def default(name: str, value: int) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -153,7 +177,7 @@ class AttentionConfig:
             _positive("attention", window=self.window)
             if not self.causal:
                 raise ValueError(f"attention: window needs causal=True, got window={self.window} and causal=False")
-        if not isinstance(self.num_sink_tokens, int) or self.num_sink_tokens < 0:
+        if type(self.num_sink_tokens) is not int or self.num_sink_tokens < 0:
             raise ValueError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens!r}")
         if self.num_sink_tokens and self.window is None:
             raise ValueError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
@@ -235,6 +259,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        _check_types("model", self)
         _positive(
             "model",
             vocab_size=self.vocab_size,

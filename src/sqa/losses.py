@@ -54,7 +54,7 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     for part in _chunks(hidden, weight):
         logits = torch.nn.functional.linear(hidden[part], weight.to(hidden.dtype), _to(bias, hidden.dtype)).float()
         valid = labels[part] != IGNORE
-        target = labels[part].clamp_min(0)[:, None]
+        target = labels[part].masked_fill(~valid, 0)[:, None]
         picked = logits.gather(1, target)[:, 0]
         nll[part] = (logits.logsumexp(1) - picked) * valid
         correct[part] = (logits.argmax(1) == target[:, 0]) & valid
@@ -109,7 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softmax_gradient, accumulate = _softmax_gradient, _accumulate
         if compiled:
             softmax_gradient, accumulate = _compiled(_softmax_gradient), _compiled(_accumulate)
-        valid, labels = labels != IGNORE, labels.clamp_min(0)
+        valid = labels != IGNORE
+        labels = labels.masked_fill(~valid, 0)
         low_weight, low_hidden, low_bias = weight.to(dtype), hidden.to(dtype), _to(bias, dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(low_hidden)

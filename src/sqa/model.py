@@ -135,6 +135,8 @@ class Transformer(nn.Module):
 
         Raises ValueError when the tokens exceed max_seq_len or shapes do not fit.
         """
+        if num_logits is not None and num_logits < 1:
+            raise ValueError(f"num_logits must be at least 1, got {num_logits}")
         hidden = self.hidden_states(input_ids, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
         if labels is None:
             return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
@@ -200,6 +202,10 @@ class Transformer(nn.Module):
         ):
             if not good:
                 raise ValueError(f"generate: {name} is out of range, got {value}")
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
+        if padding_mask is not None and not bool(padding_mask[:, -1].all()):
+            raise ValueError("generate: prompts must be padded on the left, but the last token of some row is padding")
         batch_size, length = input_ids.shape
         if length + max_new_tokens > self.config.max_seq_len:
             raise ValueError(

@@ -87,6 +87,13 @@ def test_budgets_become_steps() -> None:
         ({"model": {"max_seq_len": 256}}, "context must be at most the model's max_seq_len=256, got 512"),
         ({"budget": "time=20m", "timing_rounds": 0}, "a time budget needs timing_rounds"),
         ({"name": "../x"}, "name must be letters"),
+        ({"model": {"causal": False}}, "causal must be true"),
+        ({"model": {"rope": {"base": 3}}}, "rope must be a Rope"),
+        ({"model": {"bias": "no"}}, "bias must be true or false, got 'no'"),
+        ({"model": {"norm_eps": "x"}}, "norm_eps must be a number, got 'x'"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"seeds": (2**70,)}, r"below 2\*\*63"),
+        ({"threads": 100_000}, "threads must be at most 1024"),
     ],
 )
 def test_bad_plans_are_refused(changes: dict[str, object], message: str) -> None:

@@ -137,13 +137,24 @@ class KVCache:
         layers = (config,) if isinstance(config, AttentionConfig) else config.layers
         if not layers[0].causal:
             raise ValueError("cache: only a causal model can be decoded with a cache, got causal=False")
-        self.batch_size, self.capacity = batch_size, capacity
+        if not dtype.is_floating_point:
+            raise ValueError(f"cache: dtype must be a floating-point one, got {dtype}")
+        self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
         self.layers = [
             (StaticLayerCache if layer.window is None else RollingLayerCache)(
                 layer, batch_size, capacity, dtype, torch.device(device)
             )
             for layer in layers
         ]
+
+    def check(self, layer_index: int, config: AttentionConfig) -> None:
+        """Raise ValueError when the layer at `layer_index` is not the one that this cache was made for."""
+        if layer_index >= len(self._configs):
+            raise ValueError(f"cache: made for {len(self._configs)} layers, got layer {layer_index}")
+        made = self._configs[layer_index]
+        for name in ("num_kv_heads", "head_dim", "window", "num_sink_tokens"):
+            if getattr(made, name) != getattr(config, name):
+                raise ValueError(f"cache: made for {name}={getattr(made, name)}, got {getattr(config, name)}")
 
     @property
     def length(self) -> int:

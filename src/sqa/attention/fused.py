@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from functools import lru_cache
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sqa.files import default_cache_dir, replacing
+from sqa.files import default_cache_dir, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,7 @@ def _library() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C++ compiler"
     try:
-        path = _compiled(compiler)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         logger.warning("%s could not compile the attention kernel; PyTorch's is used: %s", compiler, error)
         return "did not compile"
@@ -57,16 +57,19 @@ def _library() -> ctypes.CDLL | str:
 
 def _compiled(compiler: str) -> Path:
     """The library in the cache, compiled there when source, compiler or processor are new."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    command = shlex.split(compiler)  # CXX="ccache g++" is usual
+    version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
     target = subprocess.run(  # what -march=native means here
-        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
+        [*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
     ).stdout
     key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, target, " ".join(_FLAGS).encode()))).hexdigest()
     path = default_cache_dir() / "kernels" / f"attention-{key[:16]}.so"
-    if not path.exists():
+    seal = path.with_suffix(".sha256")  # loading a library cut short would kill the process
+    if not (path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(temporary)], capture_output=True, check=True)
+            subprocess.run([*command, *_FLAGS, str(_SOURCE), "-o", str(temporary)], capture_output=True, check=True)
+        write_text(seal, hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 

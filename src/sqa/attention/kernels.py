@@ -337,6 +337,8 @@ def attend(
         softcap=softcap is not None,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
+    if kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        kernel = "sdpa" if softcap is None else "reference"  # our operators have no rule for torch.func's transforms
     choice = resolve(case, kernel)
     if not torch.compiler.is_compiling() and choice not in _logged:
         _logged.add(choice)

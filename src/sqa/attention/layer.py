@@ -56,6 +56,8 @@ class SparseQueryAttention(nn.Module):
         Raises ValueError for shapes that do not fit or options that exclude each other.
         """
         self._check(x, context, document_ids, cache)
+        if cache is not None:
+            cache.check(self.layer_index, self.config)
         batch_size, length, _ = x.shape
         source = x if context is None else context
         q = self.q_proj(x).view(batch_size, length, self.config.num_query_heads, self.config.head_dim)

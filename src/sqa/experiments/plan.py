@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 import typing
@@ -37,7 +38,7 @@ class Budget:
             raise ValueError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGET_KINDS)}, got {text!r}")
         units = _SECONDS if kind == "time" else _UNITS
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
-        if found is None or found[2] not in units or float(found[1]) <= 0:
+        if found is None or found[2] not in units or not 0 < float(found[1]) < math.inf:
             raise ValueError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
         return cls(kind, float(found[1]) * units[found[2]])
 
@@ -89,7 +90,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), _TYPES[item.name])
+            value = getattr(self, item.name)
+            _check_type(item.name, value, _TYPES[item.name])
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"plan: {item.name} must be a finite number, got {value}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"plan: name must be letters, digits, '.', '_' and '-', got {self.name!r}")
         object.__setattr__(self, "variants", tuple(find_variant(name)[0] for name in self.variants))
@@ -113,8 +117,10 @@ class Plan:
             raise ValueError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
-        if any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"plan: seeds must be 0 or more, got {list(self.seeds)}")
+        if any(not 0 <= seed < 2**63 for seed in self.seeds):
+            raise ValueError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
+        if self.threads > 1024:
+            raise ValueError(f"plan: threads must be at most 1024, got {self.threads}")
         budget = Budget.parse(self.budget)
         if budget.kind == "time" and not self.timing_rounds:
             raise ValueError("plan: a time budget needs timing_rounds of at least 1, got 0")
@@ -124,6 +130,8 @@ class Plan:
             if "vocab_size" in fields:
                 raise ValueError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
         for name in self.variants:
+            if not self.model_config(name).causal:
+                raise ValueError("plan: causal must be true, or a model trained on the next token would see it")
             longest = self.model_config(name).max_seq_len
             if self.context > longest:
                 raise ValueError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")

@@ -41,8 +41,11 @@ def read_results(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError
+            rows.append(row)
+        except ValueError:
             raise ValueError(
                 f"results: line {number} of {path.name} is damaged; remove it, and its run trains again"
             ) from None

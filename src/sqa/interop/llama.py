@@ -90,7 +90,8 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
 
 def _read_rope(values: Mapping[str, Any]) -> Rope:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    given = dict(values.get("rope_parameters") or {})
+    given |= values.get("rope_scaling") or {}  # transformers lets the older name win
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     kind: Any = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)

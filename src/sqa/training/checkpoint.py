@@ -39,6 +39,8 @@ class Progress:
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
     """Write `folder/step-N` and drop all but the last two. A full disk leaves the earlier ones as they were."""
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".writing-*"):  # by a process that was killed; the directory has one writer
+        shutil.rmtree(abandoned)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         write_safetensors(temporary / _FILES[0], _unshared(model.state_dict()))
@@ -74,7 +76,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name[5:].isdigit()),
+        key=lambda path: int(path.name.removeprefix("step-")),
+    )
 
 
 def _read(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:

@@ -229,6 +229,8 @@ def evaluate(
         all_nll += float(losses.sum())
         all_correct += int(hits.sum())
         positions += int((targets != IGNORE).sum())
+    if not num_bytes:
+        raise ValueError("data: the validation split has no token to predict; give longer validation documents")
     loss = nll / tokens
     return Evaluation(
         loss=loss,
