@@ -50,10 +50,8 @@ def benchmark(name: str) -> str:
 SECTIONS = {
     "demo table": lambda: comparison("demo"),
     "speed": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32", "prefill")),
-    "memory": lambda: benchmark("memory"),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
-    "articles": lambda: comparison("articles"),
 }
 
 

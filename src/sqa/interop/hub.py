@@ -76,7 +76,7 @@ def model_card(
     return (
         f"---\nlicense: {licence}\npipeline_tag: text-generation\ntags:\n- sparse-query-attention\n---\n\n"
         f"# {title}, {heads} query / KV heads\n\n"
-        f"Trained with [sparse-query-attention](https://pypi.org/project/sparse-query-attention/). Loss and accuracy "
+        f"Trained with `sparse-query-attention`. Loss and accuracy "
         f"count real tokens, unless they say all positions.\n\n| | |\n|---|---|\n{table}\n\n{usage}{planned}"
     )
 
