@@ -147,7 +147,7 @@ def _overrides(**given: Any) -> dict[str, Any]:
     if "variants" in changes:
         changes["variants"] = tuple(name.strip() for name in changes["variants"].split(","))
     if "dtype" in changes:
-        changes["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}.get(changes["dtype"], changes["dtype"])
+        changes["dtype"] = _dtype(changes["dtype"])
     limits = [name for name in ("budget", "max_steps", "max_tokens") if name in changes]
     if len(limits) > 1:
         raise ValueError(f"budget: give one of --budget, --max-steps and --max-tokens, got {len(limits)}")
@@ -157,6 +157,10 @@ def _overrides(**given: Any) -> dict[str, Any]:
     if "context" in changes and changes["context"] < 2:
         raise ValueError(f"--context must be at least 2, got {changes['context']}")
     return changes
+
+
+def _dtype(name: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16"}.get(name, name)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -441,6 +445,76 @@ def export(
     for note in interop.export(_run_folder(run), out, format=format, dtype=dtype):
         print(note)
     print(f"wrote {out}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a run of ours, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
+    query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
+    calibration: Annotated[str, typer.Option(help="builtin, wikipedia, or a file or folder of text.")],
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads a layer keeps; default: as many as it has.")] = None,
+    method: Annotated[str, typer.Option(help="Which heads stay: random, weight, l2, taylor or greedy.")] = "l2",
+    pooling: Annotated[str, typer.Option(help="How KV heads are joined: aligned or mean.")] = "aligned",
+    sequences: Annotated[int, typer.Option(help="Rows of calibration text.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    heal: Annotated[str | None, typer.Option(help="tokens=2M trains afterwards against the original.")] = None,
+    layerwise: Annotated[float, typer.Option(help="Share of these that heals layer by layer.")] = 0.2,
+    train: Annotated[str, typer.Option(help="What healing trains: all or attention.")] = "all",
+    learning_rate: Annotated[float, typer.Option(help="Of healing.")] = 3e-4,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
+    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens for the verdict.")] = 16_384,
+    speed_at: Annotated[str, typer.Option(help="Lengths to time, with commas between.")] = "512,2048",
+    dtype: Annotated[str, typer.Option(help="Of healing and timing: float32 or bfloat16 (autocast).")] = "float32",
+    seed: Annotated[int, typer.Option(help="For --method random.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 is PyTorch's choice.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Quality over healing: .svg, .png, .html.")] = None,
+) -> None:
+    """Give a pretrained model fewer query heads, and say what that cost."""
+    from sqa.conversion import report
+    from sqa.conversion.convert import convert as run
+    from sqa.conversion.settings import Settings, prepare
+    from sqa.experiments.compare import stop_flag
+    from sqa.experiments.display import make_display
+    from sqa.experiments.plan import Budget
+
+    healing = None if heal is None else Budget.parse(heal)
+    if healing is not None and healing.kind != "tokens":
+        raise ValueError(f"--heal must be tokens=..., got {heal!r}")
+    settings = Settings(
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        method=method,
+        pooling=pooling,  # type: ignore[arg-type]
+        sequences=sequences,
+        length=length,
+        heal_tokens=0 if healing is None else round(healing.amount),
+        layerwise=layerwise,
+        train=train,  # type: ignore[arg-type]
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        control=control,
+        evaluation_tokens=evaluation_tokens,
+        speed_at=_numbers(speed_at, "--speed-at"),
+        dtype=_dtype(dtype),  # type: ignore[arg-type]
+        seed=seed,
+        threads=threads,
+    )
+    job = prepare(model, out, calibration, settings)
+    console = _console()
+    console.print(report.planned(job))
+    if dry_run:
+        return
+    with stop_flag() as stop:
+        state = run(job, make_display(console), lambda: stop.signal is not None)
+    console.print(report.verdict(state))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    _write_json(json_path, state)
+    if plot_path is not None:
+        report.plot(state, plot_path)
 
 
 @app.command(name="import")

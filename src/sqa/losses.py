@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_linear = torch.nn.functional.linear
+
 IGNORE = -100
 """The label of a position that has no target."""
 
@@ -37,7 +39,33 @@ def linear_cross_entropy(
     if not needs_grad:
         nll, _ = token_losses(hidden, weight, bias, labels)
         return nll.sum()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, compiled)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, None, dtype, compiled)
+    return total
+
+
+def linear_distillation(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: tuple[Tensor, Tensor, Tensor | None]
+) -> Tensor:
+    """Sum over tokens of KL(teacher || student), fp32: how much the student's distribution differs from the teacher's.
+
+    hidden (..., d), weight (V, d), bias (V,) or None, and the same of the teacher, whose width may differ and who gets
+    no gradient. Chunked, autocast and gradients as in `linear_cross_entropy`.
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    rows = teacher[0].detach().reshape(-1, teacher[0].shape[-1]).to(dtype)
+    kept = (rows, teacher[1].to(dtype), _to(teacher[2], dtype))
+    if not torch.is_grad_enabled():
+        student = (weight.to(dtype), _to(bias, dtype))
+        parts = (
+            _divergence_gradient(_linear(hidden[part].to(dtype), *student), _linear(rows[part], *kept[1:]))[0]
+            for part in _chunks(hidden, weight)
+        )
+        return torch.stack(list(parts)).sum()
+    labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # every token counts
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, kept, dtype, False)
     return total
 
 
@@ -52,7 +80,7 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     nll = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     for part in _chunks(hidden, weight):
-        logits = torch.nn.functional.linear(hidden[part], weight.to(hidden.dtype), _to(bias, hidden.dtype)).float()
+        logits = _linear(hidden[part], weight.to(hidden.dtype), _to(bias, hidden.dtype)).float()
         valid = labels[part] != IGNORE
         target = labels[part].masked_fill(~valid, 0)[:, None]
         picked = logits.gather(1, target)[:, 0]
@@ -85,6 +113,13 @@ def _softmax_gradient(logits: Tensor, labels: Tensor, valid: Tensor) -> tuple[Te
     return nll, ((exponentials / total - picked.float()) * valid[:, None]).to(dtype)
 
 
+def _divergence_gradient(logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over a chunk (rows, V) of KL(teacher || student), and its gradient by the student's logits."""
+    student, teacher = (x.float().log_softmax(1) for x in (logits, teacher_logits))
+    probabilities = teacher.exp()
+    return (probabilities * (teacher - student)).sum(), (student.exp() - probabilities).to(logits.dtype)
+
+
 def _accumulate(total: Tensor, part: Tensor) -> None:
     """total += part; compiled, a low-precision part is not copied to fp32 first."""
     total.add_(part)
@@ -103,6 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
         dtype: torch.dtype,
         compiled: bool,
     ) -> Tensor:
@@ -118,8 +154,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, weight):
-                logits = torch.nn.functional.linear(low_hidden[part], low_weight, low_bias)
-                nll, gradient = softmax_gradient(logits, labels[part], valid[part])
+                logits = _linear(low_hidden[part], low_weight, low_bias)
+                if teacher is None:
+                    nll, gradient = softmax_gradient(logits, labels[part], valid[part])
+                else:
+                    nll, gradient = _divergence_gradient(logits, _linear(teacher[0][part], *teacher[1:]))
                 total += nll
                 torch.mm(gradient, low_weight, out=grad_hidden[part])
                 if dtype == torch.float32:
@@ -140,4 +179,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None
+        return *grads, None, None, None, None

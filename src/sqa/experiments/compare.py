@@ -142,7 +142,7 @@ def compare(
         torch.set_num_threads(plan.threads)
     accelerator = make_accelerator(plan.device, plan.dtype)
     directory = Directory(out)
-    with directory.locked(), _stop_flag() as stop:
+    with directory.locked(), stop_flag() as stop:
         if not resume:
             directory.check_free(plan)
         if directory.begun and not directory.missing(plan):
@@ -302,7 +302,7 @@ class StopFlag:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[StopFlag]:
+def stop_flag() -> Iterator[StopFlag]:
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -19,6 +19,8 @@ from sqa.model import Transformer
 
 __all__ = [
     "Replacement",
+    "check_like",
+    "end_token",
     "export",
     "import_model",
     "load_config",
@@ -26,6 +28,7 @@ __all__ = [
     "push_to_hub",
     "replace_attention",
     "save_model",
+    "write_like",
 ]
 
 Format = Literal["hf", "hf-remote", "gguf"]
@@ -117,6 +120,31 @@ def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None
     else:
         raise ValueError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
     return [] if tokenizer is not None else [_no_tokenizer(source_dir)]
+
+
+def check_like(config: ModelConfig, source: Path) -> None:
+    """Raise ValueError when a model of this config cannot be written as the kind of directory that `source` is."""
+    if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
+        llama.stock_config(config, dtype=torch.float32)
+
+
+def write_like(model: Transformer, folder: Path, source: Path) -> None:
+    """Write the kind of directory that `source` is: a stock Hugging Face one, else ours; with its tokenizer."""
+    if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
+        tokenizer = native.read_tokenizer(source, model.config.vocab_size)
+        _write_hugging_face(model, folder, source, tokenizer, stock=True, dtype=model.lm_head.weight.dtype)
+    else:
+        save_model(model, folder)
+        native.copy_tokenizer(source, folder)
+
+
+def end_token(source: Path, tokenizer: Any) -> int | None:
+    """The id that closes a document: what our tokenizers call so, else the first eos_token_id of config.json."""
+    from sqa.data.tokenizer import END_TOKEN
+
+    own: int | None = tokenizer.token_to_id(END_TOKEN)
+    given = native.read_config(source).get("eos_token_id") if own is None else own
+    return given[0] if isinstance(given, list) else given
 
 
 def _write_hugging_face(

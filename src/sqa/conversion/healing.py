@@ -1,0 +1,125 @@
+"""Training after surgery, against the original: each layer on its own, then the whole model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sqa.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from sqa.training.loop import Interrupted, NonFiniteLoss, Recipe, StepReport, make_optimizer
+from sqa.training.loop import learning_rate as rate_at
+
+
+class Subject(Protocol):
+    """A model in conversion; see Decoder and Encoder for what the methods mean. `Any`: its kind of batch."""
+
+    model: Any
+
+    def layers(self, batch: Any) -> Any: ...
+    def attend(self, index: int, read: Tensor, batch: Any) -> Tensor: ...
+    def hidden(self, batch: Any) -> Tensor: ...
+    def distance(self, hidden: Tensor, teacher: Any, teacher_hidden: Tensor, batch: Any) -> Tensor: ...
+
+
+Objective = Callable[[Any], Tensor]
+
+
+def layerwise(student: Subject, teacher: Subject) -> Objective:
+    """Each layer's attention against the original's on the original's input: squared error as a share of its energy.
+
+    Layers share nothing, so their mean trains them independently.
+    """
+
+    def objective(batch: Any) -> Tensor:
+        losses = []
+        with torch.no_grad():
+            pairs = list(teacher.layers(batch))
+        for i, (read, given) in enumerate(pairs):
+            error = (student.attend(i, read, batch) - given).float().square().sum()
+            losses.append(error / given.float().square().sum())
+        return torch.stack(losses).mean()
+
+    return objective
+
+
+def distillation(student: Subject, teacher: Subject) -> Objective:
+    """How far the model's outputs are from the original's, a token (arXiv 1503.02531, at temperature 1)."""
+
+    def objective(batch: Any) -> Tensor:
+        with torch.no_grad():
+            target = teacher.hidden(batch)
+        return student.distance(student.hidden(batch), teacher, target, batch)
+
+    return objective
+
+
+def heal(
+    model: nn.Module,
+    objective: Objective,
+    batches: Sequence[Any],
+    *,
+    tokens_per_step: int,
+    learning_rate: float,
+    dtype: torch.dtype,
+    attention_only: bool,
+    folder: Path,
+    on_step: Callable[[StepReport], None],
+    should_stop: Callable[[], bool],
+) -> Progress:
+    """Train on each batch once, at a warmed-up cosine rate, or go on from the last checkpoint in `folder`.
+
+    `attention_only` leaves all but the attention layers as they are; dtype bfloat16 means autocast. A phase that is
+    over has a last checkpoint, and is not run again. Raises Interrupted after saving when `should_stop` says so, and
+    NonFiniteLoss.
+    """
+    recipe = Recipe(
+        steps=len(batches),
+        batch_size=1,
+        micro_batch_size=0,
+        learning_rate=learning_rate,
+        warmup_fraction=0.05,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        padding_in_loss=False,
+        checkpoint_seconds=120.0,
+    )
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not attention_only or "attn" in name or "attention" in name)
+        if parameter.requires_grad:
+            trained.append(parameter)
+    optimizer = make_optimizer(model, recipe)
+    progress = load_checkpoint(folder, model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
+    last_saved = time.monotonic()
+    while progress.step < recipe.steps:
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(recipe, progress.step)
+        with torch.autocast(trained[0].device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = objective(batches[progress.step])
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress = Progress(
+            step=progress.step + 1,
+            tokens=progress.tokens + tokens_per_step,
+            wall_s=progress.wall_s + time.perf_counter() - start,
+        )
+        if not math.isfinite(loss.item()):
+            raise NonFiniteLoss(f"convert: loss was {loss.item()} at step {progress.step} of healing; lower its rate")
+        on_step(StepReport(step=progress.step, loss=loss.item(), tokens=progress.tokens, seconds=progress.wall_s))
+        stop, over = should_stop(), progress.step == recipe.steps
+        if stop or over or time.monotonic() - last_saved > recipe.checkpoint_seconds:
+            save_checkpoint(folder, model, optimizer, progress)
+            last_saved = time.monotonic()
+        if stop and not over:
+            raise Interrupted(f"stopped after step {progress.step} of {recipe.steps} of healing")
+    model.requires_grad_(True)
+    return progress

@@ -1,0 +1,141 @@
+"""Healing: its losses against plain ones, layers on their own, exact resumption."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sqa import ModelConfig, Transformer
+from sqa.conversion import surgery
+from sqa.conversion.decoder import Decoder
+from sqa.conversion.healing import distillation, heal, layerwise
+from sqa.data.batches import Batch
+from sqa.training.checkpoint import Progress
+from sqa.training.loop import Interrupted, NonFiniteLoss, StepReport
+
+Make = Callable[..., ModelConfig]
+Build = Callable[[ModelConfig], Transformer]
+
+
+@pytest.fixture
+def pair(config_of: Make, model_of: Build) -> tuple[Decoder, Decoder]:
+    """The original, and the same with half its query heads dropped."""
+    original = Decoder(model_of(config_of()))
+    heads = surgery.plan_heads(original.views[0].config, 2, None)
+    weights = [surgery.cut(view, heads, [0, 2])[0] for view in original.views]
+    return original, original.converted([original.views[0].config.replace(num_query_heads=2)] * 2, weights)
+
+
+def healed(
+    student: Decoder,
+    objective: Callable[[Batch], torch.Tensor],
+    batches: list[Batch],
+    folder: Path,
+    *,
+    attention_only: bool = False,
+    learning_rate: float = 1e-3,
+    on_step: Callable[[StepReport], None] = lambda report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Progress:
+    return heal(
+        student.model,
+        objective,
+        batches,
+        tokens_per_step=48,
+        learning_rate=learning_rate,
+        dtype=torch.float32,
+        attention_only=attention_only,
+        folder=folder,
+        on_step=on_step,
+        should_stop=should_stop,
+    )
+
+
+def test_distillation_is_the_divergence_of_the_logits(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
+    original, student = pair
+    (batch, *_), parameters = batches, list(student.model.parameters())
+    got = distillation(student, original)(batch)
+    logits = [
+        subject.model(batch.input_ids, document_ids=batch.document_ids).logits.flatten(0, 1).log_softmax(-1)
+        for subject in pair
+    ]
+    expected = F.kl_div(logits[1], logits[0].detach(), log_target=True, reduction="batchmean")
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(distillation(student, original)(batch), expected)
+        assert float(distillation(original, original)(batch)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
+    """A layer's gradient does not change with the weights of another, and nothing but attention has one."""
+    original, student = pair
+
+    def gradients() -> dict[str, torch.Tensor]:
+        student.model.zero_grad()
+        layerwise(student, original)(batches[0]).backward()
+        return {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    assert before
+    assert all(".self_attn." in name for name in before)
+    with torch.no_grad():
+        student.model.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
+    after = gradients()
+    for name, gradient in before.items():
+        changed = not torch.equal(gradient, after[name])
+        assert changed == (".0." in name)
+
+
+@pytest.mark.parametrize("objective", [layerwise, distillation])
+def test_healing_brings_the_model_closer(
+    objective: Callable, pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+) -> None:
+    original, student = pair
+    before = student.measure(batches, original)
+    frozen = student.model.model.embed_tokens.weight.clone()
+    progress = healed(student, objective(student, original), batches * 10, tmp_path, attention_only=True)
+    assert (progress.step, progress.tokens) == (60, 60 * 48)
+    after = student.measure(batches, original)
+    assert after["kl"] < 0.8 * before["kl"]
+    assert torch.equal(student.model.model.embed_tokens.weight, frozen)
+
+
+def test_a_stopped_phase_ends_as_one_never_stopped(
+    pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+) -> None:
+    original, student = pair
+    start = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    healed(student, distillation(student, original), batches, tmp_path / "whole")
+    expected = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+    seen: list[int] = []
+    student.model.load_state_dict(start)
+    with pytest.raises(Interrupted, match="step 4 of 6"):
+        healed(
+            student,
+            distillation(student, original),
+            batches,
+            tmp_path / "cut",
+            on_step=lambda report: seen.append(report.step),
+            should_stop=lambda: bool(seen) and seen[-1] == 4,
+        )
+    student.model.load_state_dict(start)
+    for _ in range(2):  # the second time there is nothing left to do
+        healed(
+            student, distillation(student, original), batches, tmp_path / "cut", on_step=lambda r: seen.append(r.step)
+        )
+        assert seen == [1, 2, 3, 4, 5, 6]
+        assert all(torch.equal(expected[name], tensor) for name, tensor in student.model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_phase(
+    pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+) -> None:
+    original, student = pair
+    with torch.no_grad():
+        student.model.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(NonFiniteLoss, match="step 1 of healing"):
+        healed(student, distillation(student, original), batches, tmp_path)

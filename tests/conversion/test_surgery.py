@@ -1,0 +1,306 @@
+"""Heads chosen, cut, pooled and refitted, against brute force and least squares by other means."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sqa import AttentionConfig, ModelConfig, Rope, Transformer
+from sqa.conversion import importance, surgery
+from sqa.conversion.decoder import Decoder
+from sqa.conversion.moments import AttentionView, Moments, collect
+from sqa.data.batches import Batch
+
+Make = Callable[..., ModelConfig]
+Build = Callable[[ModelConfig], Transformer]
+
+
+def read_by(subject: Decoder, batches: Sequence[Batch], index: int, projection: str) -> Tensor:
+    """What one projection of a layer read on these batches, (N, F)."""
+    found: list[Tensor] = []
+    collect(subject.run, batches, [getattr(subject.views[index], projection)], lambda i, read: found.append(read))
+    return torch.cat(found).double()
+
+
+def moments_of(x: Tensor, y: Tensor, *, constant: bool = False) -> Moments:
+    moments = Moments(x.shape[1], y.shape[1], constant=constant)
+    for part in range(0, len(x), 7):  # in pieces: sums do not care
+        moments.add(x[part : part + 7], y[part : part + 7])
+    return moments
+
+
+def layer_view(heads: int, kv_heads: int, *, bias: bool = False, **options: object) -> AttentionView:
+    config = AttentionConfig(d_model=24, num_heads=6, num_query_heads=heads, num_kv_heads=kv_heads, **options)
+    generator = torch.Generator().manual_seed(heads)
+
+    def linear(rows: int, columns: int) -> torch.nn.Linear:
+        made = torch.nn.Linear(columns, rows, bias=bias)
+        with torch.no_grad():
+            made.weight.copy_(torch.randn(rows, columns, generator=generator))
+            if bias:
+                made.bias.copy_(torch.randn(rows, generator=generator))
+        return made
+
+    return AttentionView(
+        config,
+        linear(config.query_width, 24),
+        linear(config.kv_width, 24),
+        linear(config.kv_width, 24),
+        linear(24, config.output_width),
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked", "expected"),
+    [
+        ((9, 3), (6, None), (6, 3, 3)),
+        ((9, 3), (3, None), (3, 3, 3)),
+        ((9, 3), (9, None), (9, 3, 3)),
+        ((12, 12), (6, None), (6, 6, 1)),
+        ((12, 12), (8, 4), (8, 4, 4)),
+        ((12, 4), (4, 2), (4, 2, 2)),
+        ((12, 4), (1, 1), (1, 1, 1)),
+    ],
+)
+def test_pools(counts: tuple[int, int], asked: tuple[int, int | None], expected: tuple[int, int, int]) -> None:
+    config = AttentionConfig(d_model=72, num_heads=36, num_query_heads=counts[0], num_kv_heads=counts[1])
+    heads = surgery.plan_heads(config, *asked)
+    assert (heads.num_query_heads, heads.num_kv_heads, len(heads.pools)) == expected
+    assert list(itertools.chain(*heads.pools)) == list(range(counts[0]))
+    assert heads.keep * len(heads.pools) == asked[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked", "message"),
+    [
+        ((9, 3), (4, None), r"query_heads must be a multiple of 3 KV heads, at most 9 \(3, 6, 9\), got 4"),
+        ((9, 3), (12, None), r"\(3, 6, 9\), got 12"),
+        ((9, 3), (0, None), r"\(3, 6, 9\), got 0"),
+        ((9, 3), (6, 2), r"kv_heads must divide the model's 3 KV heads \(1, 3\), got 2"),
+        ((12, 12), (13, None), "query_heads must be 1 to 12, got 13"),
+        ((2, 4), (2, None), "fewer query than KV heads"),
+    ],
+)
+def test_counts_that_do_not_fit(counts: tuple[int, int], asked: tuple[int, int | None], message: str) -> None:
+    config = AttentionConfig(d_model=72, num_heads=36, num_query_heads=counts[0], num_kv_heads=counts[1])
+    with pytest.raises(ValueError, match=message):
+        surgery.plan_heads(config, *asked)
+
+
+@given(
+    features=st.integers(1, 9),
+    kept=st.integers(1, 9),
+    tokens=st.integers(1, 40),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_refitting_never_loses_on_its_own_text(features: int, kept: int, tokens: int, bias: bool, seed: int) -> None:
+    kept = min(kept, features)
+    generator = torch.Generator().manual_seed(seed)
+    x, other = (torch.randn(tokens, features, generator=generator).double() for _ in range(2))
+    full = torch.randn(5, features, generator=generator).double()
+    fit, held = (moments_of(z[:, :kept], z @ full.T, constant=bias) for z in (x, other))
+    before = torch.cat([full[:, :kept], torch.zeros(5, 1)], dim=1).double() if bias else full[:, :kept]
+    after = surgery.refit(before, fit, held)
+    rounding = 1e-9
+    assert fit.error(after) <= fit.error(before) + rounding
+    assert held.error(after) <= held.error(before) + rounding
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_refitting_is_least_squares(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=generator).double() + 0.5
+    x[:, 8:] += x[:, :4]  # what leaves can be told from what stays
+    y = x @ torch.randn(12, 6, generator=generator).double() + (0.7 if bias else 0.0)
+    start = torch.zeros(6, 8 + bias, dtype=torch.float64)
+    fitted = surgery.refit(start, moments_of(x[:, :8], y, constant=bias), moments_of(x[:, :8], y, constant=bias))
+    design = torch.cat([x[:, :8], torch.ones(400, 1)], dim=1) if bias else x[:, :8]
+    expected = torch.linalg.lstsq(design.double(), y).solution.T
+    torch.testing.assert_close(fitted, expected, atol=1e-6, rtol=1e-6)  # the smallest damping is 1e-8
+
+
+def test_errors_are_those_of_the_tokens() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y, w = (torch.randn(*size, generator=generator).double() for size in ((50, 6), (50, 4), (4, 6)))
+    expected = (y - x @ w.T).square().sum() / y.square().sum()
+    assert moments_of(x, y).error(w) == pytest.approx(float(expected))
+
+
+def test_importance_is_that_of_the_definition(config_of: Make, model_of: Build, batches: list[Batch]) -> None:
+    subject = Decoder(model_of(config_of()))
+    view, size = subject.views[0], subject.views[0].config.head_dim
+    z = read_by(subject, batches, 0, "o")
+    moments = moments_of(z, z @ view.output_weight.T)
+    weight = view.o.weight.detach().double()
+    norms = [
+        (z[:, h * size : (h + 1) * size] @ weight[:, h * size : (h + 1) * size].T).square().sum().sqrt()
+        for h in range(4)
+    ]
+    l2 = importance.METHODS["l2"].score
+    assert l2 is not None
+    torch.testing.assert_close(l2(view, moments), torch.stack(norms))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_elimination_drops_what_the_others_make_good_best(bias: bool) -> None:
+    view = layer_view(6, 2, bias=bias)
+    size = view.config.head_dim
+    generator = torch.Generator().manual_seed(5)
+    mix = torch.randn(24, 24, generator=generator).double()
+    z = torch.randn(600, 24, generator=generator).double() @ mix * 0.3
+    target = z @ view.o.weight.detach().double().T
+    if bias:
+        target = target + view.o.bias.detach()
+    moments = moments_of(z, target, constant=bias)
+
+    def loss(heads: Sequence[int]) -> float:
+        own = z[:, [h * size + i for h in heads for i in range(size)]]
+        design = torch.cat([own, torch.ones(600, 1).double()], dim=1) if bias else own
+        return float((design @ torch.linalg.lstsq(design, target).solution - target).square().sum())
+
+    pools = [[0, 1, 2], [3, 4, 5]]
+    left = list(range(6))
+    for _ in range(2):  # one head of each pool leaves
+        allowed = [h for h in left if sum(h in pool and set(pool) <= set(left) for pool in pools)]
+        dropped = min(allowed, key=lambda h: loss([other for other in left if other != h]))
+        left.remove(dropped)
+    kept = importance.choose_heads("greedy", view, moments, pools, 2, gate_gradients=None, generator=torch.Generator())
+    assert kept == left
+
+
+def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) -> None:
+    """Against the loss with one head's output scaled a little up and down, a sequence at a time."""
+    model = model_of(config_of()).double()
+    subject = Decoder(model)
+    found = importance.gate_gradients(subject.loss, batches[:1], subject.views)
+    (batch,), size, step = batches[:1], subject.views[1].config.head_dim, 1e-2
+
+    def scaled(row: int, head: int, factor: float) -> float:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            z = inputs[0].clone()
+            z[row, :, head * size : (head + 1) * size] *= factor
+            return (z,)
+
+        handle = subject.views[1].o.register_forward_pre_hook(hook)
+        with torch.no_grad():
+            value = float(subject.loss(batch))
+        handle.remove()
+        return value
+
+    for head in range(4):
+        slopes = [(scaled(row, head, 1 + step) - scaled(row, head, 1 - step)) / (2 * step) for row in range(2)]
+        # the step squared, and the rounding of an fp32 loss over the step
+        assert float(found[1][head]) == pytest.approx(sum(map(abs, slopes)), abs=1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", importance.METHODS)
+def test_every_method_keeps_as_many_of_each_pool(method: str) -> None:
+    view = layer_view(6, 2)
+    z = torch.randn(80, 24, generator=torch.Generator().manual_seed(2)).double()
+    moments = moments_of(z, z @ view.output_weight.T)
+    kept = importance.choose_heads(
+        method,
+        view,
+        moments,
+        [[0, 1, 2], [3, 4, 5]],
+        1,
+        gate_gradients=torch.arange(6.0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [head // 3 for head in kept] == [0, 1]
+    if method == "taylor":
+        assert kept == [2, 5]
+
+
+def rotation_inside_pairs(head_dim: int, interleaved: bool, seed: int) -> Tensor:
+    angles = torch.rand(head_dim // 2, generator=torch.Generator().manual_seed(seed)).double() * 2 * math.pi
+    turn = torch.zeros(head_dim, head_dim, dtype=torch.float64)
+    for j, angle in enumerate(angles):
+        a, b = (2 * j, 2 * j + 1) if interleaved else (j, j + head_dim // 2)
+        turn[a, a] = turn[b, b] = angle.cos()
+        turn[b, a], turn[a, b] = angle.sin(), -angle.sin()
+    return turn
+
+
+@pytest.mark.parametrize("rope", [Rope(), Rope(interleaved=True), None])
+def test_aligned_pooling_undoes_rotations_that_change_nothing(
+    rope: Rope | None, model_of: Build, batches: list[Batch]
+) -> None:
+    """KV heads that are one head in disguise pool into it without loss; their plain mean does not."""
+    attention = AttentionConfig(d_model=24, num_heads=4, num_query_heads=4, num_kv_heads=4, rope=rope, qkv_bias=True)
+    config = ModelConfig(vocab_size=300, num_layers=1, d_ff=16, max_seq_len=64, attention=attention)
+    model = model_of(config)
+    layer = model.model.layers[0].self_attn
+    size = attention.head_dim
+    with torch.no_grad():
+        for head in range(1, 4):
+            own, first = slice(head * size, (head + 1) * size), slice(head // 2 * 2 * size, (head // 2 * 2 + 1) * size)
+            if head == 2:
+                continue
+            turn_k = rotation_inside_pairs(size, bool(rope and rope.interleaved), head)
+            if rope is None:
+                turn_k = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(9)).double())[
+                    0
+                ]
+            turn_v = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(head)).double())[0]
+            for name, turn in (("k", turn_k), ("v", turn_v)):
+                projection = getattr(layer, f"{name}_proj")
+                projection.weight[own] = (turn @ projection.weight[first].double()).float()
+                projection.bias[own] = (turn @ projection.bias[first].double()).float()
+    subject = Decoder(model)
+    view = subject.views[0]
+    inputs = Moments(24, 0, constant=True)
+    collect(subject.run, batches, [view.q], lambda i, read: inputs.add(read))
+    heads = surgery.plan_heads(attention, 4, 2)
+    new = [attention.replace(num_kv_heads=2)]
+    pooled = {
+        how: subject.converted(new, [surgery.cut(view, heads, range(4), x)[0]])
+        for how, x in (("aligned", inputs), ("mean", None))
+    }
+    expected = model(batches[0].input_ids).logits.detach()
+    got = {how: (changed.model(batches[0].input_ids).logits - expected).abs().max() for how, changed in pooled.items()}
+    scale = expected.abs().max()
+    assert got["aligned"] < 1e-4 * scale  # fp32 weights through three products
+    assert got["mean"] > 1e-2 * scale
+
+
+def test_under_qk_norm_keys_are_not_turned() -> None:
+    view = layer_view(4, 4, qk_norm=True)
+    inputs = Moments(24, 0, constant=True)
+    inputs.add(torch.randn(50, 24, generator=torch.Generator().manual_seed(0)))
+    heads = surgery.plan_heads(view.config, 4, 2)
+    weights, pooled = surgery.cut(view, heads, range(4), inputs)
+    assert pooled
+    torch.testing.assert_close(weights["q.weight"], view.q.weight.detach().double())
+    mean = view.k.weight.detach().double().view(2, 2, -1, 24).mean(1).flatten(0, 1)
+    torch.testing.assert_close(weights["k.weight"], mean)
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2, 3), (1, 3)])
+def test_heads_that_keep_their_keys_compute_what_they_did(
+    kept: tuple[int, ...], config_of: Make, model_of: Build, batches: list[Batch]
+) -> None:
+    """Dropping heads equals zeroing their output columns; dropping none changes no bit."""
+    config = config_of(bias=True, qkv_bias=True)
+    model = model_of(config)
+    subject = Decoder(model)
+    heads = surgery.plan_heads(config.layers[0], len(kept), None)
+    weights = [surgery.cut(view, heads, kept)[0] for view in subject.views]
+    attention = [config.layers[0].replace(num_query_heads=len(kept))] * 2
+    cut = subject.converted(attention, weights).model
+    size = config.layers[0].head_dim
+    with torch.no_grad():
+        for view in subject.views:
+            for head in set(range(4)) - set(kept):
+                view.o.weight[:, head * size : (head + 1) * size] = 0
+    ids = batches[0].input_ids
+    if len(kept) == 4:
+        assert torch.equal(cut(ids).logits, model(ids).logits)
+    else:
+        torch.testing.assert_close(cut(ids).logits, model(ids).logits)
