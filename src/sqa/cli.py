@@ -465,7 +465,7 @@ def convert(
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
     control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
     evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens for the verdict.")] = 16_384,
-    speed_at: Annotated[str, typer.Option(help="Lengths to time, with commas between.")] = "512,2048",
+    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between.")] = None,
     dtype: Annotated[str, typer.Option(help="Of healing and timing: float32 or bfloat16 (autocast).")] = "float32",
     seed: Annotated[int, typer.Option(help="For --method random.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 is PyTorch's choice.")] = 0,
@@ -498,7 +498,7 @@ def convert(
         batch_size=batch_size,
         control=control,
         evaluation_tokens=evaluation_tokens,
-        speed_at=_numbers(speed_at, "--speed-at"),
+        speed_at=None if speed_at is None else _numbers(speed_at, "--speed-at"),
         dtype=_dtype(dtype),  # type: ignore[arg-type]
         seed=seed,
         threads=threads,

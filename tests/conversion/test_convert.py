@@ -199,7 +199,7 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
     refused("lies inside the model", out=source / "out")
     refused("exists", out=source)
     refused("method must be one of .*did you mean 'taylor'", method="tailor")
-    refused("length must be at most the model's max_seq_len=96, got 200", length=200, evaluation_tokens=400)
+    refused("length must be at most what the model reads, 96, got 200", length=200, evaluation_tokens=400)
     (tmp_path / "short").mkdir()
     for i in range(40):
         (tmp_path / "short" / f"{i}.txt").write_text(f"a word or {i}")

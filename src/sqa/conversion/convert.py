@@ -14,10 +14,10 @@ import torch
 
 from sqa.bench.machine import git_revision, machine, versions
 from sqa.bench.timing import take_turns
-from sqa.conversion.decoder import Decoder
 from sqa.conversion.healing import distillation, heal, layerwise
 from sqa.conversion.operation import operate
-from sqa.conversion.settings import Display, Job, Settings
+from sqa.conversion.settings import Job, subject_class
+from sqa.conversion.subject import Display, Subject
 from sqa.data import open_corpus
 from sqa.files import write_json
 from sqa.interop import native
@@ -38,7 +38,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
     if settings.threads:
         torch.set_num_threads(settings.threads)
     state = _begin(job)
-    original = Decoder.load(job.source)
+    original: Subject = subject_class(job.source).load(job.source)
     corpus = open_corpus(job.calibration)
     training, validation = corpus.documents("train"), corpus.documents("validation")
     display.note(f"reading {corpus.name}")
@@ -53,7 +53,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
 
     job.work.mkdir(parents=True, exist_ok=True)
 
-    def record(stage: str, subject: Decoder, tokens: int) -> None:
+    def record(stage: str, subject: Subject, tokens: int) -> None:
         measured = subject.measure(evaluation, original)
         others = [row for row in state["stages"] if (row["stage"], row["tokens"]) != (stage, tokens)]
         state["stages"] = [*others, {"stage": stage, "tokens": tokens, **measured}]
@@ -74,7 +74,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
         ("distilled", student, distillation(student, original), first, healing[first:]),
     ]
     if settings.control:
-        control = Decoder(copy.deepcopy(original.model))
+        control = copy.deepcopy(original)
         phases.append(("control", control, control.loss, 0, healing))
     for stage, subject, objective, offset, batches in phases:
         if not batches:
@@ -104,7 +104,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
         display.finish(f"{stage}: {progress.tokens:,} tokens in {progress.wall_s:.0f} s")
     state |= {
         "cost": {name: model.cost(settings.length) for name, model in (("before", original), ("after", student))},
-        "speed": _speed(original, student, settings, display),
+        "speed": _speed(job, original, student, display),
         "machine": machine("cpu"),
         "versions": versions(),
         "git": git_revision(),
@@ -134,11 +134,11 @@ def _begin(job: Job) -> State:
     return state
 
 
-def _speed(before: Decoder, after: Decoder, settings: Settings, display: Display) -> list[State]:
+def _speed(job: Job, before: Subject, after: Subject, display: Display) -> list[State]:
     """Seconds of prefill and of forward and backward at each length, before and after in turns."""
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, job.settings.dtype)
 
-    def timed(subject: Decoder, what: str, n: int) -> None:
+    def timed(subject: Subject, what: str, n: int) -> None:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             if what == "prefill":
                 with torch.no_grad():
@@ -148,10 +148,9 @@ def _speed(before: Decoder, after: Decoder, settings: Settings, display: Display
         loss.backward()
         subject.model.zero_grad()
 
-    lengths = [n for n in settings.speed_at if n <= before.max_length]
     contestants = {
         (what, n, name): partial(timed, subject, what, n)
-        for n in lengths
+        for n in job.speed_at
         for what in ("prefill", "forward and backward")
         for name, subject in (("before", before), ("after", after))
     }

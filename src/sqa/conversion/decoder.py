@@ -23,6 +23,8 @@ from sqa.model import Block, Transformer
 class Decoder:
     """What importance, surgery, healing and the verdict need of a model, for batches of packed rows."""
 
+    default_speed_at = (512, 2048)
+
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
         """`dtype` is what the weights are written in; here they are fp32."""
         self.model, self.dtype = model, dtype
@@ -33,10 +35,16 @@ class Decoder:
         model = interop.load_model(directory)
         return cls(model.float().eval(), model.lm_head.weight.dtype)
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model can read at once."""
-        return self.model.config.max_seq_len
+    @classmethod
+    def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
+        """The attention layers, and how many tokens the model can read."""
+        config = interop.load_config(directory)
+        return config.layers, config.max_seq_len
+
+    @classmethod
+    def check(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
+        """Raise ValueError when the result could not be written as `directory` is."""
+        interop.check_like(interop.load_config(directory).replace(attention=tuple(attention)), directory)
 
     @property
     def blocks(self) -> list[Block]:
@@ -119,7 +127,7 @@ class Decoder:
         loss = nll / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "kl": divergence / positions}
 
-    def cost(self, n: int) -> dict[str, float]:
+    def cost(self, n: int) -> dict[str, int]:
         """Parameters, and FLOPs of one sequence of n tokens."""
         config = self.model.config
         return {

@@ -6,26 +6,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sqa.conversion.subject import Subject
 from sqa.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from sqa.training.loop import Interrupted, NonFiniteLoss, Recipe, StepReport, make_optimizer
 from sqa.training.loop import learning_rate as rate_at
-
-
-class Subject(Protocol):
-    """A model in conversion; see Decoder and Encoder for what the methods mean. `Any`: its kind of batch."""
-
-    model: Any
-
-    def layers(self, batch: Any) -> Any: ...
-    def attend(self, index: int, read: Tensor, batch: Any) -> Tensor: ...
-    def hidden(self, batch: Any) -> Tensor: ...
-    def distance(self, hidden: Tensor, teacher: Any, teacher_hidden: Tensor, batch: Any) -> Tensor: ...
-
 
 Objective = Callable[[Any], Tensor]
 

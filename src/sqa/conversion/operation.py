@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sqa.conversion import importance, surgery
-from sqa.conversion.decoder import Decoder
 from sqa.conversion.moments import AttentionView, Moments, collect, tokens_of
-from sqa.conversion.settings import Display, Job
+from sqa.conversion.settings import Job
+from sqa.conversion.subject import Display, Subject
 
 
 def operate(
-    job: Job, original: Decoder, fit: list[Any], held_out: list[Any], display: Display
-) -> tuple[Decoder, Decoder, list[dict[str, Any]]]:
+    job: Job, original: Subject, fit: list[Any], held_out: list[Any], display: Display
+) -> tuple[Subject, Subject, list[dict[str, Any]]]:
     """The model with heads dropped, the model refitted, and for each layer which heads stayed and both errors.
 
     `fit` and `held_out` are batches of calibration text; a layer's error is that of its attention output on the
@@ -50,7 +50,7 @@ def operate(
         kept.append(chosen)
         weights.append(cut)
         pooled |= mixed
-    dropped = original.converted(job.attention, weights)
+    dropped = original.converted(job.after, weights)
     if pooled:  # what the heads give has changed: look again
         own, held = (_changed_moments(original, dropped, batches) for batches in (fit, held_out))
     else:
@@ -69,10 +69,10 @@ def operate(
         if view.o.bias is not None:
             layer["o.bias"] = after[:, view.o.in_features]
         report.append({"kept": chosen, "dropped": checked.error(before), "refitted": checked.error(after)})
-    return dropped, original.converted(job.attention, weights), report
+    return dropped, original.converted(job.after, weights), report
 
 
-def _own_moments(subject: Decoder, batches: Iterator[Any]) -> list[Moments]:
+def _own_moments(subject: Subject, batches: Iterator[Any]) -> list[Moments]:
     """Moments of what each output projection reads, with what it makes of that as target."""
     views = subject.views
     found = [_moments_of(view) for view in views]
@@ -82,7 +82,7 @@ def _own_moments(subject: Decoder, batches: Iterator[Any]) -> list[Moments]:
     return found
 
 
-def _input_moments(subject: Decoder, batches: list[Any]) -> list[Moments]:
+def _input_moments(subject: Subject, batches: list[Any]) -> list[Moments]:
     """Moments of what each layer reads."""
     views = subject.views
     found = [Moments(view.q.in_features, 0, constant=True) for view in views]
@@ -90,7 +90,7 @@ def _input_moments(subject: Decoder, batches: list[Any]) -> list[Moments]:
     return found
 
 
-def _changed_moments(original: Decoder, changed: Decoder, batches: list[Any]) -> list[Moments]:
+def _changed_moments(original: Subject, changed: Subject, batches: list[Any]) -> list[Moments]:
     """Moments of what the changed layers' output projections read, with what the original layers give as target."""
     views = changed.views
     found = [_moments_of(view) for view in views]

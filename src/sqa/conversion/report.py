@@ -10,11 +10,16 @@ from rich.table import Table
 
 from sqa.conversion.importance import METHODS
 from sqa.conversion.settings import Job
-from sqa.cost import parameters, prefill_flops, train_step_flops
+from sqa.cost import attention_flops, attention_parameters
 from sqa.files import replacing
-from sqa.interop import load_config
 
 State = dict[str, Any]
+
+
+_MEANINGS = {
+    "loss": "loss: nats a real token of the validation text; kl: to the original, nats a token.",
+    "cosine": "cosine: of embeddings to the original's; neighbours: share of the nearest ten passages that stay.",
+}
 
 
 def _table(*headings: str) -> Table:
@@ -26,38 +31,34 @@ def _table(*headings: str) -> Table:
 
 def planned(job: Job) -> Group:
     """What a conversion would do, before it does it."""
-    settings, before = job.settings, load_config(job.source)
-    after = before.replace(attention=job.attention)
-    old, new = before.layers[0], after.layers[0]
-    table = _table("", "before", "after")
-    table.add_row("query heads", str(old.num_query_heads), str(new.num_query_heads))
-    table.add_row("KV heads", str(old.num_kv_heads), str(new.num_kv_heads))
-    table.add_row("parameters", f"{parameters(before):,}", f"{parameters(after):,}")
-    n = settings.length
-    for what, count in (("prefill", prefill_flops), ("training step", train_step_flops)):
-        table.add_row(f"{what}, GFLOP at {n:,}", f"{count(before, n) / 1e9:,.1f}", f"{count(after, n) / 1e9:,.1f}")
-    tokens = settings.sequences * n
+    settings, n = job.settings, job.settings.length
+    table = _table("attention", "before", "after")
+    for what, count in (
+        ("query heads a layer", lambda layer: layer.num_query_heads / len(job.before)),
+        ("KV heads a layer", lambda layer: layer.num_kv_heads / len(job.before)),
+        ("parameters", attention_parameters),
+        (f"MFLOP, forward, {n:,} tokens", lambda layer: attention_flops(layer, n) / 1e6),
+    ):
+        table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, job.after)))
     method = METHODS[settings.method]
-    work = 2 * parameters(before) * tokens + settings.steps * settings.tokens_per_step * (
-        2 * parameters(before) + 6 * parameters(after)
+    total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
+    lines = (
+        f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {method.about} "
+        f"(takes {method.cost} more)",
+        f"healing: {total:,} tokens, {first:,} of them layer by layer; each takes a forward pass of the original and "
+        f"a training step of the new model" + (", and one of the original" if settings.control else ""),
+        f"verdict: {settings.evaluation_tokens:,} tokens at each stage; speed at {', '.join(map(str, job.speed_at))}",
     )
-    lines = [
-        f"calibration: {tokens:,} tokens; heads by {settings.method} ({method.about}), which takes {method.cost} more",
-        f"healing: {settings.steps * settings.tokens_per_step:,} tokens, "
-        f"{settings.layerwise_steps * settings.tokens_per_step:,} of them layer by layer",
-        f"verdict: {settings.evaluation_tokens:,} tokens; in all about {work / 1e12:,.1f} TFLOP and the verdict",
-    ]
     return Group(table, *lines)
 
 
 def verdict(state: State) -> Group:
     """Quality at every stage, then speed and size before and after."""
-    quality = _table("stage", "tokens", "loss", "perplexity", "KL")
     last = {row["stage"]: row for row in state["stages"]}
+    measured = [name for name in next(iter(last.values())) if name not in ("stage", "tokens")]
+    quality = _table("stage", "tokens", *measured)
     for row in last.values():
-        quality.add_row(
-            row["stage"], f"{row['tokens']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['kl']:.4f}"
-        )
+        quality.add_row(row["stage"], f"{row['tokens']:,}", *(f"{row[name]:,.4f}" for name in measured))
     speed = _table("", "N", "before", "after", "faster")
     for row in state["speed"]:
         times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
@@ -67,7 +68,7 @@ def verdict(state: State) -> Group:
     dropped, refitted = (sum(column) / len(errors) for column in zip(*errors, strict=True))
     return Group(
         quality,
-        "loss: nats a real token of the validation text; KL: to the original, a token.",
+        _MEANINGS[measured[0]],
         f"attention outputs, share of energy lost, mean over layers: {dropped:.4f} dropped, {refitted:.4f} refitted.",
         "",
         speed,
@@ -76,7 +77,7 @@ def verdict(state: State) -> Group:
 
 
 def plot(state: State, path: Path) -> None:
-    """Loss over tokens of healing, beside the original's, as .svg, .png, .html or .json.
+    """Loss (of an encoder cosine) over tokens of healing, beside the original's, as .svg, .png, .html or .json.
 
     Raises ImportError without the extra `report`.
     """
@@ -85,16 +86,17 @@ def plot(state: State, path: Path) -> None:
     except ImportError:
         raise ImportError("plots need altair: pip install 'sparse-query-attention[report]'") from None
     rows = [row for row in state["stages"] if row["stage"] not in ("original", "dropped")]
+    measured = "loss" if "loss" in rows[0] else "cosine"
     original = next(row for row in state["stages"] if row["stage"] == "original")
     lines = (
         alt.Chart(alt.Data(values=rows), width=420, height=260)
         .mark_line(point=True)
         .encode(
             x=alt.X("tokens:Q", title="tokens of healing", axis=alt.Axis(format="~s")),
-            y=alt.Y("loss:Q", title="nats a real token", scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{measured}:Q", scale=alt.Scale(zero=False)),
             color=alt.Color("stage:N", title=None, sort=None),
         )
     )
-    line = alt.Chart(alt.Data(values=[original])).mark_rule(strokeDash=[4, 3]).encode(y="loss:Q")
+    line = alt.Chart(alt.Data(values=[original])).mark_rule(strokeDash=[4, 3]).encode(y=f"{measured}:Q")
     with replacing(path) as temporary:
         (lines + line).save(str(temporary), format=path.suffix[1:])

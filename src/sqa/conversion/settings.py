@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
-from sqa import interop
 from sqa.config import AttentionConfig, nearest
 from sqa.conversion import importance, surgery
+from sqa.conversion.decoder import Decoder
 from sqa.data import open_corpus
 from sqa.interop import native
 from sqa.interop.hub import local_directory
-from sqa.training.loop import StepReport
-
-
-class Display(Protocol):
-    """What a conversion tells while it runs."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, label: str, steps: int) -> None: ...
-    def step(self, report: StepReport | None) -> None: ...
-    def finish(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +21,8 @@ class Settings:
     `query_heads` and `kv_heads` a layer (None: as surgery.plan_heads says). `method` chooses heads; `pooling` says how
     KV heads are joined. `sequences` rows of `length` tokens calibrate, an eighth of them held out. `heal_tokens` are
     spent on healing, of them `layerwise` (a share) layer by layer first; `train` says which parameters move. `control`
-    also trains the original on the same tokens. `evaluation_tokens` measure; `speed_at` are the lengths that are timed.
+    also trains the original on the same tokens. `evaluation_tokens` measure. `speed_at` are the lengths timed (None:
+    512 and 2,048; of an encoder 128, 256 and 512).
 
     Raises ValueError, naming the field, for what cannot be run.
     """
@@ -49,7 +40,7 @@ class Settings:
     batch_size: int = 8
     control: bool = False
     evaluation_tokens: int = 16_384
-    speed_at: tuple[int, ...] = (512, 2048)
+    speed_at: tuple[int, ...] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     threads: int = 0
@@ -95,16 +86,27 @@ class Settings:
         return round(self.layerwise * self.steps)
 
 
+def subject_class(directory: Path) -> type[Any]:
+    """Decoder or Encoder, by the model_type of the directory."""
+    if native.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
+        from sqa.conversion.encoder import Encoder
+
+        return Encoder
+    return Decoder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A conversion that is known to fit: from which directory, to where, by which heads."""
+    """A conversion that is known to fit: from which directory, to where, by which heads of each layer."""
 
     source: Path
     out: Path
     calibration: str
     settings: Settings
     heads: tuple[surgery.Heads, ...]
-    attention: tuple[AttentionConfig, ...]
+    before: tuple[AttentionConfig, ...]
+    after: tuple[AttentionConfig, ...]
+    speed_at: tuple[int, ...]
 
     @property
     def work(self) -> Path:
@@ -118,16 +120,27 @@ def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job
     native.refuse_existing(out)
     if directory.resolve() in out.resolve().parents:
         raise ValueError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
-    config = interop.load_config(directory)
-    heads = tuple(surgery.plan_heads(layer, settings.query_heads, settings.kv_heads) for layer in config.layers)
-    attention = tuple(
+    subject = subject_class(directory)
+    before, longest = subject.shape(directory)
+    heads = tuple(surgery.plan_heads(layer, settings.query_heads, settings.kv_heads) for layer in before)
+    after = tuple(
         layer.replace(num_query_heads=each.num_query_heads, num_kv_heads=each.num_kv_heads)
-        for layer, each in zip(config.layers, heads, strict=True)
+        for layer, each in zip(before, heads, strict=True)
     )
-    interop.check_like(config.replace(attention=attention), directory)
-    if settings.length > config.max_seq_len:
-        raise ValueError(
-            f"convert: length must be at most the model's max_seq_len={config.max_seq_len}, got {settings.length}"
-        )
+    subject.check(directory, after)
+    if settings.length > longest:
+        raise ValueError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
+    if subject is not Decoder and (settings.method == "taylor" or settings.control):
+        raise ValueError("convert: method taylor and control need a loss, which an encoder has not; leave them out")
     open_corpus(calibration)
-    return Job(source=directory, out=out, calibration=calibration, settings=settings, heads=heads, attention=attention)
+    speed_at = subject.default_speed_at if settings.speed_at is None else settings.speed_at
+    return Job(
+        source=directory,
+        out=out,
+        calibration=calibration,
+        settings=settings,
+        heads=heads,
+        before=before,
+        after=after,
+        speed_at=tuple(n for n in speed_at if n <= longest),
+    )
