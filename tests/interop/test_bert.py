@@ -55,7 +55,7 @@ def source(stock: BertModel, tmp_path: Path) -> Path:
     (folder / "1_Pooling").mkdir()
     for name in ("modules.json", "sentence_bert_config.json", "tokenizer_config.json", "1_Pooling/config.json"):
         (folder / name).write_text(json.dumps({"name": name}))
-    (folder / "vocab.txt").write_text("[PAD]\n")
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nwords\n")
     (folder / "README.md").write_text("not ours to copy")
     return folder
 
@@ -177,6 +177,8 @@ def test_it_is_written_for_transformers_alone(
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == copied | {"config.json", "model.safetensors", "modeling_sqa_bert.py"}
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in copied)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert tokenizer("Words").input_ids == [2, 5, 3]
 
     again = load_bert(out)
     assert type(again) is SqaBertModel

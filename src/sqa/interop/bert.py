@@ -101,6 +101,7 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     values = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         values.pop(name, None)
+    values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
     values |= {
         "architectures": ["SqaBertModel"],
         "auto_map": {
