@@ -92,6 +92,20 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError naming the tensors that are missing, unknown or misshapen."""
+    problems = [f"missing {key}" for key in expected if key not in tensors]
+    problems += [f"unknown {key}" for key in tensors if key not in expected]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"model: {where} does not fit its config: {shown}")
+
+
 def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
     """A model of these weights, in the dtype of its embedding.
 
@@ -103,16 +117,7 @@ def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Tra
     tensors = dict(tensors)
     if config.tie_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unknown {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"model: {where} does not fit its config: {shown}")
+    check_tensors(expected, tensors, where)
     if config.tie_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
         raise ValueError(f"model: {where} says tied embeddings, but lm_head.weight is another matrix")
     model.to(tensors["model.embed_tokens.weight"].dtype).to_empty(device="cpu")

@@ -1,0 +1,134 @@
+"""BERT encoders, stock ones and ours with fewer heads: read strictly, cut to fewer heads, written for transformers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqa.config import AttentionConfig
+from sqa.files import write_json, write_safetensors
+from sqa.interop import native
+
+try:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import BertConfig, BertModel
+
+    from sqa.interop.modeling_sqa_bert import SqaBertConfig, SqaBertModel
+except ImportError:
+    raise ImportError("BERT models need transformers: pip install 'sparse-query-attention[hf]'") from None
+
+MODEL_TYPES = {"bert": (BertConfig, BertModel), "sqa_bert": (SqaBertConfig, SqaBertModel)}
+SENTENCE_FILES = ("vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_OURS = ("num_query_heads", "num_kv_heads", "head_dim")
+_BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|output\.dense\.weight)$")
+
+
+def load_bert(directory: Path) -> BertModel:
+    """A BertModel, or a SqaBertModel where `save_bert` wrote the directory, in the dtype of its file and in eval mode.
+
+    Tensor names may start with "bert."; a pooler may be absent. Raises ValueError, naming what is wrong, for anything
+    missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
+    """
+    values = native.read_config(directory)
+    kind = values.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"model: config.json has model_type {kind!r}; supported here: {', '.join(MODEL_TYPES)}")
+    for name, plain in (
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+        ("position_embedding_type", "absolute"),
+        ("quantization_config", None),
+    ):
+        if (value := values.get(name, plain)) != plain:
+            raise ValueError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
+    tensors = {key.removeprefix("bert."): value for key, value in native.read_tensors(directory).items()}
+    for buffer in ("position_ids", "token_type_ids"):  # older files store them
+        tensors.pop(f"embeddings.{buffer}", None)
+    if heads := [key for key in tensors if key.startswith(("cls.", "classifier.", "qa_outputs."))]:
+        raise ValueError(
+            f"model: {directory} has a task's head ({heads[0]}), which an encoder has no place for; write one without: "
+            f"AutoModel.from_pretrained(IN).save_pretrained(OUT)"
+        )
+    config_class, model_class = MODEL_TYPES[kind]
+    try:
+        model = model_class(config_class.from_dict(values), add_pooling_layer="pooler.dense.weight" in tensors)
+    except (StrictDataclassError, KeyError) as error:
+        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
+    native.check_tensors(model.state_dict(), tensors, str(directory))
+    model.to(tensors["embeddings.word_embeddings.weight"].dtype).load_state_dict(tensors)
+    return model.eval()
+
+
+def attention_config(model: BertModel) -> AttentionConfig:
+    """The shape of every attention layer. Positions are learned embeddings, so there is no RoPE."""
+    config = model.config
+    return AttentionConfig(
+        d_model=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        causal=False,
+        qkv_bias=True,
+        rope=None,
+        **{name: getattr(config, name) for name in _OURS if hasattr(config, name)},
+    )
+
+
+def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> SqaBertModel:
+    """A copy of `model` with other head counts, same dtype, device and mode.
+
+    Random, and for the caller to fill: weights and biases of `attention.self.{query,key,value}` and
+    `attention.output.dense.weight`. Raises ValueError for counts that do not fit.
+    """
+    shape = attention_config(model).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
+    ours = {name: getattr(shape, name) for name in _OURS}
+    config = SqaBertConfig.from_dict(model.config.to_dict() | {"model_type": SqaBertConfig.model_type} | ours)
+    config._attn_implementation = model.config._attn_implementation
+    new = SqaBertModel(config, add_pooling_layer=model.pooler is not None).to(model.device, model.dtype)
+    kept = {key: value for key, value in model.state_dict().items() if not _BY_HEADS.search(key)}
+    new.load_state_dict(kept, strict=False)
+    return new.train(model.training)
+
+
+def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
+    """Write `model` into `folder`, one of `native.new_directory`, for AutoModel with trust_remote_code.
+
+    Beside the weights: the code, and of `source` the tokenizer and what sentence-transformers reads (its JSON files,
+    and the folders of its further modules such as 1_Pooling).
+    """
+    values = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
+    values |= {
+        "architectures": ["SqaBertModel"],
+        "auto_map": {
+            "AutoConfig": "modeling_sqa_bert.SqaBertConfig",
+            "AutoModel": "modeling_sqa_bert.SqaBertModel",
+        },
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    write_safetensors(
+        folder / "model.safetensors",
+        {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
+    )
+    write_json(folder / "config.json", values)
+    shutil.copyfile(Path(__file__).with_name("modeling_sqa_bert.py"), folder / "modeling_sqa_bert.py")
+    native.copy_tokenizer(source, folder)
+    for name in SENTENCE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for module in source.glob("[0-9]_*"):
+        shutil.copytree(module, folder / module.name)
+
+
+def embed(model: BertModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Sentence embeddings (B, d_model), fp32 of length 1: the mean of the last hidden state over real tokens.
+
+    input_ids and attention_mask (nonzero = real): (B, T).
+    """
+    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+    real = attention_mask[..., None].to(hidden.dtype)
+    return F.normalize((hidden * real).sum(1) / real.sum(1).clamp(min=1), dim=-1)
