@@ -1,6 +1,6 @@
 """Tiny models, and a run directory with a tokenizer: fixtures for tests that save, export or convert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,16 @@ from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 
 VOCAB = 300
 TEXT = "def attend(q, k, v):\n    return softmax(q @ k.T) @ v  # größer als ß, 42 times\n" * 20
+
+
+@pytest.fixture(scope="session")
+def private_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies the code of hf-remote models to a cache it chose when it was imported."""
+    from transformers import dynamic_module_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,16 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -164,6 +168,34 @@ def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) 
     weights = [Transformer.load(tmp_path / name).state_dict() for name in ("whole", "out")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert not job.work.exists()
+
+
+def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+    )
+    BertModel(config).save_pretrained(tmp_path / "in")
+    small_tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
+    settings = Settings(
+        query_heads=3, length=32, sequences=16, batch_size=4, evaluation_tokens=32, heal_tokens=640,
+        learning_rate=3e-3, speed_at=(8,),
+    )  # fmt: skip
+    job = prepare(str(tmp_path / "in"), tmp_path / "out", str(text), settings)
+    stages = {row["stage"]: row for row in convert(job, Silent())["stages"]}
+    assert stages["original"]["cosine"] == pytest.approx(1.0)
+    assert stages["original"]["cosine"] > stages["refitted"]["cosine"] > stages["dropped"]["cosine"]
+    assert stages["distilled"]["cosine"] > stages["dropped"]["cosine"]
+    theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert theirs.encoder.layer[0].attention.self.query.out_features == 3 * 8
+    with pytest.raises(ValueError, match="need a loss, which an encoder has not"):
+        prepare(str(tmp_path / "in"), tmp_path / "again", str(text), replace(settings, method="taylor"))
 
 
 def test_the_command(hugging_face, text: Path, tmp_path: Path) -> None:

@@ -95,11 +95,11 @@ def test_healing_brings_the_model_closer(
     objective: Callable, pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
 ) -> None:
     original, student = pair
-    before = student.measure(batches, original)
+    before = student.measure(batches, original, original.outputs(batches))
     frozen = student.model.model.embed_tokens.weight.clone()
     progress = healed(student, objective(student, original), batches * 10, tmp_path, attention_only=True)
     assert (progress.step, progress.tokens) == (60, 60 * 48)
-    after = student.measure(batches, original)
+    after = student.measure(batches, original, original.outputs(batches))
     assert after["kl"] < 0.8 * before["kl"]
     assert torch.equal(student.model.model.embed_tokens.weight, frozen)
 

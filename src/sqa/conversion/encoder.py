@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Encoder:
 
     default_speed_at = (128, 256, 512)
 
-    def __init__(self, model: bert.BertModel, source: Path) -> None:
-        """`source` has the files that go with the weights."""
+    def __init__(self, model: Any, source: Path) -> None:
+        """A BertModel; `source` has the files that go with the weights."""
         self.dtype = model.dtype
         self.model, self.source = model.float().eval(), source
 
@@ -123,12 +124,15 @@ class Encoder:
         return (hidden[batch.real].float() - target).square().sum() / target.square().sum()
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Passages], teacher: Encoder) -> dict[str, float]:
+    def outputs(self, batches: Sequence[Passages]) -> list[Tensor]:
+        """Embeddings, (B, d) each: what `measure` compares."""
+        return [bert.embed(self.model, batch.input_ids, batch.real) for batch in batches]
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Passages], teacher: Encoder, reference: Sequence[Tensor]) -> dict[str, float]:
         """Cosine similarity of embeddings to the teacher's, and the share of each passage's neighbours that stay."""
-        own, other = (
-            torch.cat([bert.embed(each.model, batch.input_ids, batch.real) for batch in batches])
-            for each in (self, teacher)
-        )
+        other = torch.cat(list(reference))
+        own = other if teacher is self else torch.cat(self.outputs(batches))
         count = min(NEIGHBOURS, len(own) - 1)
         nearest = [
             (x @ x.T).fill_diagonal_(-torch.inf).topk(count).indices  # a passage is no neighbour of its own

@@ -27,12 +27,8 @@ _OURS = ("num_query_heads", "num_kv_heads", "head_dim")
 _BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|output\.dense\.weight)$")
 
 
-def load_bert(directory: Path) -> BertModel:
-    """A BertModel, or a SqaBertModel where `save_bert` wrote the directory, in the dtype of its file and in eval mode.
-
-    Tensor names may start with "bert."; a pooler may be absent. Raises ValueError, naming what is wrong, for anything
-    missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
-    """
+def load_config(directory: Path) -> BertConfig:
+    """The config of a directory that `load_bert` reads. Raises ValueError as that does."""
     values = native.read_config(directory)
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
@@ -45,6 +41,19 @@ def load_bert(directory: Path) -> BertModel:
     ):
         if (value := values.get(name, plain)) != plain:
             raise ValueError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
+    try:
+        return MODEL_TYPES[kind][0].from_dict(values)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
+
+
+def load_bert(directory: Path) -> BertModel:
+    """A BertModel, or a SqaBertModel where `save_bert` wrote the directory, in the dtype of its file and in eval mode.
+
+    Tensor names may start with "bert."; a pooler may be absent. Raises ValueError, naming what is wrong, for anything
+    missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
+    """
+    config = load_config(directory)
     tensors = {key.removeprefix("bert."): value for key, value in native.read_tensors(directory).items()}
     for buffer in ("position_ids", "token_type_ids"):  # older files store them
         tensors.pop(f"embeddings.{buffer}", None)
@@ -53,19 +62,18 @@ def load_bert(directory: Path) -> BertModel:
             f"model: {directory} has a task's head ({heads[0]}), which an encoder has no place for; write one without: "
             f"AutoModel.from_pretrained(IN).save_pretrained(OUT)"
         )
-    config_class, model_class = MODEL_TYPES[kind]
+    model_class = MODEL_TYPES[config.model_type][1]
     try:
-        model = model_class(config_class.from_dict(values), add_pooling_layer="pooler.dense.weight" in tensors)
-    except (StrictDataclassError, KeyError) as error:
-        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
+        model = model_class(config, add_pooling_layer="pooler.dense.weight" in tensors)
+    except KeyError as error:  # an activation that transformers does not know
+        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {error} is unknown") from None
     native.check_tensors(model.state_dict(), tensors, str(directory))
     model.to(tensors["embeddings.word_embeddings.weight"].dtype).load_state_dict(tensors)
     return model.eval()
 
 
-def attention_config(model: BertModel) -> AttentionConfig:
+def attention_config(config: BertConfig) -> AttentionConfig:
     """The shape of every attention layer. Positions are learned embeddings, so there is no RoPE."""
-    config = model.config
     return AttentionConfig(
         d_model=config.hidden_size,
         num_heads=config.num_attention_heads,
@@ -82,7 +90,7 @@ def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> 
     Random, and for the caller to fill: weights and biases of `attention.self.{query,key,value}` and
     `attention.output.dense.weight`. Raises ValueError for counts that do not fit.
     """
-    shape = attention_config(model).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
+    shape = attention_config(model.config).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
     ours = {name: getattr(shape, name) for name in _OURS}
     config = SqaBertConfig.from_dict(model.config.to_dict() | {"model_type": SqaBertConfig.model_type} | ours)
     config._attn_implementation = model.config._attn_implementation
