@@ -184,7 +184,7 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
     BertModel(config).save_pretrained(tmp_path / "in")
     small_tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))
     settings = Settings(
-        query_heads=3, length=32, sequences=16, batch_size=4, evaluation_tokens=32, heal_tokens=640,
+        query_heads=3, length=32, sequences=16, batch_size=4, evaluation_tokens=32, heal_tokens=256,
         learning_rate=3e-3, speed_at=(8,),
     )  # fmt: skip
     job = prepare(str(tmp_path / "in"), tmp_path / "out", str(text), settings)
