@@ -193,6 +193,10 @@ def compare(
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is PyTorch's choice.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this directory.")] = None,
+    only: Annotated[str | None, typer.Option(help="Runs for this process: sqa:0,gqa:0; others take the rest.")] = None,
+    launcher: Annotated[
+        str, typer.Option(help="local (one after another) or ray (all machines of a cluster).")
+    ] = "local",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's figures here.")] = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
@@ -211,16 +215,24 @@ def compare(
         device=device,
         threads=threads,
     )
-    _compare(plan, changes, out, resume, json_path)
+    _compare(plan, changes, out, resume, json_path, only, launcher)
 
 
 def _compare(
-    source: str | None, changes: dict[str, Any], out: Path | None, resume: Path | None, json_path: Path | None
+    source: str | None,
+    changes: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    json_path: Path | None,
+    only: str | None = None,
+    launcher: str = "local",
 ) -> None:
     from sqa.experiments.plan import Plan
 
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"--json {json_path} is in a folder that does not exist")
+    if launcher not in ("local", "ray"):
+        raise ValueError(f"--launcher must be local or ray, got {launcher!r}")
     if resume is None:
         plan = Plan.read(source or "demo").replace(**changes)
         out = out or Path("runs") / plan.name
@@ -233,6 +245,7 @@ def _compare(
         if out not in (None, resume):
             raise ValueError(f"--resume names the directory already, got --out {out} as well")
         out, plan = resume, open_resumed(resume, changes)
+    cells = None if only is None else plan.find_cells(_names(only))
     from sqa.experiments import compare as comparison
     from sqa.experiments.directory import Directory
     from sqa.experiments.display import make_display
@@ -241,11 +254,19 @@ def _compare(
     console = _console()
     try:
         rows = comparison.compare(
-            plan, out, make_display(console), resume=resume is not None, data_source=changes.get("data")
+            plan,
+            out,
+            make_display(console),
+            resume=resume is not None,
+            data_source=changes.get("data"),
+            only=cells,
+            launcher="ray" if launcher == "ray" else "local",
         )
     except comparison.Interrupted as error:
-        raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}") from None
-    record = Directory(out).record()
+        same = (f" --only {only}" if only else "") + (" --launcher ray" if launcher == "ray" else "")
+        raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}{same}") from None
+    directory = Directory(out)
+    record, missing = directory.record(), directory.missing(plan.cells)
     console.print()
     console.print(table(rows, plan.context, title=f"{plan.name}: {plan.budget} a run, context {plan.context}"))
     console.print(NOTES + ("\n" + NOTES_SEEDS if len(plan.seeds) > 1 else ""), style="dim", highlight=False)
@@ -255,12 +276,15 @@ def _compare(
         highlight=False,
         soft_wrap=True,
     )
-    try:
-        from sqa.experiments.report import write_report
+    if missing:
+        console.print(f"Missing: {', '.join(f'{name}:{seed}' for name, seed in missing)}", highlight=False)
+    else:
+        try:
+            from sqa.experiments.report import write_report
 
-        console.print(f"Report: {write_report(out)[0]}", highlight=False, soft_wrap=True)
-    except ImportError as error:  # a finished comparison does not fail for want of a plotting library
-        console.print(f"No report: {error}", highlight=False, soft_wrap=True)
+            console.print(f"Report: {write_report(out)[0]}", highlight=False, soft_wrap=True)
+        except ImportError as error:  # a finished comparison does not fail for want of a plotting library
+            console.print(f"No report: {error}", highlight=False, soft_wrap=True)
     if json_path is not None:
         from dataclasses import asdict, is_dataclass
 

@@ -1,14 +1,15 @@
-"""Run a comparison: time every variant in turns, then train each with each seed on the same text, one after another."""
+"""Run a comparison: time every variant in turns, then train each with each seed on the same text."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from sqa.cost import parameters
 from sqa.data import Prepared, prepare
 from sqa.data.batches import PackedBatches, PaddedBatches, evaluation_batches
 from sqa.experiments.directory import Directory, plan_differences
-from sqa.experiments.plan import Plan
+from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
 from sqa.model import Transformer
 from sqa.training.loop import (
@@ -38,7 +39,7 @@ from sqa.training.loop import (
 
 
 class Display(Protocol):
-    """What a comparison tells while it runs."""
+    """What a comparison tells while it runs. Several phases may be under way at once."""
 
     def note(self, text: str) -> None:
         """One line of what is being done."""
@@ -46,10 +47,10 @@ class Display(Protocol):
     def start(self, label: str, steps: int) -> None:
         """A phase of so many steps begins."""
 
-    def step(self, report: StepReport | None) -> None:
+    def step(self, label: str, report: StepReport | None) -> None:
         """A step of the phase is done; no report in the timing phase."""
 
-    def finish(self, text: str) -> None:
+    def finish(self, label: str, text: str) -> None:
         """The phase is over."""
 
 
@@ -102,8 +103,8 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     """Seconds of a training step of each variant, all warm, in turns."""
     if not plan.timing_rounds:
         return {}
-    warmup = 2
-    display.start("timing all variants in turns", (plan.timing_rounds + warmup) * len(plan.variants))
+    warmup, label = 2, "timing all variants in turns"
+    display.start(label, (plan.timing_rounds + warmup) * len(plan.variants))
     batches = make_batches(plan, data, plan.seeds[0])
     recipe = make_recipe(plan, plan.timing_rounds)
     contestants = {}
@@ -123,68 +124,117 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
         rounds=plan.timing_rounds,
         warmup=warmup,
         device=accelerator.device,
-        on_turn=lambda: display.step(None),
+        on_turn=lambda: display.step(label, None),
     )
     accelerator.free_memory()
-    display.finish("timed")
+    display.finish(label, "timed")
     return timings
 
 
 def compare(
-    plan: Plan, out: Path, display: Display, *, resume: bool = False, data_source: str | None = None
+    plan: Plan,
+    out: Path,
+    display: Display,
+    *,
+    resume: bool = False,
+    data_source: str | None = None,
+    only: Sequence[Cell] | None = None,
+    launcher: Literal["local", "ray"] = "local",
 ) -> list[Row]:
     """Run what of the plan is not finished in `out`, and return all its result rows.
 
-    `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. Raises ValueError
-    for whatever keeps the comparison from starting, before anything is written, and Interrupted when stopped.
+    `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. `only` leaves all
+    other runs to other processes, which may work in `out` at the same time. Runs follow one another here (`local`) or
+    are spread over the machines of a Ray cluster; the timing phase is always here. Raises ValueError for whatever
+    keeps the comparison from starting, before anything is written, and Interrupted when stopped.
     """
+    from sqa.experiments import launch
+
     if plan.threads:
         torch.set_num_threads(plan.threads)
     accelerator = make_accelerator(plan.device, plan.dtype)
     directory = Directory(out)
-    with directory.locked(), stop_flag() as stop:
-        if not resume:
-            directory.check_free(plan)
-        if directory.begun and not directory.missing(plan):
-            return directory.rows()
-        data = prepare(
-            data_source or plan.data,
-            vocab_size=plan.model_config(plan.variants[0]).vocab_size,
-            train_fraction=plan.train_fraction,
-            validation_fraction=plan.validation_fraction,
-            progress=display.note,
-        )
-        batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
-        if resume:
-            record = directory.record()
-            _check_same_data(record, data)
-        else:
-            timings = time_steps(plan, data, accelerator, display)
-            medians = {name: timing.median for name, timing in timings.items()}
-            steps = plan.steps(batches_per_epoch=batches_per_epoch, step_seconds=medians)
-            record = _record(plan, data, accelerator, timings, steps)
-            directory.write_record(record)
-        failures = []
-        for name, seed in directory.missing(plan):
+    cells = plan.cells if only is None else only
+    source = data_source or plan.data
+    failures = []
+
+    def settle(cell: Cell, outcome: Row | NonFiniteLoss) -> None:
+        if isinstance(outcome, NonFiniteLoss):
+            display.finish(label(plan, cell), f"{cell[0]} seed {cell[1]} stopped: {outcome}")
+            failures.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+            return
+        directory.append(outcome)
+        text = f"val loss {outcome['val']['loss']:.4f} after {outcome['wall_s']:.0f} s"
+        display.finish(label(plan, cell), f"{cell[0]} seed {cell[1]}: {text}")
+
+    with directory.claimed(cells), ExitStack() as session:
+        with directory.writing(display.note):
+            if not resume:
+                directory.check_holds(_stored(plan))
+            todo = directory.missing(cells)
+            if directory.begun and not todo:
+                return directory.rows()
+            if directory.begun and not resume and only is None:
+                raise ValueError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")
+            if launcher == "ray":
+                session.enter_context(launch.cluster(plan, accelerator.device.type, len(todo)))
+            stop = session.enter_context(stop_flag())  # after Ray, which sets a handler of its own
+            data = prepare_data(plan, source, display.note)
+            if not directory.begun:
+                directory.write_record(_begin(plan, data, accelerator, display))
+        record = directory.record()
+        check_same_data(record, data)
+        if launcher == "ray":
+            launch.run_all(plan, record, directory, source, accelerator.device.type, todo, display, stop, settle)
+            todo = []
+        for cell in todo:
+            display.start(label(plan, cell), record["steps"][cell[0]])
+            on_step = partial(display.step, label(plan, cell))
             try:
-                directory.append(_run(plan, record, directory, data, accelerator, name, seed, display, stop))
+                settle(cell, run(plan, record, directory, data, accelerator, cell, stop, on_step))
             except NonFiniteLoss as failure:
-                display.finish(f"{name} seed {seed} stopped: {failure}")
-                failures.append(f"{name} seed {seed}: {failure}")
-        if failures:
-            raise NonFiniteLoss("; ".join(failures))
-        return directory.rows()
+                settle(cell, failure)
+    if failures:
+        raise NonFiniteLoss("; ".join(failures))
+    return directory.rows()
+
+
+def prepare_data(plan: Plan, source: str, progress: Callable[[str], None] | None = None) -> Prepared:
+    """The text of `source` with the plan's tokenizer and splits."""
+    return prepare(
+        source,
+        vocab_size=plan.model_config(plan.variants[0]).vocab_size,
+        train_fraction=plan.train_fraction,
+        validation_fraction=plan.validation_fraction,
+        progress=progress,
+    )
+
+
+def label(plan: Plan, cell: Cell) -> str:
+    """What a display calls a run."""
+    return f"{cell[0]} seed {cell[1]}" if len(plan.seeds) > 1 else cell[0]
+
+
+def _stored(plan: Plan) -> Plan:
+    """The plan without an absolute path."""
+    return plan.replace(data=os.path.relpath(plan.data)) if os.path.isabs(plan.data) else plan
+
+
+def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> dict[str, Any]:
+    """Time the variants and return what plan.json holds."""
+    timings = time_steps(plan, data, accelerator, display)
+    medians = {name: timing.median for name, timing in timings.items()}
+    batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
+    steps = plan.steps(batches_per_epoch=batches_per_epoch, step_seconds=medians)
+    return _record(plan, data, accelerator, timings, steps)
 
 
 def _record(
     plan: Plan, data: Prepared, accelerator: Accelerator, timings: dict[str, Timing], steps: dict[str, int]
 ) -> dict[str, Any]:
-    stored = plan
-    if os.path.isabs(plan.data):
-        stored = plan.replace(data=os.path.relpath(plan.data))
     device = accelerator.device.type
     return {
-        "plan": stored.to_dict(),
+        "plan": _stored(plan).to_dict(),
         "steps": steps,
         "step_s": {name: timing.to_dict() for name, timing in timings.items()},
         "kernel": {name: kernel_of(plan, plan.model_config(name), device) for name in plan.variants},
@@ -211,7 +261,8 @@ def unigram_entropy(data: Prepared) -> float:
     return float(-(frequencies * frequencies.log()).sum())
 
 
-def _check_same_data(record: dict[str, Any], data: Prepared) -> None:
+def check_same_data(record: dict[str, Any], data: Prepared) -> None:
+    """Raise ValueError when the comparison was begun on other text."""
     held = record["data"]["fingerprint"]
     if held != data.fingerprint:
         raise ValueError(
@@ -219,21 +270,21 @@ def _check_same_data(record: dict[str, Any], data: Prepared) -> None:
         )
 
 
-def _run(
+def run(
     plan: Plan,
     record: dict[str, Any],
     directory: Directory,
     data: Prepared,
     accelerator: Accelerator,
-    name: str,
-    seed: int,
-    display: Display,
+    cell: Cell,
     stop: StopFlag,
+    on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Row:
+    """Train one run to its end, or on from its last checkpoint, and evaluate it."""
+    name, seed = cell
     config = plan.model_config(name)
     folder = directory.run_folder(name, seed)
     steps = record["steps"][name]
-    display.start(f"{name} seed {seed}" if len(plan.seeds) > 1 else name, steps)
     model, progress = train(
         config,
         make_recipe(plan, steps),
@@ -242,7 +293,7 @@ def _run(
         folder=folder,
         accelerator=accelerator,
         compile=plan.compile,
-        on_step=display.step,
+        on_step=on_step,
         should_stop=lambda: stop.signal is not None,
     )
     data.tokenizer.save(folder / "tokenizer.json")
@@ -260,7 +311,6 @@ def _run(
         accelerator,
     )
     accelerator.free_memory()
-    display.finish(f"{name} seed {seed}: val loss {evaluation.loss:.4f} after {progress.wall_s:.0f} s")
     return {
         "variant": name,
         "seed": seed,
@@ -303,6 +353,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
+    """A flag that SIGTERM and Ctrl-C set inside the block."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

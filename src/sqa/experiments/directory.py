@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqa.experiments.plan import Plan
+from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row, append_result, read_results
 from sqa.files import write_json
 
@@ -19,7 +19,10 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Directory:
-    """`plan.json` (written before training), `results.jsonl` (a line a finished run), a folder `variant-seed` a run."""
+    """`plan.json` (written before training), `results.jsonl` (a line a finished run), a folder `variant-seed` a run.
+
+    Several processes may work in it, each on cells that it has claimed.
+    """
 
     path: Path
 
@@ -38,7 +41,8 @@ class Directory:
 
     def append(self, row: Row) -> None:
         """Record a finished run."""
-        append_result(self.path / "results.jsonl", row)
+        with self.writing():
+            append_result(self.path / "results.jsonl", row)
 
     def record(self) -> dict[str, Any]:
         """plan.json. Raises ValueError when there is none or it is damaged."""
@@ -56,14 +60,14 @@ class Directory:
         """Write plan.json, whole or not at all."""
         write_json(self.path / "plan.json", record)
 
-    def missing(self, plan: Plan) -> list[tuple[str, int]]:
-        """The (variant, seed) pairs of the plan that have not finished, seeds outermost."""
+    def missing(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those of the cells that have not finished, in their order."""
         done = {(row["variant"], row["seed"]) for row in self.rows()}
-        return [(name, seed) for seed in plan.seeds for name in plan.variants if (name, seed) not in done]
+        return [cell for cell in cells if cell not in done]
 
-    def check_free(self, plan: Plan) -> None:
-        """Raise ValueError when the directory holds another comparison, an unfinished one, or foreign files."""
-        if all(entry.name == _LOCK for entry in self.path.iterdir()):
+    def check_holds(self, plan: Plan) -> None:
+        """Raise ValueError when the directory holds another comparison, or foreign files."""
+        if all(entry.name.startswith(_LOCK) for entry in self.path.iterdir()):
             return
         if not self.begun:
             raise ValueError(f"out: {self.path} already holds other files; give another --out")
@@ -72,35 +76,64 @@ class Directory:
             raise ValueError(
                 f"out: {self.path} already holds another comparison ({'; '.join(differences)}); give another --out"
             )
-        if self.missing(plan):
-            raise ValueError(f"out: {self.path} holds this comparison, unfinished; go on with --resume {self.path}")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only writer; a directory in which nothing was begun is removed again.
+    def claimed(self, cells: Iterable[Cell]) -> Iterator[None]:
+        """Be the only one to run these cells; a directory in which nothing was begun is removed again.
 
-        Raises ValueError with the process that is writing already.
+        Raises ValueError with the process that runs one of them already.
         """
-        import fcntl
-
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / _LOCK, "a+", encoding="utf-8") as lock:
+        try:
+            with ExitStack() as held:
+                for name, seed in cells:
+                    held.enter_context(locked(self.path / f"{_LOCK}-{name}-{seed}"))
+                yield
+        finally:
+            if not self.begun:
+                with suppress(OSError):  # another process waits there to begin it
+                    for folder in made:
+                        folder.rmdir()
+
+    def writing(self, waiting: Callable[[str], None] = lambda text: None) -> AbstractContextManager[None]:
+        """Be the only one to write plan.json or results.jsonl, after whoever does it now; `waiting` is told who."""
+        return locked(self.path / _LOCK, waiting)
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the OS lock of a file that names this process; the file is gone afterwards.
+
+    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises ValueError.
+    """
+    import fcntl
+
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                lock.seek(0)
-                raise ValueError(f"out: {self.path} is being written by process {lock.read().strip() or '?'}") from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+                file.seek(0)
+                what = path.parent / path.name.removeprefix(_LOCK).removeprefix("-")
+                busy = f"out: {what} is being written by process {file.read().strip() or '?'}"
+                if waiting is None:
+                    raise ValueError(busy) from None
+                waiting(f"{busy}; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue
+            except FileNotFoundError:
+                continue  # removed by the process that held it
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             try:
                 yield
             finally:
-                if not self.begun:
-                    (self.path / _LOCK).unlink()
-                    for folder in made:
-                        folder.rmdir()
+                path.unlink()
+            return
 
 
 def plan_differences(held: Plan, given: Plan) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -9,7 +11,7 @@ from sqa.training.loop import StepReport
 
 
 class LiveDisplay:
-    """One bar: variant, step, loss, tokens a second, time left."""
+    """A bar a phase: variant, step, loss, tokens a second, time left."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -23,29 +25,27 @@ class LiveDisplay:
             expand=True,
         )
         self._console = console
-        self._task: TaskID | None = None
+        self._phases: dict[str, tuple[TaskID, _Speed]] = {}
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False)
 
     def start(self, label: str, steps: int) -> None:
         self._progress.start()
-        self._task = self._progress.add_task(label, total=steps, figures="")
-        self._speed = _Speed()
+        self._phases[label] = self._progress.add_task(label, total=steps, figures=""), _Speed()
 
-    def step(self, report: StepReport | None) -> None:
-        assert self._task is not None
+    def step(self, label: str, report: StepReport | None) -> None:
+        task, speed = self._phases[label]
         if report is None:
-            self._progress.advance(self._task)
+            self._progress.advance(task)
             return
-        figures = f"loss {report.loss:.3f}  {self._speed.of(report):,.0f} tok/s"
-        self._progress.update(self._task, completed=report.step, figures=figures)
+        figures = f"loss {report.loss:.3f}  {speed.of(report):,.0f} tok/s"
+        self._progress.update(task, completed=report.step, figures=figures)
 
-    def finish(self, text: str) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
-        self._progress.stop()
+    def finish(self, label: str, text: str) -> None:
+        self._progress.remove_task(self._phases.pop(label)[0])
+        if not self._phases:
+            self._progress.stop()
         self.note(text)
 
 
@@ -54,31 +54,41 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._phases: dict[str, _Phase] = {}
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, label: str, steps: int) -> None:
-        self._label, self._steps, self._shown, self._done = label, steps, 0, 0
-        self._speed = _Speed()
+        self._phases[label] = _Phase(steps, _Speed())
         self.note(f"{label}: {steps} steps")
 
-    def step(self, report: StepReport | None) -> None:
-        self._done = report.step if report else self._done + 1
-        tenth = 10 * self._done // self._steps
-        speed = self._speed.of(report) if report else 0.0
-        if tenth <= self._shown:
+    def step(self, label: str, report: StepReport | None) -> None:
+        phase = self._phases[label]
+        phase.done = report.step if report else phase.done + 1
+        tenth = 10 * phase.done // phase.steps
+        speed = phase.speed.of(report) if report else 0.0
+        if tenth <= phase.shown:
             return
-        self._shown = tenth
+        phase.shown = tenth
         if report is not None:
-            left = (self._steps - report.step) * self._speed.step_seconds
+            left = (phase.steps - report.step) * phase.speed.step_seconds
             self.note(
-                f"{self._label}: step {report.step}/{self._steps}  loss {report.loss:.3f}  "
+                f"{label}: step {report.step}/{phase.steps}  loss {report.loss:.3f}  "
                 f"{speed:,.0f} tok/s  {left:,.0f} s left"
             )
 
-    def finish(self, text: str) -> None:
+    def finish(self, label: str, text: str) -> None:
+        del self._phases[label]
         self.note(text)
+
+
+@dataclass
+class _Phase:
+    steps: int
+    speed: _Speed
+    done: int = 0
+    shown: int = 0
 
 
 class _Speed:
@@ -89,7 +99,7 @@ class _Speed:
         self.step_seconds = 0.0
 
     def of(self, report: StepReport) -> float:
-        if self._first is None:
+        if self._first is None or report.step <= self._first.step:  # a lost run goes on from further back
             self._first = report
             return report.tokens / max(report.seconds, 1e-9)
         seconds = report.seconds - self._first.seconds

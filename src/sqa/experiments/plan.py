@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any, Literal, Self
 from sqa.config import ModelConfig, nearest, reject_unknown
 from sqa.cost import train_step_flops
 from sqa.variants import DEFAULT_VARIANTS, find_variant, model_config, shape
+
+Cell = tuple[str, int]
+"""One run of a comparison: variant and seed."""
 
 BUDGET_KINDS = ("steps", "tokens", "epochs", "flops", "time")
 
@@ -142,6 +145,20 @@ class Plan:
         fields = {**shape(self.shape), **given}
         fields["max_seq_len"] = given.get("max_seq_len", max(fields["max_seq_len"], self.context))
         return model_config(variant_name, **fields)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs, seeds outermost."""
+        return [(name, seed) for seed in self.seeds for name in self.variants]
+
+    def find_cells(self, names: Sequence[str]) -> list[Cell]:
+        """The runs called `variant:seed`, in the plan's order. Raises ValueError for one that is not in the plan."""
+        known = {f"{name}:{seed}": (name, seed) for name, seed in self.cells}
+        for name in names:
+            if name.lower() not in known:
+                have = f"variants {', '.join(self.variants)}; seeds {', '.join(map(str, self.seeds))}"
+                raise ValueError(f"only: {name!r} is not a run of the plan ({have}){nearest(name, list(known))}")
+        return [cell for name, cell in known.items() if name in {given.lower() for given in names}]
 
     @property
     def tokens_per_step(self) -> int:

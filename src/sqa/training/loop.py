@@ -154,7 +154,7 @@ def train(
         model.compile()
     model.train()
     last_saved = time.monotonic()
-    with open(folder / "curve.jsonl", "a", encoding="utf-8") as curve:
+    with open(folder / "curve.jsonl", "a", buffering=1, encoding="utf-8") as curve:
         while progress.step < recipe.steps:
             step = progress.step
             start = time.perf_counter()

@@ -1,0 +1,156 @@
+"""Runs of a comparison as Ray tasks, on the machines of whatever cluster Ray finds.
+
+All machines see the run directory, the text and this package under the same paths. Only the driver, which is the
+process that `sqa compare` started, writes plan.json and results.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqa.experiments.compare import Display, StopFlag, check_same_data, label, prepare_data, run, stop_flag
+from sqa.experiments.directory import Directory, locked
+from sqa.experiments.plan import Budget, Cell, Plan
+from sqa.experiments.results import Row
+from sqa.training.loop import Interrupted, NonFiniteLoss, StepReport, make_accelerator
+
+_RETRIES = 3
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 120.0
+
+
+def _resources(device: str) -> dict[str, int]:
+    """What one run asks Ray for: the threads that a run in this process would have, or a GPU."""
+    return {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": torch.get_num_threads()}
+
+
+@contextmanager
+def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
+    """Join the cluster of $RAY_ADDRESS or of this machine's last `ray start`; where there is none, be one alone.
+
+    Raises ImportError without the extra `ray`, and ValueError when no machine can take a run, or when a budget in time
+    would be spent by several runs on one processor.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise warns that this will be its default
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("--launcher ray needs Ray: pip install 'sparse-query-attention[ray]'") from None
+    joining = not ray.is_initialized()
+    if joining:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        wanted = _resources(device)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = max(min(int(has.get(kind, 0) // count) for kind, count in wanted.items()) for has in machines)
+        if not room:
+            needs = " and ".join(f"{count} {kind}" for kind, count in wanted.items())
+            raise ValueError(f"launcher: a run needs {needs}, which no machine of the Ray cluster has; see --threads")
+        if Budget.parse(plan.budget).kind == "time" and device == "cpu" and min(room, num_runs) > 1:
+            raise ValueError(
+                f"launcher: with budget {plan.budget} each run needs a machine alone, but {room} would share one; "
+                f"give --threads its cores, or a budget in steps"
+            )
+        yield
+    finally:
+        if joining:
+            ray.shutdown()
+
+
+def run_all(
+    plan: Plan,
+    record: dict[str, Any],
+    directory: Directory,
+    source: str,
+    device: str,
+    cells: Sequence[Cell],
+    display: Display,
+    stop: StopFlag,
+    settle: Callable[[Cell, Row | NonFiniteLoss], None],
+) -> None:
+    """Run all cells as tasks of the joined cluster and hand each outcome to `settle` as it comes.
+
+    A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. Raises
+    Interrupted when asked to stop, after the tasks have saved theirs, or when a run lost its worker too often.
+    """
+    import ray
+
+    wanted = _resources(device)
+    task = ray.remote(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), max_retries=_RETRIES)(_task)
+    shared = Directory(directory.path.resolve())
+    source = os.path.abspath(source) if Path(source).exists() else source
+    running = {task.remote(plan, record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
+    for cell in cells:
+        display.start(label(plan, cell), record["steps"][cell[0]])
+    seen: dict[Cell, int] = {}
+    unfinished = []
+    try:
+        while running:
+            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for cell in running.values():
+                report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
+                if report is not None and report.step != seen.get(cell):
+                    seen[cell] = report.step
+                    display.step(label(plan, cell), report)
+            if stop.signal is not None:
+                raise Interrupted(f"stopped with {len(running)} of {len(cells)} runs unfinished")
+            for reference in done:
+                cell = running.pop(reference)
+                try:
+                    outcome = ray.get(reference)
+                except (
+                    ray.exceptions.WorkerCrashedError,
+                    ray.exceptions.NodeDiedError,
+                    ray.exceptions.OutOfMemoryError,
+                ):
+                    outcome = Interrupted(f"worker lost more than {_RETRIES} times")
+                if isinstance(outcome, Interrupted):
+                    unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                    display.finish(label(plan, cell), unfinished[-1])
+                elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
+                    raise outcome
+                else:
+                    settle(cell, outcome)
+    finally:
+        for reference in running:
+            ray.cancel(reference)  # as Ctrl-C there: a running task saves a checkpoint
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
+    if unfinished:
+        raise Interrupted("; ".join(unfinished))
+
+
+def _task(
+    plan: Plan, record: dict[str, Any], directory: Directory, source: str, device: str, threads: int, cell: Cell
+) -> Row | Exception:
+    """One run in a worker. What a user can act on comes back as a value: raised here, Ray would wrap its traceback."""
+    torch.set_num_threads(threads)
+    folder = directory.run_folder(*cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # a worker whose driver was killed may still be saving here
+        with stop_flag() as stop, locked(folder / ".lock", waiting=print):
+            data = prepare_data(plan, source)
+            check_same_data(record, data)
+            return run(plan, record, directory, data, make_accelerator(device, plan.dtype), cell, stop)
+    except (Interrupted, NonFiniteLoss, ValueError, ImportError, OSError) as error:
+        return error
+
+
+def _last_report(curve: Path) -> StepReport | None:
+    """The last whole line of a curve; None before the first."""
+    try:
+        with open(curve, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return StepReport(**json.loads(lines[-1])) if lines else None
