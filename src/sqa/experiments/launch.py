@@ -88,16 +88,17 @@ def run_all(
     shared = Directory(directory.path.resolve())
     source = os.path.abspath(source) if Path(source).exists() else source
     running = {task.remote(plan, record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
-    for cell in cells:
-        display.start(label(plan, cell), record["steps"][cell[0]])
     seen: dict[Cell, int] = {}
     unfinished = []
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            for cell in running.values():
+            for reference, cell in running.items():
                 report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
-                if report is not None and report.step != seen.get(cell):
+                if cell not in seen and (report is not None or reference in done):
+                    display.start(label(plan, cell), record["steps"][cell[0]])
+                    seen[cell] = 0
+                if report is not None and report.step != seen[cell]:
                     seen[cell] = report.step
                     display.step(label(plan, cell), report)
             if stop.signal is not None:

@@ -68,9 +68,9 @@ def losses_of(rows: Sequence[Row], variant: str) -> dict[int, float]:
 
 
 def summary_rows(rows: Sequence[Row], context: int) -> list[dict[str, Any]]:
-    """One dict a variant, in the order of the rows: counts, loss with interval, difference to GQA, speed."""
+    """One dict a variant, in the order of VARIANTS: counts, loss with interval, difference to GQA, speed."""
     check_comparable(rows)
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    variants = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     baseline = losses_of(rows, BASELINE)
     step = {row["variant"]: row["step_s"]["median"] for row in rows if row["step_s"]}
     summary = []
