@@ -12,10 +12,14 @@ from io import StringIO
 from pathlib import Path
 
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from sqa.bench.report import BenchResult
+from sqa.cost import attention_flops, train_step_flops
+from sqa.experiments import scale
 from sqa.experiments.directory import Directory
-from sqa.experiments.results import table
+from sqa.experiments.results import table as results_table
+from sqa.variants import VARIANTS, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,7 +43,7 @@ def comparison(name: str) -> str:
     )
     plan = record["plan"]
     title = f"{plan['name']}: {plan['budget']} a run, context {plan['context']}"
-    return f"{text_of(table(directory.rows(), plan['context'], title=title))}\n\n{where}"
+    return f"{text_of(results_table(directory.rows(), plan['context'], title=title))}\n\n{where}"
 
 
 def benchmark(name: str) -> str:
@@ -47,11 +51,66 @@ def benchmark(name: str) -> str:
     return text_of(BenchResult.read(RESULTS / f"{name}.jsonl"))
 
 
+def on_paper() -> str:
+    """What `sqa scale` prints for both large shapes."""
+    tables: list[RenderableType] = []
+    for shape in ("1.3b", "8b"):
+        for gpus in (8, 512):
+            lengths = (4096, 32_768, 131_072)
+            tables.append(
+                scale.steps_table(
+                    shape, [scale.estimate(shape, v, n, gpus) for n in lengths for v in scale.SCALE_VARIANTS]
+                )
+            )
+        tables.append(scale.lengths_table(shape, scale.SCALE_VARIANTS))
+    return "\n\n".join(text_of(part) for part in (*tables, scale.ASSUMPTIONS))
+
+
+def two_rates(name: str) -> str:
+    """A measured step split as `sqa scale` splits it: one rate for attention, one for all else.
+
+    The first two variants give the rates, the others are predicted. `at peak`: all else at the rate of a large matrix
+    product, attention at what that leaves of the first variant's time.
+    """
+    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in lines if row["kind"] == "step" and row["implementation"] == "sqa"]
+    measured = [row["seconds"]["median"] for row in rows]
+    scores, rest = [], []
+    for row in rows:
+        config, n = preset(row["preset"], row["variant"]), row["n"]
+        scores.append(3 * row["batch_size"] * sum(attention_flops(layer, n) for layer in config.layers))
+        rest.append(train_step_flops(config, n, row["batch_size"]) - scores[-1])
+    peak = (scores[0] + rest[0]) / measured[0] / rows[0]["share_of_peak"]
+    # seconds a FLOP: measured[i] = scores[i] * slow + rest[i] * quick for the first two
+    slow = (measured[0] * rest[1] - measured[1] * rest[0]) / (scores[0] * rest[1] - scores[1] * rest[0])
+    quick = (measured[0] - scores[0] * slow) / rest[0]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in (
+        "variant",
+        "measured\ns",
+        "two rates\ns",
+        "measured\nvs GQA",
+        "two rates\nvs GQA",
+        "at peak\nvs GQA",
+    ):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for i, (s, r, m) in enumerate(zip(scores, rest, measured, strict=True)):
+        fitted, bound = s * slow + r * quick, s * (measured[0] - rest[0] / peak) / scores[0] + r / peak
+        table.add_row(
+            VARIANTS[rows[i]["variant"]].label, f"{m:.3f}", "given" if i < 2 else f"{fitted:.3f}",
+            *(f"{measured[0] / seconds:.2f}x" for seconds in (m, fitted, bound)),
+        )  # fmt: skip
+    shares = f"All else runs at {1 / quick / peak:.0%} of a large product's rate, attention at {1 / slow / peak:.0%}."
+    return f"{text_of(table)}\n\n{shares}"
+
+
 SECTIONS = {
     "demo table": lambda: comparison("demo"),
     "speed": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32", "prefill")),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
+    "on paper": on_paper,
+    "two rates": lambda: two_rates("step-bf16"),
 }
 
 

@@ -370,6 +370,39 @@ def plan_spending(
 
 
 @app.command()
+def scale(
+    preset: Annotated[str, typer.Option(help="Model shape: 1.3b, 8b or a smaller one.")] = "8b",
+    gpus: Annotated[str, typer.Option(help="Numbers of H100s, with commas between.")] = "8,512",
+    n: Annotated[str, typer.Option("--n", help="Tokens a sequence, with commas between.")] = "4096,32768,131072",
+    variants: Annotated[str | None, typer.Option(help="Names with commas between.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """What training a large model would take on many GPUs, on paper: FLOPs, memory, links, time."""
+    from dataclasses import asdict
+
+    from sqa.experiments import scale as paper
+
+    names, lengths = _names(variants) or paper.SCALE_VARIANTS, _numbers(n, "--n")
+    estimates = [
+        [paper.estimate(preset, name, length, count) for length in lengths for name in names]
+        for count in _numbers(gpus, "--gpus")
+    ]
+    console = _console()
+    for same in estimates:
+        console.print(paper.steps_table(preset, same))
+    console.print(paper.lengths_table(preset, names))
+    console.print(paper.ASSUMPTIONS, style="dim", highlight=False)
+    _write_json(
+        json_path,
+        [
+            {**asdict(e), "step_s": e.step_s, "gpu_hours_per_billion": e.gpu_hours_per_billion}
+            for s in estimates
+            for e in s
+        ],
+    )
+
+
+@app.command()
 def kernels(
     variant: Annotated[str, typer.Option(help="Heads of the shape asked about.")] = "sqa",
     d_model: Annotated[int, typer.Option(help="Model width.")] = 256,

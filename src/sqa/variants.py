@@ -66,6 +66,14 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "larger": {
         "vocab_size": 32_000, "num_layers": 12, "d_ff": 2048, "max_seq_len": 2048, "d_model": 768, "num_heads": 12,
     },
+    # heads of 128, as in Llama 2
+    "1.3b": {
+        "vocab_size": 32_000, "num_layers": 24, "d_ff": 5504, "max_seq_len": 4096, "d_model": 2048, "num_heads": 16,
+    },
+    # the sizes of Llama 3 8B, when the variant is gqa
+    "8b": {
+        "vocab_size": 128_256, "num_layers": 32, "d_ff": 14_336, "max_seq_len": 8192, "d_model": 4096, "num_heads": 32,
+    },
 }  # fmt: skip
 
 PRESETS = tuple(_SHAPES)

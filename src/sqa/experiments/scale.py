@@ -1,0 +1,200 @@
+"""What training a large model would take, on paper: closed forms and published rates of the hardware.
+
+A step is the slower of computing and communicating, since FSDP does both at once. Computing is attention at its
+published rate, and everything else at one share of the peak. What all that assumes is in ASSUMPTIONS.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from sqa.config import ModelConfig
+from sqa.cost import attention_flops, forward_flops, parameters, train_step_flops
+from sqa.losses import CHUNK_ELEMENTS
+from sqa.variants import VARIANTS, find_variant, preset
+
+SCALE_VARIANTS = ("mha", "gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
+BASELINE = "gqa"
+BACKWARD = 2.5
+"""FLOPs of attention backward over forward: it computes the scores again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """FLOP/s of a GPU, and bytes/s of its links in each direction; `rest_share` is of `peak`."""
+
+    peak: float
+    rest_share: float
+    attention_forward: float
+    attention_backward: float
+    node_size: int
+    inside: float
+    across: float
+
+
+H100 = Hardware(
+    peak=989e12, rest_share=0.40, attention_forward=616e12, attention_backward=561e12,
+    node_size=8, inside=450e9, across=50e9,
+)  # fmt: skip
+
+ASSUMPTIONS = """\
+Hardware: H100 SXM with 80 GB, 989 TFLOP/s in bf16 without sparsity, NVLink with
+450 GB/s each way (data sheet: 900 both ways); DGX H100, 8 in a node, each with
+a 400 Gb/s network card (user guide).
+Attention: 616 TFLOP/s forward, causal, and 561 backward, not causal, which is
+all there is (FlashAttention-3, arXiv 2407.08608, figures 5 and 6: head_dim 128,
+16k tokens); a backward is 2.5 forwards. Wide GQA's heads of 256 run as fast.
+All else: 40 % of the peak, chosen so that Llama 3 8B at 8k tokens makes 6,000
+tokens/s a GPU with every block run again in the backward and 7,900 with none:
+torchtitan, which runs some again, measured 6,667 on 8 H100s of 500 W, and 6,514
+on 128 (benchmarks/llama3_h100_202412_torchtitan.md in its repository).
+FSDP2 over all GPUs: parameters, gradients and both of Adam's states sharded, in
+fp32; parameters gathered in bf16 for the forward and again for the backward,
+gradients reduced in bf16, all while other blocks compute; links at full rate,
+what enters a node shared by its 8 cards. A GPU takes rows of 16,384 tokens in
+all, or one longer row.
+Memory beside the states: the input of each block, one block's tensors, weights
+of two blocks, embedding and head gathered, one chunk of logits. Every block
+runs again in the backward: that counts as time, not as FLOPs of the step.
+Not counted: latency, stragglers, fragmentation, gradients of a block's tensors,
+loading, checkpoints; in the links nothing but parameters and gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A training step. Bytes are a GPU's: of memory by part, and sent over links; `flops` are all GPUs' together."""
+
+    variant: str
+    n: int
+    gpus: int
+    rows: int
+    flops: int
+    memory: dict[str, float]
+    communication: float
+    compute_s: float
+    communicate_s: float
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the whole step."""
+        return max(self.compute_s, self.communicate_s)
+
+    @property
+    def gpu_hours_per_billion(self) -> float:
+        """GPU hours for 1e9 tokens."""
+        return self.step_s / (self.rows * self.n) * 1e9 / 3600
+
+
+def compute_seconds(config: ModelConfig, n: int, hardware: Hardware, *, recompute: bool = True) -> tuple[float, float]:
+    """Seconds of attention and of all else, for one sequence of `n` tokens on one GPU; blocks run forward twice."""
+    scores = sum(attention_flops(layer, n) for layer in config.layers)
+    matrix = forward_flops(config, n) - scores
+    again = matrix - 2 * n * config.vocab_size * config.d_model if recompute else 0
+    forward = scores * (1 + recompute) / hardware.attention_forward
+    rest = (3 * matrix + again) / (hardware.rest_share * hardware.peak)
+    return forward + BACKWARD * scores / hardware.attention_backward, rest
+
+
+def communication(num_parameters: int, gpus: int, hardware: Hardware) -> tuple[float, float]:
+    """Bytes that a GPU sends in a step, and seconds: two gathers and one reduction, of bf16, over the slower link."""
+    size = 3 * 2 * num_parameters
+    nodes = math.ceil(gpus / hardware.node_size)
+    inside = size * (gpus - 1) / gpus / hardware.inside
+    return size * (gpus - 1) / gpus, max(inside, size * (nodes - 1) / nodes / (hardware.node_size * hardware.across))
+
+
+def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
+    """Bytes of a GPU by part, with `tokens` positions on it."""
+    total, layer, d = parameters(config), config.layers[0], config.d_model
+    ends = 2 * config.vocab_size * d
+    widths = 5 * d + 2 * layer.query_width + layer.output_width + 3 * layer.kv_width + 4 * config.d_ff
+    return {
+        "parameters": 4 * total / gpus,
+        "gradients": 4 * total / gpus,
+        "adam": 8 * total / gpus,
+        "gathered": 2 * (ends + 2 * (total - ends) / config.num_layers),
+        "kept_activations": 2 * tokens * d * config.num_layers,
+        "one_block": 2 * tokens * widths,
+        "logits_chunk": 4 * min(tokens * config.vocab_size, CHUNK_ELEMENTS["cuda"]),
+    }
+
+
+def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_384) -> Estimate:
+    """A step of a named shape on so many H100s, each with rows of `n` tokens, `tokens` in all or one row.
+
+    Raises ValueError for a shape or variant that is unknown or numbers that are not at least 1.
+    """
+    for name, value in (("n", n), ("gpus", gpus), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"scale: {name} must be at least 1, got {value}")
+    config = preset(shape, variant, max_seq_len=n)
+    rows = max(1, tokens // n)
+    sent, seconds = communication(parameters(config), gpus, H100)
+    return Estimate(
+        variant=find_variant(variant)[0],
+        n=n,
+        gpus=gpus,
+        rows=rows,
+        flops=gpus * train_step_flops(config, n, rows),
+        memory=memory(config, rows * n, gpus),
+        communication=sent,
+        compute_s=rows * sum(compute_seconds(config, n, H100)),
+        communicate_s=seconds,
+    )
+
+
+def saving(shape: str, variant: str, n: int) -> float:
+    """Share of the baseline's computing that the attention operation alone saves at `n` tokens."""
+    (own, _), (theirs, rest) = (compute_seconds(preset(shape, v, max_seq_len=n), n, H100) for v in (variant, BASELINE))
+    return (theirs - own) / (theirs + rest)
+
+
+def first_length(shape: str, variant: str, share: float) -> int | None:
+    """The least number of tokens at which attention saves that share; None where it does not at 16M tokens."""
+    lengths = range(1, 1 << 24)
+    found = bisect_left(lengths, share, key=lambda n: saving(shape, variant, n))
+    return lengths[found] if found < len(lengths) else None
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    built = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        built.add_column(heading, justify="left" if heading == "variant" else "right")
+    return built
+
+
+def steps_table(shape: str, estimates: Sequence[Estimate]) -> Table:
+    """Steps on one number of GPUs, at most 80 columns wide."""
+    headings = ("N", "variant", "PFLOP\na step", "states\nGB", "other\nGB", "sent\nGB", "links\ns", "step\ns",
+                "GPU h a\nG token", "vs\nGQA")  # fmt: skip
+    built = _table(f"{shape}, {estimates[0].gpus} H100s", headings)
+    for i, e in enumerate(estimates):
+        if i and e.n != estimates[i - 1].n:
+            built.add_row()
+        base = estimate(shape, BASELINE, e.n, e.gpus, tokens=e.rows * e.n)
+        states = sum(e.memory[part] for part in ("parameters", "gradients", "adam"))
+        other = sum(e.memory.values()) - states
+        built.add_row(
+            f"{e.n:,}", VARIANTS[e.variant].label, f"{e.flops / 1e15:,.1f}", f"{states / 1e9:.3g}",
+            f"{other / 1e9:.1f}", f"{e.communication / 1e9:.1f}", f"{e.communicate_s:.3f}", f"{e.step_s:.2f}",
+            f"{e.gpu_hours_per_billion:.1f}", f"{base.step_s / e.step_s:.2f}x",
+        )  # fmt: skip
+    return built
+
+
+def lengths_table(shape: str, variants: Sequence[str]) -> Table:
+    """Below which N attention's saving disappears under the rest: it is less than this share of GQA's computing."""
+    shares = (0.05, 0.1, 0.25)
+    headings = ("variant", *(f"{share:.0%} from N" for share in shares), "at most")
+    built = _table(f"{shape}: attention saved, as a share of GQA's step", headings)
+    for name in variants:
+        lengths = [first_length(shape, name, share) for share in shares]
+        heads, theirs = (preset(shape, v).layers[0].num_output_heads for v in (name, BASELINE))
+        if None not in lengths:
+            built.add_row(VARIANTS[name].label, *(f"{n:,}" for n in lengths), f"{1 - heads / theirs:.0%}")
+    return built
