@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def run_all(
     """Run all cells as tasks of the joined cluster and hand each outcome to `settle` as it comes.
 
     A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. Raises
-    Interrupted when asked to stop, after the tasks have saved theirs, or when a run lost its worker too often.
+    Interrupted when asked to stop, after the tasks have saved theirs, or in the end when a run lost its worker too often.
     """
     import ray
 
@@ -88,11 +88,16 @@ def run_all(
     shared = Directory(directory.path.resolve())
     source = os.path.abspath(source) if Path(source).exists() else source
     running = {task.remote(plan, record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     seen: dict[Cell, int] = {}
     unfinished = []
+    stopping = False
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            if stop.signal is not None and not stopping:
+                stopping = True
+                _cancel(running)
             for reference, cell in running.items():
                 report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
                 if cell not in seen and (report is not None or reference in done):
@@ -101,18 +106,14 @@ def run_all(
                 if report is not None and report.step != seen[cell]:
                     seen[cell] = report.step
                     display.step(label(plan, cell), report)
-            if stop.signal is not None:
-                raise Interrupted(f"stopped with {len(running)} of {len(cells)} runs unfinished")
             for reference in done:
                 cell = running.pop(reference)
                 try:
                     outcome = ray.get(reference)
-                except (
-                    ray.exceptions.WorkerCrashedError,
-                    ray.exceptions.NodeDiedError,
-                    ray.exceptions.OutOfMemoryError,
-                ):
-                    outcome = Interrupted(f"worker lost more than {_RETRIES} times")
+                except lost:
+                    outcome = Interrupted(f"its worker was lost {_RETRIES + 1} times")
+                except ray.exceptions.TaskCancelledError:
+                    outcome = Interrupted("not begun")
                 if isinstance(outcome, Interrupted):
                     unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
                     display.finish(label(plan, cell), unfinished[-1])
@@ -121,12 +122,20 @@ def run_all(
                 else:
                     settle(cell, outcome)
     finally:
-        for reference in running:
-            ray.cancel(reference)  # as Ctrl-C there: a running task saves a checkpoint
-        if running:
+        if running and not stopping:
+            _cancel(running)
             ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
     if unfinished:
-        raise Interrupted("; ".join(unfinished))
+        what = f"stopped with {len(unfinished)} of {len(cells)} runs unfinished"
+        raise Interrupted(what if stopping else "; ".join(unfinished))
+
+
+def _cancel(references: Iterable[Any]) -> None:
+    """What Ctrl-C is to a run here: one that trains saves a checkpoint and ends."""
+    import ray
+
+    for reference in references:
+        ray.cancel(reference)
 
 
 def _task(
