@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,7 +38,7 @@ from sqa.training.loop import (
 
 
 class Display(Protocol):
-    """What a comparison tells while it runs. Several phases may be under way at once."""
+    """What a comparison tells while it runs, a phase at a time."""
 
     def note(self, text: str) -> None:
         """One line of what is being done."""
@@ -47,11 +46,14 @@ class Display(Protocol):
     def start(self, label: str, steps: int) -> None:
         """A phase of so many steps begins."""
 
-    def step(self, label: str, report: StepReport | None) -> None:
+    def step(self, report: StepReport | None) -> None:
         """A step of the phase is done; no report in the timing phase."""
 
-    def finish(self, label: str, text: str) -> None:
+    def finish(self, text: str) -> None:
         """The phase is over."""
+
+    def beside(self) -> Display:
+        """A display for another phase at the same time, in the same view."""
 
 
 def make_batches(plan: Plan, data: Prepared, seed: int) -> PaddedBatches | PackedBatches:
@@ -103,8 +105,8 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     """Seconds of a training step of each variant, all warm, in turns."""
     if not plan.timing_rounds:
         return {}
-    warmup, label = 2, "timing all variants in turns"
-    display.start(label, (plan.timing_rounds + warmup) * len(plan.variants))
+    warmup = 2
+    display.start("timing all variants in turns", (plan.timing_rounds + warmup) * len(plan.variants))
     batches = make_batches(plan, data, plan.seeds[0])
     recipe = make_recipe(plan, plan.timing_rounds)
     contestants = {}
@@ -124,10 +126,10 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
         rounds=plan.timing_rounds,
         warmup=warmup,
         device=accelerator.device,
-        on_turn=lambda: display.step(label, None),
+        on_turn=lambda: display.step(None),
     )
     accelerator.free_memory()
-    display.finish(label, "timed")
+    display.finish("timed")
     return timings
 
 
@@ -158,14 +160,14 @@ def compare(
     source = data_source or plan.data
     failures = []
 
-    def settle(cell: Cell, outcome: Row | NonFiniteLoss) -> None:
+    def settle(shown: Display, cell: Cell, outcome: Row | NonFiniteLoss) -> None:
+        what = f"{cell[0]} seed {cell[1]}"
         if isinstance(outcome, NonFiniteLoss):
-            display.finish(label(plan, cell), f"{cell[0]} seed {cell[1]} stopped: {outcome}")
-            failures.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+            failures.append(f"{what}: {outcome}")
+            shown.finish(f"{what} stopped: {outcome}")
             return
         directory.append(outcome)
-        text = f"val loss {outcome['val']['loss']:.4f} after {outcome['wall_s']:.0f} s"
-        display.finish(label(plan, cell), f"{cell[0]} seed {cell[1]}: {text}")
+        shown.finish(f"{what}: val loss {outcome['val']['loss']:.4f} after {outcome['wall_s']:.0f} s")
 
     with directory.claimed(cells), ExitStack() as session:
         with directory.writing(display.note):
@@ -189,11 +191,10 @@ def compare(
             todo = []
         for cell in todo:
             display.start(label(plan, cell), record["steps"][cell[0]])
-            on_step = partial(display.step, label(plan, cell))
             try:
-                settle(cell, run(plan, record, directory, data, accelerator, cell, stop, on_step))
+                settle(display, cell, run(plan, record, directory, data, accelerator, cell, stop, display.step))
             except NonFiniteLoss as failure:
-                settle(cell, failure)
+                settle(display, cell, failure)
     if failures:
         raise NonFiniteLoss("; ".join(failures))
     return directory.rows()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -11,10 +9,10 @@ from sqa.training.loop import StepReport
 
 
 class LiveDisplay:
-    """A bar a phase: variant, step, loss, tokens a second, time left."""
+    """One bar: variant, step, loss, tokens a second, time left."""
 
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+    def __init__(self, console: Console, progress: Progress | None = None) -> None:
+        self._progress = progress or Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -25,28 +23,35 @@ class LiveDisplay:
             expand=True,
         )
         self._console = console
-        self._phases: dict[str, tuple[TaskID, _Speed]] = {}
+        self._task: TaskID | None = None
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False)
 
     def start(self, label: str, steps: int) -> None:
         self._progress.start()
-        self._phases[label] = self._progress.add_task(label, total=steps, figures=""), _Speed()
+        self._task = self._progress.add_task(label, total=steps, figures="")
+        self._speed = _Speed()
 
-    def step(self, label: str, report: StepReport | None) -> None:
-        task, speed = self._phases[label]
+    def step(self, report: StepReport | None) -> None:
+        assert self._task is not None
         if report is None:
-            self._progress.advance(task)
+            self._progress.advance(self._task)
             return
-        figures = f"loss {report.loss:.3f}  {speed.of(report):,.0f} tok/s"
-        self._progress.update(task, completed=report.step, figures=figures)
+        figures = f"loss {report.loss:.3f}  {self._speed.of(report):,.0f} tok/s"
+        self._progress.update(self._task, completed=report.step, figures=figures)
 
-    def finish(self, label: str, text: str) -> None:
-        self._progress.remove_task(self._phases.pop(label)[0])
-        if not self._phases:
+    def finish(self, text: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        if not self._progress.tasks:
             self._progress.stop()
         self.note(text)
+
+    def beside(self) -> LiveDisplay:
+        """Another bar under this one."""
+        return LiveDisplay(self._console, self._progress)
 
 
 class PlainDisplay:
@@ -54,41 +59,35 @@ class PlainDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._phases: dict[str, _Phase] = {}
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def start(self, label: str, steps: int) -> None:
-        self._phases[label] = _Phase(steps, _Speed())
+        self._label, self._steps, self._shown, self._done = label, steps, 0, 0
+        self._speed = _Speed()
         self.note(f"{label}: {steps} steps")
 
-    def step(self, label: str, report: StepReport | None) -> None:
-        phase = self._phases[label]
-        phase.done = report.step if report else phase.done + 1
-        tenth = 10 * phase.done // phase.steps
-        speed = phase.speed.of(report) if report else 0.0
-        if tenth <= phase.shown:
+    def step(self, report: StepReport | None) -> None:
+        self._done = report.step if report else self._done + 1
+        tenth = 10 * self._done // self._steps
+        speed = self._speed.of(report) if report else 0.0
+        if tenth <= self._shown:
             return
-        phase.shown = tenth
+        self._shown = tenth
         if report is not None:
-            left = (phase.steps - report.step) * phase.speed.step_seconds
+            left = (self._steps - report.step) * self._speed.step_seconds
             self.note(
-                f"{label}: step {report.step}/{phase.steps}  loss {report.loss:.3f}  "
+                f"{self._label}: step {report.step}/{self._steps}  loss {report.loss:.3f}  "
                 f"{speed:,.0f} tok/s  {left:,.0f} s left"
             )
 
-    def finish(self, label: str, text: str) -> None:
-        del self._phases[label]
+    def finish(self, text: str) -> None:
         self.note(text)
 
-
-@dataclass
-class _Phase:
-    steps: int
-    speed: _Speed
-    done: int = 0
-    shown: int = 0
+    def beside(self) -> PlainDisplay:
+        """For another phase at the same time."""
+        return PlainDisplay(self._console)
 
 
 class _Speed:

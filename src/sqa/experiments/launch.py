@@ -74,12 +74,12 @@ def run_all(
     cells: Sequence[Cell],
     display: Display,
     stop: StopFlag,
-    settle: Callable[[Cell, Row | NonFiniteLoss], None],
+    settle: Callable[[Display, Cell, Row | NonFiniteLoss], None],
 ) -> None:
     """Run all cells as tasks of the joined cluster and hand each outcome to `settle` as it comes.
 
     A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. Raises
-    Interrupted when asked to stop, after the tasks have saved theirs, or in the end when a run lost its worker too often.
+    Interrupted when asked to stop, after the tasks have saved theirs, or at the end when a run lost too many workers.
     """
     import ray
 
@@ -89,6 +89,7 @@ def run_all(
     source = os.path.abspath(source) if Path(source).exists() else source
     running = {task.remote(plan, record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    shown: dict[Cell, Display] = {}
     seen: dict[Cell, int] = {}
     unfinished = []
     stopping = False
@@ -100,12 +101,12 @@ def run_all(
                 _cancel(running)
             for reference, cell in running.items():
                 report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
-                if cell not in seen and (report is not None or reference in done):
-                    display.start(label(plan, cell), record["steps"][cell[0]])
-                    seen[cell] = 0
-                if report is not None and report.step != seen[cell]:
+                if cell not in shown and (report is not None or reference in done):
+                    shown[cell] = display.beside()
+                    shown[cell].start(label(plan, cell), record["steps"][cell[0]])
+                if report is not None and report.step != seen.get(cell):
                     seen[cell] = report.step
-                    display.step(label(plan, cell), report)
+                    shown[cell].step(report)
             for reference in done:
                 cell = running.pop(reference)
                 try:
@@ -116,11 +117,11 @@ def run_all(
                     outcome = Interrupted("not begun")
                 if isinstance(outcome, Interrupted):
                     unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
-                    display.finish(label(plan, cell), unfinished[-1])
+                    shown[cell].finish(unfinished[-1])
                 elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
                     raise outcome
                 else:
-                    settle(cell, outcome)
+                    settle(shown[cell], cell, outcome)
     finally:
         if running and not stopping:
             _cancel(running)
