@@ -281,7 +281,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
         ("plan --budget equal-fun", "budget: must be one of"),
         ("scale --n 0", "scale: n must be at least 1, got 0"),
-        ("scale --preset 9b", "did you mean '8b'"),
+        ("scale --preset 9b", "preset: '9b' is unknown (presets: "),
         ("compare tiny.toml --only sqa:7", "only: 'sqa:7' is not a run of the plan (variants gqa, sqa; seeds 0)"),
         ("compare tiny.toml --launcher slurm", "--launcher must be local or ray, got 'slurm'"),
         ("report empty", "empty holds no"),
