@@ -15,6 +15,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sqa.bench.report import BenchResult
+from sqa.conversion.importance import METHODS
+from sqa.conversion.report import verdict
 from sqa.cost import attention_flops, train_step_flops
 from sqa.experiments import scale
 from sqa.experiments.directory import Directory
@@ -104,12 +106,47 @@ def two_rates(name: str) -> str:
     return f"{text_of(table)}\n\n{shares}"
 
 
+def conversions() -> str:
+    """Loss of every method at every stage, for both targets, beside training from scratch."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    stages = ("dropped", "refitted", "layers healed", "distilled")
+    for heading in ("", "method", *(name.replace(" ", "\n") for name in stages), "vs\noriginal"):
+        table.add_column(heading, justify="left" if heading in ("", "method") else "right")
+    original = control = 0.0
+    for target, label in (("sqa", "SQA"), ("xsqa", "xSQA")):
+        for method in METHODS:
+            found = _losses(f"{target}-{method}")
+            original, control = found["original"], found.get("control", control)
+            losses = [found[stage] for stage in stages]
+            cells = (f"{loss:.4f}" for loss in losses)
+            table.add_row(label, method, *cells, f"{losses[-1] - original:+.4f}")
+        scratch = _losses(f"scratch-{target}")["original"]
+        table.add_row(label, "from scratch", "", "", "", f"{scratch:.4f}", f"{scratch - original:+.4f}")
+    table.add_row("GQA", "as it was", "", "", "", f"{original:.4f}", "")
+    table.add_row("GQA", "same tokens", "", "", "", f"{control:.4f}", f"{control - original:+.4f}")
+    return text_of(table)
+
+
+def _losses(name: str) -> dict[str, float]:
+    """The last loss of each stage of a conversion."""
+    state = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
+    return {row["stage"]: row["loss"] for row in state["stages"]}
+
+
+def conversion(name: str) -> str:
+    """What `sqa convert` printed."""
+    state = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
+    return text_of(verdict(state))
+
+
 SECTIONS = {
     "demo table": lambda: comparison("demo"),
     "speed": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32", "prefill")),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
     "on paper": on_paper,
+    "conversion": conversions,
+    "encoder": lambda: conversion("minilm"),
     "two rates": lambda: two_rates("step-bf16"),
 }
 

@@ -204,7 +204,8 @@ def test_git_holds_no_path_of_a_machine() -> None:
 def test_skip_for_a_missing_package_fails_under_make_test(
     skip: str, reason: str, allowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name in ("conftest.py", "models.py"):
+        shutil.copy(Path(__file__).with_name(name), tmp_path)
     (tmp_path / "test_it.py").write_text("import pytest\n" + skip.format(reason=reason))
     monkeypatch.setenv("SQA_ALL_EXTRAS", "1")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"]
