@@ -253,8 +253,9 @@ def test_train_export_import_and_generate_agree(tiny: Path) -> None:
 
 
 def test_train_makes_one_run(tiny: Path) -> None:
-    sqa("train", "tiny.toml", "--variant", "xsqa", "--seed", "4", cwd=tiny)
+    sqa("train", "tiny.toml", "--variant", "xsqa", "--seed", "4", "--track", "tensorboard", cwd=tiny)
     assert [(row["variant"], row["seed"]) for row in rows_in(tiny / "runs" / "tiny-xsqa")] == [("xsqa", 4)]
+    assert len(list((tiny / "runs" / "tiny-xsqa" / "tensorboard" / "xsqa-4").iterdir())) == 1
     assert sqa("generate", "runs/tiny-xsqa", "--prompt", "The", "--max-new-tokens", "3", cwd=tiny).stdout
 
 
@@ -273,6 +274,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --out taken", "taken already holds other files"),
         ("compare --resume empty", "empty holds no comparison"),
         ("compare tiny.toml --json nowhere/x.json", "--json nowhere/x.json is in a folder that does not exist"),
+        ("compare tiny.toml --track wandb", "--track must be tensorboard, got 'wandb'"),
         ("compare tiny.toml --resume empty", "leave out 'tiny.toml'"),
         ("train --variant mha --resume empty", "leave out --variant and --seed"),
         ("compare tiny.toml --out tiny.toml", "tiny.toml"),

@@ -137,6 +137,7 @@ def variants(
 Data = Annotated[str | None, typer.Option(help="builtin, wikipedia, or a file or folder of text.")]
 Seeds = Annotated[str | None, typer.Option(help="How many (3), or which (0,7,9).")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast).")]
+Track = Annotated[str | None, typer.Option(help="tensorboard: stream the curves to OUT/tensorboard.")]
 
 
 def _overrides(**given: Any) -> dict[str, Any]:
@@ -193,6 +194,7 @@ def compare(
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is PyTorch's choice.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this directory.")] = None,
+    track: Track = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's figures here.")] = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
@@ -211,16 +213,23 @@ def compare(
         device=device,
         threads=threads,
     )
-    _compare(plan, changes, out, resume, json_path)
+    _compare(plan, changes, out, resume, track, json_path)
 
 
 def _compare(
-    source: str | None, changes: dict[str, Any], out: Path | None, resume: Path | None, json_path: Path | None
+    source: str | None,
+    changes: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    track: str | None,
+    json_path: Path | None,
 ) -> None:
     from sqa.experiments.plan import Plan
 
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ValueError(f"--json {json_path} is in a folder that does not exist")
+    if track not in (None, "tensorboard"):
+        raise ValueError(f"--track must be tensorboard, got {track!r}")
     if resume is None:
         plan = Plan.read(source or "demo").replace(**changes)
         out = out or Path("runs") / plan.name
@@ -238,10 +247,20 @@ def _compare(
     from sqa.experiments.display import make_display
     from sqa.experiments.results import NOTES, NOTES_SEEDS, summary_rows, table
 
+    tracker = None
+    if track is not None:
+        from sqa.experiments.tracking import TensorBoard
+
+        tracker = TensorBoard
     console = _console()
     try:
         rows = comparison.compare(
-            plan, out, make_display(console), resume=resume is not None, data_source=changes.get("data")
+            plan,
+            out,
+            make_display(console),
+            resume=resume is not None,
+            data_source=changes.get("data"),
+            tracker=tracker,
         )
     except comparison.Interrupted as error:
         raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}") from None
@@ -288,6 +307,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    track: Track = None,
 ) -> None:
     """Train one variant."""
     changes = _overrides(
@@ -309,7 +329,7 @@ def train(
             out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
     elif variant is not None or seed is not None:
         raise ValueError("--resume goes on with the run as it was begun; leave out --variant and --seed")
-    _compare(plan, changes, out, resume, None)
+    _compare(plan, changes, out, resume, track, None)
 
 
 @app.command()

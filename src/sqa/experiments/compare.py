@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,9 @@ from sqa.training.loop import (
     train,
     train_step,
 )
+
+if TYPE_CHECKING:
+    from sqa.experiments.tracking import TensorBoard
 
 
 class Display(Protocol):
@@ -131,12 +134,19 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
 
 
 def compare(
-    plan: Plan, out: Path, display: Display, *, resume: bool = False, data_source: str | None = None
+    plan: Plan,
+    out: Path,
+    display: Display,
+    *,
+    resume: bool = False,
+    data_source: str | None = None,
+    tracker: type[TensorBoard] | None = None,
 ) -> list[Row]:
     """Run what of the plan is not finished in `out`, and return all its result rows.
 
-    `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. Raises ValueError
-    for whatever keeps the comparison from starting, before anything is written, and Interrupted when stopped.
+    `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. `tracker` gets the
+    curves of each run, in a folder of `out` named after it. Raises ValueError for whatever keeps the comparison from
+    starting, before anything is written, and Interrupted when stopped.
     """
     if plan.threads:
         torch.set_num_threads(plan.threads)
@@ -167,7 +177,7 @@ def compare(
         failures = []
         for name, seed in directory.missing(plan):
             try:
-                directory.append(_run(plan, record, directory, data, accelerator, name, seed, display, stop))
+                directory.append(_run(plan, record, directory, data, accelerator, name, seed, display, stop, tracker))
             except NonFiniteLoss as failure:
                 display.finish(f"{name} seed {seed} stopped: {failure}")
                 failures.append(f"{name} seed {seed}: {failure}")
@@ -229,20 +239,29 @@ def _run(
     seed: int,
     display: Display,
     stop: StopFlag,
+    tracker: type[TensorBoard] | None,
 ) -> Row:
     config = plan.model_config(name)
     folder = directory.run_folder(name, seed)
     steps = record["steps"][name]
     display.start(f"{name} seed {seed}" if len(plan.seeds) > 1 else name, steps)
+    recipe = make_recipe(plan, steps)
+    curves = tracker(directory.path / "tensorboard" / folder.name, recipe) if tracker is not None else None
+
+    def on_step(report: StepReport) -> None:
+        display.step(report)
+        if curves is not None:
+            curves.step(report)
+
     model, progress = train(
         config,
-        make_recipe(plan, steps),
+        recipe,
         make_batches(plan, data, seed),
         seed=seed,
         folder=folder,
         accelerator=accelerator,
         compile=plan.compile,
-        on_step=display.step,
+        on_step=on_step,
         should_stop=lambda: stop.signal is not None,
     )
     data.tokenizer.save(folder / "tokenizer.json")
@@ -259,6 +278,8 @@ def _run(
         torch.from_numpy(data.tokenizer.token_bytes),
         accelerator,
     )
+    if curves is not None:
+        curves.finish(evaluation.loss)
     accelerator.free_memory()
     display.finish(f"{name} seed {seed}: val loss {evaluation.loss:.4f} after {progress.wall_s:.0f} s")
     return {
