@@ -1,5 +1,6 @@
 """The curves as TensorBoard reads them back: while a run trains, and after one that was killed has gone on."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
     rates = [(step, learning_rate(recipe, step - 1)) for step in range(1, STEPS + 1)]
     speeds = [
         (here["step"], (here["tokens"] - before["tokens"]) / (here["seconds"] - before["seconds"]))
-        for before, here in zip(lines, lines[1:], strict=False)
+        for before, here in itertools.pairwise(lines)
     ]
     wanted = {
         "loss": [(line["step"], line["loss"]) for line in lines],

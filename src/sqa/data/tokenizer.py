@@ -113,9 +113,11 @@ def load_or_train_tokenizer(
         progress(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
     backend = _train(_first_characters(corpus.documents("train"), max_characters), vocab_size)
     if backend.get_vocab_size() != vocab_size:
+        if next(corpus.documents("train"), None) is None:
+            raise ValueError(f"The train split of {corpus.name} has no documents: give more text")
         raise ValueError(
-            f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: "
-            f"its train documents give {backend.get_vocab_size()} entries"
+            f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: its train documents give "
+            f"{backend.get_vocab_size()} entries; give more text or a smaller vocab_size"
         )
     tokenizer = Tokenizer(backend)
     cache_dir.mkdir(parents=True, exist_ok=True)
