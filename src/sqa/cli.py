@@ -27,12 +27,18 @@ def main() -> None:
         app()
     except (ValueError, ImportError, OSError) as error:
         _fail(str(error), 2)
+    except MemoryError:
+        _fail("out of memory", 1)
     except RuntimeError as error:
-        # torch raises RuntimeError too: only what a run reports of itself is one sentence
+        # torch raises RuntimeError too: only what a run reports of itself, and want of memory, is one sentence
+        from torch import OutOfMemoryError
+
         from sqa.training.loop import Interrupted, NonFiniteLoss
 
         if isinstance(error, Interrupted | NonFiniteLoss):
             _fail(str(error), 130 if isinstance(error, Interrupted) else 1)
+        if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
+            _fail(f"out of memory ({str(error).splitlines()[0]})", 1)
         raise
 
 
@@ -54,6 +60,17 @@ def _write_json(path: Path | None, value: Any) -> None:
         write_json(path, value)
 
 
+def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuses what could not be written to, before figures are measured that would be lost."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ValueError(f"{param.opts[0]} {path} {what}; name a file")
+    return path
+
+
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here.", callback=_file_path)]
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -66,7 +83,7 @@ def variants(
     preset: Annotated[str, typer.Option(help="Model shape.")] = "published",
     n: Annotated[int, typer.Option("--n", help="Tokens a sequence, for the FLOPs.")] = 1024,
     all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
     from sqa import cost
@@ -195,7 +212,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the comparison in this directory.")] = None,
     track: Track = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's figures here.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
     changes = _overrides(
@@ -226,8 +243,6 @@ def _compare(
 ) -> None:
     from sqa.experiments.plan import Plan
 
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_path} is in a folder that does not exist")
     if track not in (None, "tensorboard"):
         raise ValueError(f"--track must be tensorboard, got {track!r}")
     if resume is None:
@@ -385,6 +400,8 @@ def kernels(
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if n < 1:
+        raise ValueError(f"--n must be at least 1, got {n}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     import torch
@@ -559,8 +576,9 @@ Peers = Annotated[str, typer.Option(help="hf-llama, x-transformers, with commas 
 Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.")]
 Seconds = Annotated[str | None, typer.Option("--budget", help="Stop early: 90s, 8m.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write JSON lines here.")]
-PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.")]
+PlotPath = Annotated[
+    Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_file_path)
+]
 
 
 def _names(text: str | None) -> tuple[str, ...]:

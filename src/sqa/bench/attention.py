@@ -249,6 +249,8 @@ def run_attention(
     at_least_one(
         variants=len(variants),
         lengths=min(lengths, default=0),
+        dtypes=len(dtypes),
+        kernels=len(kernels),
         batch_size=batch_size,
         window=window,
         document_length=document_length,

@@ -71,7 +71,7 @@ def run_step(
     better counts. `memory` measures the peak memory of a step too, each contestant in a process of its own.
     Raises ValueError for bad options.
     """
-    at_least_one(variants=len(variants), batch_size=batch_size, length=length, rounds=rounds)
+    at_least_one(variants=len(variants), dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
     if "fp16" in dtypes:
         raise ValueError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
     check_peers(peers)

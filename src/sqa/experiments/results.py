@@ -47,7 +47,7 @@ def read_results(path: Path) -> list[Row]:
             rows.append(row)
         except (ValueError, RecursionError):
             raise ValueError(
-                f"results: line {number} of {path.name} is damaged; remove it, and its run trains again"
+                f"results: line {number} of {path} is damaged; remove it (a run without its result trains again)"
             ) from None
     return rows
 
