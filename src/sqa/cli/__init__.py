@@ -95,21 +95,14 @@ def variants(
                 "attention_saving": cost.attention_saving(layer, n),
             }
         )
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title=f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit", box=None, padding=(0, 2, 0, 0))
-    for heading in (
-        "variant",
-        "Hq",
-        "Hkv",
-        "head\ndim",
-        "parameters",
-        "train\nGFLOP",
-        "prefill\nGFLOP",
-        "KV bytes\na token",
+    figures = (
+        "Hq", "Hkv", "head\ndim", "parameters", "train\nGFLOP", "prefill\nGFLOP", "KV bytes\na token",
         "attention\nsaving",
-    ):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    )  # fmt: skip
+    table = Table("variant", *(Column(heading, justify="right") for heading in figures), box=None, padding=(0, 2, 0, 0))
+    table.title = f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit"
     for row in rows:
         table.add_row(
             str(row["label"]),
@@ -392,9 +385,7 @@ def kernels(
         padding=padding,
         grad=training,
     )
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("kernel", "devices", "masks", "backward", "this shape"):
-        table.add_column(heading)
+    table = Table("kernel", "devices", "masks", "backward", "this shape", box=None, padding=(0, 2, 0, 0))
     for name, verdict in explain(case):
         row = KERNELS[name]
         table.add_row(name, row.devices, row.masks, row.backward, verdict)

@@ -56,8 +56,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a model for transformers or llama.cpp."""
-    if format not in ("hf", "hf-remote", "gguf"):
-        raise ValueError(f"--format must be hf, hf-remote or gguf, got {format!r}")
     from sqa import interop
 
     for note in interop.export(_run_folder(run), out, format=format, dtype=dtype):

@@ -1,15 +1,14 @@
 """Byte-level BPE: trained on a corpus by the `tokenizers` library, cached, wrapped thinly."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sqa.data.corpus import Corpus, fingerprint_of
+from sqa.files import write_text
 
 END_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -60,15 +59,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `path` in the JSON format of the `tokenizers` library, atomically."""
-        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self._backend.to_str())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self._backend.to_str())
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
