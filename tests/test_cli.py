@@ -253,8 +253,9 @@ def test_train_export_import_and_generate_agree(tiny: Path) -> None:
 
 
 def test_train_makes_one_run(tiny: Path) -> None:
-    sqa("train", "tiny.toml", "--variant", "xsqa", "--seed", "4", cwd=tiny)
+    sqa("train", "tiny.toml", "--variant", "xsqa", "--seed", "4", "--track", "tensorboard", cwd=tiny)
     assert [(row["variant"], row["seed"]) for row in rows_in(tiny / "runs" / "tiny-xsqa")] == [("xsqa", 4)]
+    assert len(list((tiny / "runs" / "tiny-xsqa" / "tensorboard" / "xsqa-4").iterdir())) == 1
     assert sqa("generate", "runs/tiny-xsqa", "--prompt", "The", "--max-new-tokens", "3", cwd=tiny).stdout
 
 
@@ -273,9 +274,14 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --out taken", "taken already holds other files"),
         ("compare --resume empty", "empty holds no comparison"),
         ("compare tiny.toml --json nowhere/x.json", "--json nowhere/x.json is in a folder that does not exist"),
+        ("compare tiny.toml --track wandb", "--track must be tensorboard, got 'wandb'"),
         ("compare tiny.toml --resume empty", "leave out 'tiny.toml'"),
         ("train --variant mha --resume empty", "leave out --variant and --seed"),
         ("compare tiny.toml --out tiny.toml", "tiny.toml"),
+        ("variants --json empty", "--json empty is a folder; name a file"),
+        ("bench attention --plot nowhere/x.svg", "--plot nowhere/x.svg is in a folder that does not exist"),
+        ("bench attention --dtypes ,", "benchmark: dtypes must be at least 1, got 0"),
+        ("kernels --n 0", "--n must be at least 1, got 0"),
         ("bench attention --n 10,x", "--n must be whole numbers with commas between, got '10,x'"),
         ("bench step --budget 3d", "budget: time needs a number above 0"),
         ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
@@ -300,6 +306,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny: Path, arguments: str, m
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(str(path) for path in tiny.rglob("*")) == before
+
+
+def test_want_of_memory_is_one_sentence(tmp_path: Path) -> None:
+    done = sqa("bench", "step", "--length", "99999999999", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("sqa: out of memory (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_sample_articles_train(articles: Path, tmp_path: Path) -> None:

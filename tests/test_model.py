@@ -124,6 +124,11 @@ def _tensors(folder: Path, change) -> None:
         (lambda d: (d / "model.safetensors").write_bytes(b"\x80" * 99), "damaged or incomplete"),
         (lambda d: _tensors(d, lambda t: t.pop("model.norm.weight")), "missing model.norm.weight"),
         (lambda d: _tensors(d, lambda t: t.update(extra=torch.ones(1))), "unknown extra"),
+        (
+            lambda d: _tensors(d, lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})),
+            "weight is int8, expected",
+        ),
+        (lambda d: (d / "config.json").write_text("[" * 200_000), "is not JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

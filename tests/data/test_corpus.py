@@ -157,7 +157,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
         open_corpus(str(path))
     path = tmp_path / "a.jsonl"
-    for line in ('{"content": "x"}', "[1]", '{"text": 7}', "nonsense"):
+    for line in ('{"content": "x"}', "[1]", '{"text": 7}', "nonsense", "[" * 200_000):
         path.write_text('{"text": "fine"}\n' + line)
         with pytest.raises(ValueError, match=r"Line 2 of .*a\.jsonl must be a JSON object"):
             documents(path)

@@ -1,5 +1,6 @@
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,6 +124,17 @@ def test_a_failed_encoding_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) 
     with pytest.raises(OSError, match="disk gone"):
         load_or_encode(Corpus(name="x", fingerprint="0", read=read), tokenizer, split="train", cache_dir=cache)
     assert not list(cache.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_after_a_day(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    now = time.time()
+    for name, age in (("killed", 25 * 3600), ("working", 3600)):
+        folder = tmp_path / f"tokens-0.{name}.tmp"
+        folder.mkdir()
+        (folder / "offsets.bin").touch()
+        os.utime(folder, (now - age, now - age))
+    load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["tokens-0.working.tmp"]
 
 
 def test_an_empty_split_is_an_error_and_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -119,4 +119,7 @@ def test_vocabularies_that_cannot_be(make_corpus: Callable[..., Corpus], tmp_pat
         load_or_train_tokenizer(make_corpus(), vocab_size=200, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size 5000 is more than the corpus memory fills.* \d+ entries"):
         load_or_train_tokenizer(make_corpus(), vocab_size=5000, cache_dir=tmp_path)
+    empty = Corpus(name="empty.jsonl", fingerprint="0", read=lambda split: iter([""]))
+    with pytest.raises(ValueError, match=r"train split of empty\.jsonl has no documents: give more text"):
+        load_or_train_tokenizer(empty, vocab_size=300, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir()), "nothing half-written"

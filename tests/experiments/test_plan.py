@@ -109,8 +109,9 @@ def test_a_toml_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
     path.write_text("batchsize = 4\n")
     with pytest.raises(ValueError, match="no field 'batchsize'; did you mean 'batch_size'"):
         Plan.read(str(path))
-    path.write_text("batch_size = \n")
-    with pytest.raises(ValueError, match="is not TOML"):
-        Plan.read(str(path))
+    for damaged in (b"batch_size = \n", b'name = "\xff"\n', b"model = " + b"[" * 200_000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"mine\.toml is not TOML"):
+            Plan.read(str(path))
     with pytest.raises(ValueError, match=r"neither a file nor a preset .*did you mean 'demo'"):
         Plan.read("dem")

@@ -85,6 +85,7 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
     assert read_results(path) == [{"a": 1}]
     append_result(path, {"a": 3})
     assert read_results(path) == [{"a": 1}, {"a": 3}]
-    path.write_text('{"a": \n' + json.dumps({"a": 2}) + "\n")
-    with pytest.raises(ValueError, match=r"line 1 of results.jsonl is damaged"):
-        read_results(path)
+    for damaged in (b'{"a": ', b'{"a": "\xff"}', b"[" * 200_000):
+        path.write_bytes(damaged + b"\n" + json.dumps({"a": 2}).encode() + b"\n")
+        with pytest.raises(ValueError, match=r"line 1 of .*results.jsonl is damaged"):
+            read_results(path)

@@ -152,15 +152,11 @@ class Setting:
                 grad=self.what != "forward",
             )
             kernel = resolve(case).kernel
-        row: Row = {"kind": "attention", "d_model": self.config.d_model, "variant": self.variant}
-        row |= {
-            **heads(self.config),
-            "batch_size": self.batch_size,
-            "n": self.n,
-            "dtype": self.dtype,
-            "mask": self.mask,
-        }
-        row |= {"window": self.config.window, "kernel": kernel, "what": self.what, "scores": self.scores}
+        row: Row = {
+            "kind": "attention", "d_model": self.config.d_model, "variant": self.variant, **heads(self.config),
+            "batch_size": self.batch_size, "n": self.n, "dtype": self.dtype, "mask": self.mask,
+            "window": self.config.window, "kernel": kernel, "what": self.what, "scores": self.scores,
+        }  # fmt: skip
         if self.what != "layer step":
             row["flops"] = (1 if self.what == "forward" else 3) * 4 * self.config.head_dim * self.scores
             row["limit_seconds"] = row["flops"] / peak
@@ -249,6 +245,8 @@ def run_attention(
     at_least_one(
         variants=len(variants),
         lengths=min(lengths, default=0),
+        dtypes=len(dtypes),
+        kernels=len(kernels),
         batch_size=batch_size,
         window=window,
         document_length=document_length,
@@ -283,12 +281,7 @@ def run_attention(
             if what != "layer step" or kernel == "auto"
         ]
         refused = {setting: refusal(setting) for setting in settings}
-        took = 0.0
-        for n in sorted(lengths):
-            before = left.left
-            if 2 * took > before:
-                notes.append(f"{dtype}: the budget was spent before N = {n:,}")
-                break
+        for n in left.fitting(sorted(lengths), notes, f"{dtype}: the budget"):
             group: dict[Setting, Row] = {}
             contestants: dict[Setting, Callable[[], object]] = {}
             for setting in settings:
@@ -307,7 +300,6 @@ def run_attention(
                 group[setting] |= timed(timing)
             _compare(list(group.values()), peak, baseline)
             rows += group.values()
-            took = before - left.left if budget else 0.0
     options = {"d_model": d_model, "num_heads": num_heads, "rounds": rounds, "document_length": document_length}
     return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
 

@@ -58,10 +58,7 @@ def run_decode(
     room, baseline = steps * (rounds + 1), choose_baseline(variants)
     rows: list[Row] = []
     notes = [NOTE, f"{steps} tokens a turn, eager; the cache grows from N to at most N + {room}."]
-    for n in sorted(lengths):
-        if left.left < 0:
-            notes.append(f"The budget was spent before N = {n:,}.")
-            break
+    for n in left.fitting(sorted(lengths), notes):
         contestants, group = {}, {}
         for name in variants:
             config = ModelConfig.preset(preset, variant=name, max_seq_len=n + room)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,55 +20,9 @@ from sqa.config import nearest
 logger = logging.getLogger(__name__)
 
 VARIANTS = ("gqa", "sqa", "xsqa", "wide-gqa")
+SIZES = ["full", "tiny"]
 COMPARE_SHARE = 3 / 8
 """Of the whole budget, for the comparison: 3 of 8 minutes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How large each part is."""
-
-    num_heads: int
-    head_dims: tuple[int, ...]
-    lengths: tuple[int, ...]
-    kernels: tuple[str, ...]
-    flex_lengths: tuple[int, ...]
-    preset: str
-    batch_sizes: tuple[int, ...]
-    step_length: int
-    max_n: int
-    decode_lengths: tuple[int, ...]
-    compile: bool
-
-
-SIZES = {
-    "full": Sizes(
-        num_heads=16,
-        head_dims=(16, 64, 128),
-        lengths=(1024, 4096, 16_384, 65_536, 131_072),
-        kernels=("flash", "cudnn", "efficient"),
-        flex_lengths=(8192, 65_536),
-        preset="published",
-        batch_sizes=(8, 32, 128),
-        step_length=1024,
-        max_n=200_000,
-        decode_lengths=(1024, 32_768),
-        compile=True,
-    ),
-    "tiny": Sizes(
-        num_heads=8,
-        head_dims=(16,),
-        lengths=(64, 128),
-        kernels=("flash", "math"),
-        flex_lengths=(),
-        preset="demo",
-        batch_sizes=(1, 2),
-        step_length=32,
-        max_n=64,
-        decode_lengths=(32,),
-        compile=False,
-    ),
-}
 
 
 def run_all(
@@ -86,27 +39,31 @@ def run_all(
     neither a network nor `datasets`. Raises ValueError for an unknown size or a device that is not there.
     """
     if size not in SIZES:
-        raise ValueError(f"size: {size!r} is unknown{nearest(size, list(SIZES))} (sizes: {', '.join(SIZES)})")
+        raise ValueError(f"size: {size!r} is unknown{nearest(size, SIZES)} (sizes: {', '.join(SIZES)})")
     find_device(device)
-    sizes, whole = SIZES[size], Budget(seconds=budget)
+    whole, full = Budget(seconds=budget), size == "full"
     reserved = COMPARE_SHARE * budget if compare is not None else 0.0
-    attention = partial(run_attention, variants=VARIANTS, num_heads=sizes.num_heads, device=device)
-    step = partial(run_step, preset=sizes.preset, variants=VARIANTS, dtypes=("bf16",), length=sizes.step_length)
-    parts: dict[str, Callable[..., BenchResult]] = {}
-    for d in sizes.head_dims:
-        parts[f"attention, head_dim {d}"] = partial(
-            attention, lengths=sizes.lengths, d_model=d * sizes.num_heads, kernels=sizes.kernels
-        )
-    for batch_size in sizes.batch_sizes:
-        parts[f"step, batch {batch_size}"] = partial(step, batch_size=batch_size, compile=sizes.compile, device=device)
-    parts["prefill"] = partial(
-        run_prefill, preset=sizes.preset, max_n=sizes.max_n, compile=sizes.compile, device=device
-    )
-    parts["decode"] = partial(run_decode, preset=sizes.preset, lengths=sizes.decode_lengths, device=device)
+    num_heads, head_dims = (16, (16, 64, 128)) if full else (8, (16,))
+    attention = partial(run_attention, variants=VARIANTS, num_heads=num_heads, device=device)
+    lengths = (1024, 4096, 16_384, 65_536, 131_072) if full else (64, 128)
+    kernels = ("flash", "cudnn", "efficient") if full else ("flash", "math")
+    preset = "published" if full else "demo"
+    step = partial(run_step, preset=preset, variants=VARIANTS, dtypes=("bf16",), compile=full, device=device)
+    prefill = partial(run_prefill, preset=preset, max_n=200_000 if full else 64, compile=full, device=device)
+    decode = partial(run_decode, preset=preset, lengths=(1024, 32_768) if full else (32,), device=device)
+    parts: dict[str, Callable[..., BenchResult]] = {
+        f"attention, head_dim {d}": partial(attention, lengths=lengths, d_model=d * num_heads, kernels=kernels)
+        for d in head_dims
+    }
+    parts |= {
+        f"step, batch {b}": partial(step, batch_size=b, length=1024 if full else 32)
+        for b in ((8, 32, 128) if full else (1, 2))
+    }
+    parts |= {"prefill": prefill, "decode": decode}
     # compiled and tuned for every shape, which takes long: last
-    for d in sizes.head_dims if sizes.flex_lengths else ():
+    for d in head_dims if full else ():
         parts[f"attention with flex, head_dim {d}"] = partial(
-            attention, lengths=sizes.flex_lengths, d_model=d * sizes.num_heads, kernels=("flex",)
+            attention, lengths=(8192, 65_536), d_model=d * num_heads, kernels=("flex",)
         )
     rows: list[Row] = []
     notes: dict[str, None] = {}

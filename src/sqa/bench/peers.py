@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from sqa.attention.kernels import Case, resolve
 from sqa.bench.machine import find_dtype
-from sqa.bench.report import Row, heads
+from sqa.bench.report import Row, add_ratios, heads, timed
+from sqa.bench.timing import Budget, failure, take_turns
 from sqa.config import ModelConfig, nearest
 from sqa.losses import IGNORE
 from sqa.model import Transformer
+
+logger = logging.getLogger(__name__)
 
 OURS = "sqa"
 
@@ -180,6 +184,11 @@ class Runner:
     entrant: Entrant
     module: nn.Module
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Who it is among the others."""
+        return self.implementation, self.variant, self.setting
+
 
 def compiled(name: str, module: nn.Module) -> nn.Module:
     """Ours by its own recipe, in place; a peer as torch.compile does it."""
@@ -238,10 +247,42 @@ def model_row(
     return row | {"batch_size": batch_size, "n": n, "dtype": dtype, "kernel": kernel}
 
 
-def described(runner: Runner) -> Row:
-    """How a runner runs and, of a peer, whether it was shown to compute what ours does."""
-    checked = {} if runner.implementation == OURS else {"checked": runner.entrant.same_function}
-    return {"setting": runner.setting, **checked}
+def measure(
+    runners: Sequence[Runner],
+    absent: Mapping[tuple[str, str], str],
+    work: Callable[[Runner], Callable[[], None]],
+    start: Callable[[str, str], Row],
+    *,
+    variants: Sequence[str],
+    baseline: str,
+    tokens: int,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    budget: Budget,
+) -> list[Row]:
+    """Time the `work` of each runner, in turns: a row for each implementation and variant, in its best setting.
+
+    `start` gives what a row holds before that, of an implementation and a variant; `tokens` are those of one turn. A
+    peer's row says whether it was shown to compute what ours does; who is absent or cannot run has a note.
+    """
+    rows = {(*who, ""): start(*who) | {"note": reason} for who, reason in absent.items()}
+    contestants = {}
+    for runner in runners:
+        logger.info("warming %s", " ".join(runner.key))
+        run, row = work(runner), start(runner.implementation, runner.variant) | {"setting": runner.setting}
+        if runner.implementation != OURS:
+            row["checked"] = runner.entrant.same_function
+        if (problem := failure(run, device)) is None:
+            contestants[runner.key] = run
+        else:
+            row["note"] = f"cannot run: {problem}"
+        rows[runner.key] = row
+    for key, timing in take_turns(contestants, rounds=rounds, warmup=warmup, device=device, budget=budget).items():
+        rows[key] |= timed(timing) | {"tokens_per_s": tokens / timing.median}
+    best = best_settings(rows.values(), variants)
+    add_ratios(best, same=("implementation",), baseline=baseline)
+    return best
 
 
 def best_settings(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from sqa import cost
 from sqa.bench.machine import find_device, find_dtype
-from sqa.bench.peers import OURS, Runner, best_settings, check_peers, described, line_up, model_row, shape
-from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, timed
-from sqa.bench.timing import Budget, at_least_one, failure, take_turns
-
-Key = tuple[str, str, str]
-
-logger = logging.getLogger(__name__)
+from sqa.bench.peers import OURS, Runner, check_peers, line_up, measure, model_row, shape
+from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
+from sqa.bench.timing import Budget, at_least_one
 
 PREPRINT_SECONDS: dict[int, dict[str, float]] = {
     1_024: {"xsqa": 0.0570, "sqa": 0.0642, "ssqa": 0.0669, "mqa": 0.0760, "gqa": 0.0785, "mha": 0.0869},
@@ -75,15 +71,8 @@ def run_prefill(
         "slower for each FLOP than they are, so times can differ by more. preprint: on an A100, 131,072 tokens a step.",
     ]
     rows: list[Row] = []
-    took = 0.0
-    for n in lengths:
-        before = left.left
-        if 2 * took > before:
-            notes.append(f"The budget was spent before N = {n:,}.")
-            break
+    for n in left.fitting(lengths, notes):
         input_ids = torch.randint(configs[variants[0]].vocab_size, (1, n), device=where)
-        group: dict[Key, Row] = {}
-        contestants: dict[Key, Callable[[], None]] = {}
 
         def start(implementation: str, variant: str, n: int = n) -> Row:
             return model_row(
@@ -91,21 +80,10 @@ def run_prefill(
                 batch_size=1, n=n, device=where, grad=False,
             )  # fmt: skip
 
-        for (name, variant), reason in absent.items() if n == lengths[0] else ():
-            group[name, variant, ""] = start(name, variant) | {"note": reason}
-        for r in runners:
-            key = (r.implementation, r.variant, r.setting)
-            logger.info("prefill, N = %d: warming %s", n, " ".join(key))
-            group[key] = start(*key[:2]) | described(r)
-            run = _forward(r, input_ids)
-            if (problem := failure(run, where)) is None:
-                contestants[key] = run
-            else:
-                group[key]["note"] = f"cannot run: {problem}"
-        for key, timing in take_turns(contestants, rounds=rounds, warmup=0, device=where, budget=left).items():
-            group[key] |= timed(timing) | {"tokens_per_s": n / timing.median}
-        best = best_settings(group.values(), variants)
-        add_ratios(best, same=("implementation",), baseline=baseline)
+        best = measure(
+            runners, absent if n == lengths[0] else {}, partial(_forward, input_ids), start, variants=variants,
+            baseline=baseline, tokens=n, rounds=rounds, warmup=0, device=where, budget=left,
+        )  # fmt: skip
         for row in best:
             if row["implementation"] == OURS and "ratio" in row:
                 flops = [cost.prefill_flops(configs[name], n) for name in (baseline, row["variant"])]
@@ -114,12 +92,11 @@ def run_prefill(
                 if printed is not None:
                     row["preprint_ratio"] = printed
         rows += best
-        took = before - left.left if budget else 0.0
     options = {"preset": preset, "rounds": rounds, "compile": compile}
     return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
 
 
-def _forward(runner: Runner, input_ids: torch.Tensor) -> Callable[[], None]:
+def _forward(input_ids: torch.Tensor, runner: Runner) -> Callable[[], None]:
     @torch.inference_mode()
     def run() -> None:
         runner.entrant.last_logits(runner.module, input_ids)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from sqa.bench.machine import git_revision, machine, versions
 from sqa.bench.timing import Timing
@@ -254,8 +254,8 @@ def _titled(table: Table, rows: list[Row], facts: list[str]) -> Group:
     return Group(title, table, footnotes) if footnotes else Group(title, table)
 
 
-def _empty_table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+def _table_of(*columns: Column | str) -> Table:
+    return Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _table(rows: list[Row]) -> Group:
@@ -266,17 +266,15 @@ def _table(rows: list[Row]) -> Group:
     values = {field: {_number(row[field]) for row in rows if row.get(field) is not None} for field in shown}
     constant = [field for field in shown if field != "variant" and len(values[field]) == 1]
     facts = [f"{_DESCRIBING[field]} {next(iter(values[field]))}" for field in constant]
-    table = _empty_table()
     varying = [field for field in shown if field not in constant]
-    for field in varying:
-        table.add_column(_DESCRIBING[field], justify="right" if field in ("n", "batch_size", "window") else "left")
     has_times = any("seconds" in row or "note" in row for row in rows)
-    if has_times:
-        table.add_column("time", justify="right", no_wrap=True)
     measured = [field for field in _MEASURED if any(field in row for row in rows)]
     baseline = next((row["baseline"] for row in rows if "baseline" in row), "")
-    for field in measured:
-        table.add_column(_MEASURED[field][0].format(baseline=baseline), justify="right")
+    table = _table_of(
+        *(Column(_DESCRIBING[f], justify="right" if f in ("n", "batch_size", "window") else "left") for f in varying),
+        *([Column("time", justify="right", no_wrap=True)] if has_times else []),
+        *(Column(_MEASURED[f][0].format(baseline=baseline), justify="right") for f in measured),
+    )
     for row in rows:
         cells = [_number(row[field]) if row.get(field) is not None else "" for field in varying]
         cells += [_time(row)] if has_times else []
@@ -290,11 +288,7 @@ def _wide_table(rows: list[Row]) -> Group:
     names = list(dict.fromkeys(row["variant"] for row in rows))
     first = rows[0]
     facts = [f"preset {first['preset']}", f"dtype {first['dtype']}", "one sequence, last logits only"]
-    table = _empty_table()
-    table.add_column("N", justify="right")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
+    table = _table_of(Column("N", justify="right"), "", *(Column(name, justify="right") for name in names))
     lines: dict[str, Callable[[Row], str]] = {
         "seconds": lambda row: _seconds(row["seconds"]["median"]) if "seconds" in row else _time(row),
         "ratio": lambda row: _times(row["ratio"]) if "ratio" in row else "",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,25 +13,10 @@ from torch import Tensor, nn
 
 from sqa import cost
 from sqa.bench.machine import find_device, find_dtype, matmul_peak
-from sqa.bench.peers import (
-    OURS,
-    Entrant,
-    best_settings,
-    build,
-    check_peers,
-    compiled,
-    described,
-    line_up,
-    model_row,
-    shape,
-)
-from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, timed
-from sqa.bench.timing import Budget, at_least_one, failure, take_turns
+from sqa.bench.peers import OURS, Entrant, Runner, build, check_peers, compiled, line_up, measure, model_row, shape
+from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
+from sqa.bench.timing import Budget, at_least_one
 from sqa.config import ModelConfig
-
-logger = logging.getLogger(__name__)
-
-Key = tuple[str, str, str]
 
 
 def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch: Tensor) -> Callable[[], None]:
@@ -71,7 +55,7 @@ def run_step(
     better counts. `memory` measures the peak memory of a step too, each contestant in a process of its own.
     Raises ValueError for bad options.
     """
-    at_least_one(variants=len(variants), batch_size=batch_size, length=length, rounds=rounds)
+    at_least_one(variants=len(variants), dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
     if "fp16" in dtypes:
         raise ValueError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
     check_peers(peers)
@@ -83,8 +67,6 @@ def run_step(
     for dtype, torch_dtype in torch_dtypes.items():
         peak = matmul_peak(torch_dtype, where)
         runners, absent = line_up(configs, peers, compile=compile, device=where)
-        group: dict[Key, Row] = {}
-        contestants: dict[Key, Callable[[], None]] = {}
 
         def start(implementation: str, variant: str, dtype: str = dtype) -> Row:
             return model_row(
@@ -92,23 +74,18 @@ def run_step(
                 batch_size=batch_size, n=length, device=where, grad=True,
             )  # fmt: skip
 
-        for (name, variant), reason in absent.items():
-            group[name, variant, ""] = start(name, variant) | {"note": reason}
-        for r in runners:
-            key = (r.implementation, r.variant, r.setting)
-            logger.info("step %s: warming %s", dtype, " ".join(key))
-            group[key] = start(*key[:2]) | described(r)
-            step = training_step(r.entrant, r.module, torch_dtype, batch)
-            if (problem := failure(step, where)) is None:
-                contestants[key] = step
-            else:
-                group[key]["note"] = f"cannot run: {problem}"
-        for key, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
-            rate = cost.train_step_flops(configs[key[1]], length, batch_size) / timing.median
-            group[key] |= timed(timing) | {"tokens_per_s": batch_size * length / timing.median}
-            group[key]["share_of_peak"] = rate / peak
-        best = best_settings(group.values(), variants)
-        _compare(best, baseline)
+        def work(runner: Runner, dtype: torch.dtype = torch_dtype) -> Callable[[], None]:
+            return training_step(runner.entrant, runner.module, dtype, batch)
+
+        best = measure(
+            runners, absent, work, start, variants=variants, baseline=baseline, tokens=batch_size * length,
+            rounds=rounds, warmup=1, device=where, budget=left,
+        )  # fmt: skip
+        for row in best:
+            if "seconds" in row:
+                flops = cost.train_step_flops(configs[row["variant"]], length, batch_size)
+                row["share_of_peak"] = flops / row["seconds"]["median"] / peak
+        _add_rivals(best)
         rows += best
         if memory:
             rows += _memory_rows(best, configs, device)
@@ -122,9 +99,8 @@ def run_step(
     return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
 
 
-def _compare(rows: list[Row], baseline: str) -> None:
-    """Ratios among the rows of one dtype."""
-    add_ratios(rows, same=("implementation",), baseline=baseline)
+def _add_rivals(rows: list[Row]) -> None:
+    """The fastest peer's time over ours, among the rows of one dtype."""
     for row in rows:
         rivals = [r for r in rows if r["variant"] == row["variant"] and r["implementation"] != OURS]
         times = [r["seconds"]["median"] for r in rivals if "seconds" in r]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -51,6 +51,17 @@ class Budget:
     def left(self) -> float:
         """Seconds not yet spent; negative when overspent."""
         return math.inf if self.seconds is None else self.start + self.seconds - time.monotonic()
+
+    def fitting(self, lengths: Iterable[int], notes: list[str], what: str = "The budget") -> Iterator[int]:
+        """Ever longer `lengths`, until one would not fit: it takes twice the one before at least. A note says so."""
+        took = 0.0
+        for n in lengths:
+            before = self.left
+            if before < 2 * took:
+                notes.append(f"{what} was spent before N = {n:,}.")
+                return
+            yield n
+            took = before - self.left  # not a number without a limit, and then never too long
 
 
 def at_least_one(**values: int) -> None:

@@ -257,7 +257,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
                 text = "" if text is None else text.encode(errors="replace").decode()  # no lone surrogates
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"Line {number} of {path} must be a JSON object with a string field 'text'") from error
             yield text
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,6 +21,7 @@ TOKENS_PER_FILE = 1 << 26
 
 _FORMAT = 1  # part of the cache key and of the manifest: raise it when the files change
 _CHARACTERS_PER_CHUNK = 1 << 20
+_ABANDONED_SECONDS = 24 * 3600.0  # a writer adds a file to its folder far more often
 
 
 class TokenShards:
@@ -84,6 +87,7 @@ def load_or_encode(
 
     `progress` gets a line with the counts so far after every chunk of about a million characters. Several
     processes may do this at once: each works in a folder of its own, the first to finish provides the result.
+    Such folders that nobody has worked in for a day are removed.
 
     Raises ValueError if the split has no documents or cached files are damaged.
     """
@@ -91,6 +95,7 @@ def load_or_encode(
     folder = cache_dir / f"tokens-{key}"
     if folder.exists():
         return TokenShards(folder)
+    _remove_abandoned(cache_dir)
 
     def encoded() -> Iterator[list[list[int]]]:
         num_documents = num_tokens = 0
@@ -150,6 +155,14 @@ def write_shards(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenShards(folder)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """The folders of writers that were killed."""
+    for folder in cache_dir.glob("tokens-*.tmp"):
+        with suppress(FileNotFoundError):  # its writer has finished just now
+            if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_documents(

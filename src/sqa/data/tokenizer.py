@@ -1,15 +1,14 @@
 """Byte-level BPE: trained on a corpus by the `tokenizers` library, cached, wrapped thinly."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sqa.data.corpus import Corpus, fingerprint_of
+from sqa.files import write_text
 
 END_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -60,15 +59,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write `path` in the JSON format of the `tokenizers` library, atomically."""
-        temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(self._backend.to_str())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self._backend.to_str())
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -113,9 +104,11 @@ def load_or_train_tokenizer(
         progress(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
     backend = _train(_first_characters(corpus.documents("train"), max_characters), vocab_size)
     if backend.get_vocab_size() != vocab_size:
+        if next(corpus.documents("train"), None) is None:
+            raise ValueError(f"The train split of {corpus.name} has no documents: give more text")
         raise ValueError(
-            f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: "
-            f"its train documents give {backend.get_vocab_size()} entries"
+            f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: its train documents give "
+            f"{backend.get_vocab_size()} entries; give more text or a smaller vocab_size"
         )
     tokenizer = Tokenizer(backend)
     cache_dir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,9 @@ from sqa.training.loop import (
     train,
     train_step,
 )
+
+if TYPE_CHECKING:
+    from sqa.experiments.tracking import TensorBoard
 
 
 class Display(Protocol):
@@ -142,13 +145,15 @@ def compare(
     data_source: str | None = None,
     only: Sequence[Cell] | None = None,
     launcher: Literal["local", "ray"] = "local",
+    tracker: type[TensorBoard] | None = None,
 ) -> list[Row]:
     """Run what of the plan is not finished in `out`, and return all its result rows.
 
     `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. `only` leaves all
     other runs to other processes, which may work in `out` at the same time. Runs follow one another here (`local`) or
-    are spread over the machines of a Ray cluster; the timing phase is always here. Raises ValueError for whatever
-    keeps the comparison from starting, before anything is written, and Interrupted when stopped.
+    are spread over the machines of a Ray cluster; the timing phase is always here. `tracker` gets the curves of each
+    local run, in a folder of `out` named after it. Raises ValueError for whatever keeps the comparison from starting,
+    before anything is written, and Interrupted when stopped.
     """
     from sqa.experiments import launch
 
@@ -192,7 +197,8 @@ def compare(
         for cell in todo:
             display.start(label(plan, cell), record["steps"][cell[0]])
             try:
-                settle(display, cell, run(plan, record, directory, data, accelerator, cell, stop, display.step))
+                row = run(plan, record, directory, data, accelerator, cell, stop, display.step, tracker)
+                settle(display, cell, row)
             except NonFiniteLoss as failure:
                 settle(display, cell, failure)
     if failures:
@@ -279,16 +285,25 @@ def run(
     accelerator: Accelerator,
     cell: Cell,
     stop: StopFlag,
-    on_step: Callable[[StepReport], None] = lambda report: None,
+    show: Callable[[StepReport], None] = lambda report: None,
+    tracker: type[TensorBoard] | None = None,
 ) -> Row:
     """Train one run to its end, or on from its last checkpoint, and evaluate it."""
     name, seed = cell
     config = plan.model_config(name)
     folder = directory.run_folder(name, seed)
     steps = record["steps"][name]
+    recipe = make_recipe(plan, steps)
+    curves = tracker(directory.path / "tensorboard" / folder.name, recipe) if tracker is not None else None
+
+    def on_step(report: StepReport) -> None:
+        show(report)
+        if curves is not None:
+            curves.step(report)
+
     model, progress = train(
         config,
-        make_recipe(plan, steps),
+        recipe,
         make_batches(plan, data, seed),
         seed=seed,
         folder=folder,
@@ -311,6 +326,8 @@ def run(
         torch.from_numpy(data.tokenizer.token_bytes),
         accelerator,
     )
+    if curves is not None:
+        curves.finish(evaluation.loss)
     accelerator.free_memory()
     return {
         "variant": name,

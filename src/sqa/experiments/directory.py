@@ -52,7 +52,7 @@ class Directory:
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             Plan.from_dict(record["plan"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(f"directory: {path} is damaged: {error}") from None
         return record
 

@@ -207,15 +207,15 @@ class Plan:
     def read(cls, source: str) -> Self:
         """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise."""
         if source in preset_names():
-            text, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_text(encoding="utf-8"), source
+            raw, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_bytes(), source
         elif Path(source).is_file():
-            text, stem = Path(source).read_text(encoding="utf-8"), Path(source).stem
+            raw, stem = Path(source).read_bytes(), Path(source).stem
         else:
             hint = nearest(source, preset_names())
             raise ValueError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
         try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            values = tomllib.loads(raw.decode())
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"plan: {source} is not TOML: {error}") from None
         return cls.from_dict({"name": stem, **values})
 

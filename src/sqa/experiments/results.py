@@ -37,7 +37,7 @@ def read_results(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -45,9 +45,9 @@ def read_results(path: Path) -> list[Row]:
             if not isinstance(row, dict):
                 raise ValueError
             rows.append(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(
-                f"results: line {number} of {path.name} is damaged; remove it, and its run trains again"
+                f"results: line {number} of {path} is damaged; remove it (a run without its result trains again)"
             ) from None
     return rows
 

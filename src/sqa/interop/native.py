@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"model: {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"model: {path} must hold a JSON object")
@@ -93,13 +93,18 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError naming the tensors that are missing, unknown or misshapen."""
+    """Raise ValueError naming the tensors that are missing, unknown, misshapen or quantised."""
     problems = [f"missing {key}" for key in expected if key not in tensors]
     problems += [f"unknown {key}" for key in tensors if key not in expected]
     problems += [
         f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems += [
+        f"{key} is {str(value.dtype).removeprefix('torch.')}, expected floating point of 16 bits or more"
+        for key, value in tensors.items()
+        if not value.is_floating_point() or value.element_size() < 2
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
@@ -109,7 +114,7 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
     """A model of these weights, in the dtype of its embedding.
 
-    Raises ValueError naming tensors that are missing, unknown or misshapen.
+    Raises ValueError naming tensors that are missing, unknown, misshapen or quantised.
     """
     with torch.device("meta"):  # no time spent on weights that are replaced at once
         model = Transformer(config)

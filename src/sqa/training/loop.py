@@ -154,7 +154,7 @@ def train(
         model.compile()
     model.train()
     last_saved = time.monotonic()
-    with open(folder / "curve.jsonl", "a", buffering=1, encoding="utf-8") as curve:
+    with open(folder / "curve.jsonl", "a", encoding="utf-8", buffering=1) as curve:  # for who reads along
         while progress.step < recipe.steps:
             step = progress.step
             start = time.perf_counter()
@@ -175,7 +175,6 @@ def train(
             on_step(report)
             stop = should_stop()
             if stop or time.monotonic() - last_saved > recipe.checkpoint_seconds:
-                curve.flush()
                 save_checkpoint(checkpoints, model, optimizer, progress)
                 last_saved = time.monotonic()
             if stop:
