@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sqa.attention import KVCache, SparseQueryAttention
 from sqa.config import AttentionConfig, ModelConfig
@@ -57,10 +58,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`."""
+    """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`.
+
+    With `activation_checkpointing` set, training keeps a block's input alone and runs the block again for its gradient.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, layer, i) for i, layer in enumerate(config.layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
@@ -73,8 +78,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, padding_mask, document_ids, cache)
+            inputs = x, padding_mask, document_ids, cache
+            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.norm(x)
 
 

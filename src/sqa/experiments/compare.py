@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -23,7 +23,7 @@ from sqa.data.batches import PackedBatches, PaddedBatches, evaluation_batches
 from sqa.experiments.directory import Directory, plan_differences
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
-from sqa.model import Transformer
+from sqa.training.checkpoint import of_main
 from sqa.training.loop import (
     Interrupted,
     NonFiniteLoss,
@@ -31,7 +31,7 @@ from sqa.training.loop import (
     StepReport,
     evaluate,
     make_accelerator,
-    make_optimizer,
+    set_up,
     train,
     train_step,
 )
@@ -84,6 +84,8 @@ def make_recipe(plan: Plan, steps: int) -> Recipe:
         clip_norm=plan.clip_norm,
         padding_in_loss=plan.padding_in_loss,
         checkpoint_seconds=plan.checkpoint_seconds,
+        activation_checkpointing=plan.activation_checkpointing,
+        sharding=plan.sharding,
     )
 
 
@@ -114,12 +116,9 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     recipe = make_recipe(plan, plan.timing_rounds)
     contestants = {}
     for name in plan.variants:
-        model = Transformer(plan.model_config(name))
-        prepared, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
-        if plan.compile:
-            model.compile()
+        _, called, optimizer = set_up(plan.model_config(name), recipe, accelerator, compile=plan.compile)
 
-        def step(model: Any = prepared, optimizer: Any = optimizer) -> None:
+        def step(model: Any = called, optimizer: Any = optimizer) -> None:
             # always batch 0: each contestant does the same work
             train_step(model, optimizer, accelerator, recipe, batches.batch(0), recipe.learning_rate)
 
@@ -133,7 +132,7 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     )
     accelerator.free_memory()
     display.finish("timed")
-    return timings
+    return of_main(timings)  # a time budget must give all processes the same steps
 
 
 def compare(
@@ -152,14 +151,24 @@ def compare(
     `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. `only` leaves all
     other runs to other processes, which may work in `out` at the same time. Runs follow one another here (`local`) or
     are spread over the machines of a Ray cluster; the timing phase is always here. `tracker` gets the curves of each
-    local run, in a folder of `out` named after it. Raises ValueError for whatever keeps the comparison from starting,
-    before anything is written, and Interrupted when stopped.
+    local run, in a folder of `out` named after it. Started by several processes (torchrun), they train each run together and
+    process 0 writes. Raises ValueError for whatever keeps the comparison from starting, before anything is written,
+    and Interrupted when stopped.
     """
     from sqa.experiments import launch
 
     if plan.threads:
         torch.set_num_threads(plan.threads)
     accelerator = make_accelerator(plan.device, plan.dtype)
+    main = accelerator.is_main_process
+    if plan.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"plan: batch_size must be a multiple of the {accelerator.num_processes} processes, got {plan.batch_size}"
+        )
+    if launcher == "ray" and accelerator.num_processes > 1:
+        raise ValueError(
+            f"launcher: a run under ray has one process, got {accelerator.num_processes}; leave out torchrun"
+        )
     directory = Directory(out)
     cells = plan.cells if only is None else only
     source = data_source or plan.data
@@ -171,14 +180,15 @@ def compare(
             failures.append(f"{what}: {outcome}")
             shown.finish(f"{what} stopped: {outcome}")
             return
-        directory.append(outcome)
+        if main:
+            directory.append(outcome)
         shown.finish(f"{what}: val loss {outcome['val']['loss']:.4f} after {outcome['wall_s']:.0f} s")
 
-    with directory.claimed(cells), ExitStack() as session:
-        with directory.writing(display.note):
-            if not resume:
+    with directory.claimed(cells) if main else nullcontext(), ExitStack() as session:
+        with directory.writing(display.note) if main else nullcontext():
+            if main and not resume:
                 directory.check_holds(_stored(plan))
-            todo = directory.missing(cells)
+            todo = of_main(directory.missing(cells))
             if directory.begun and not todo:
                 return directory.rows()
             if directory.begun and not resume and only is None:
@@ -186,9 +196,13 @@ def compare(
             if launcher == "ray":
                 session.enter_context(launch.cluster(plan, accelerator.device.type, len(todo)))
             stop = session.enter_context(stop_flag())  # after Ray, which sets a handler of its own
-            data = prepare_data(plan, source, display.note)
-            if not directory.begun:
-                directory.write_record(_begin(plan, data, accelerator, display))
+            with accelerator.main_process_first():  # the others find it in the cache
+                data = prepare_data(plan, source, display.note)
+            if not of_main(directory.begun):
+                record = _begin(plan, data, accelerator, display)
+                if main:
+                    directory.write_record(record)
+                accelerator.wait_for_everyone()
         record = directory.record()
         check_same_data(record, data)
         if launcher == "ray":
@@ -246,6 +260,7 @@ def _record(
         "step_s": {name: timing.to_dict() for name, timing in timings.items()},
         "kernel": {name: kernel_of(plan, plan.model_config(name), device) for name in plan.variants},
         "machine": machine(str(accelerator.device)),
+        "processes": accelerator.num_processes,
         "versions": versions(),
         "git": git_revision(),
         "data": {
@@ -290,11 +305,16 @@ def run(
 ) -> Row:
     """Train one run to its end, or on from its last checkpoint, and evaluate it."""
     name, seed = cell
+    main = accelerator.is_main_process
     config = plan.model_config(name)
     folder = directory.run_folder(name, seed)
     steps = record["steps"][name]
     recipe = make_recipe(plan, steps)
-    curves = tracker(directory.path / "tensorboard" / folder.name, recipe) if tracker is not None else None
+    curves = tracker(directory.path / "tensorboard" / folder.name, recipe) if tracker is not None and main else None
+
+    if main:
+        folder.mkdir(exist_ok=True)
+        data.tokenizer.save(folder / "tokenizer.json")
 
     def on_step(report: StepReport) -> None:
         show(report)
@@ -312,7 +332,6 @@ def run(
         on_step=on_step,
         should_stop=lambda: stop.signal is not None,
     )
-    data.tokenizer.save(folder / "tokenizer.json")
     evaluation = evaluate(
         model,
         evaluation_batches(

@@ -55,11 +55,13 @@ class Plan:
     """Every field of a comparison; a TOML file gives some, the command line may override single ones.
 
     `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
-    single variants. `context` is the tokens a row is trained at. `batch_size` rows make a step, taken
-    `micro_batch_size` at a time (0: at once). `budget` is text as Budget.parse reads it. `padding_in_loss` trains on
-    padding too, as the published experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of
-    the validation set. `dtype` bfloat16 means autocast. `threads` 0 leaves PyTorch's own number. `timing_rounds` 0
-    skips the phase that times all variants in turns.
+    single variants. `context` is the tokens a row is trained at. `batch_size` rows make a step, of all processes
+    together, taken `micro_batch_size` at a time on each (0: at once). `budget` is text as Budget.parse reads it.
+    `padding_in_loss` trains on padding too, as the published experiment did (padded layout only). `evaluation_tokens`
+    bounds the real tokens of the validation set. `dtype` bfloat16 means autocast. `activation_checkpointing` runs each
+    block again for its gradient: less memory, slower. `sharding` "full" gives each of several processes its part of
+    the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own number. `timing_rounds` 0 skips the phase
+    that times all variants in turns.
 
     Raises ValueError, naming the field, for anything that cannot be run.
     """
@@ -88,6 +90,8 @@ class Plan:
     checkpoint_seconds: float = 300.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    activation_checkpointing: bool = False
+    sharding: Literal["none", "full"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
 

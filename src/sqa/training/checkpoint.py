@@ -1,6 +1,7 @@
 """Checkpoints of a run: tensors as safetensors, scalars and checksums as JSON, the last two kept, each whole or absent.
 
-A checkpoint is a folder `step-N`, written under a temporary name, synced and renamed.
+A checkpoint is a folder `step-N`, written under a temporary name, synced and renamed. Each process writes one file, of
+the parts that it holds (torch.distributed.checkpoint's safetensors format); any number of processes read them back.
 """
 
 from __future__ import annotations
@@ -10,69 +11,146 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from sqa.config import ModelConfig
 from sqa.files import sync_directory, write_json, write_safetensors
+from sqa.model import Transformer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _KEPT = 2
-_FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come. `wall_s`: seconds spent training, over all its processes."""
+    """How far a run has come. `wall_s`: seconds spent training, over all its starts, as process 0 counted them."""
 
     step: int
     tokens: int
     wall_s: float
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write `folder/step-N` and drop all but the last two. A full disk leaves the earlier ones as they were."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.glob(".writing-*"):  # by a process that was killed; the directory has one writer
-        shutil.rmtree(abandoned)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        write_safetensors(temporary / _FILES[0], _unshared(model.state_dict()))
-        write_safetensors(temporary / _FILES[1], _optimizer_tensors(model, optimizer))
-        checksums = {name: _sha256(temporary / name) for name in _FILES}
-        write_json(temporary / "progress.json", {**asdict(progress), "sha256": checksums})
-        target = folder / f"step-{progress.step}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        sync_directory(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in _steps(folder)[:-_KEPT]:
-        shutil.rmtree(old)
-    return target
+class Checkpoints:
+    """The checkpoints in `folder`. Of several processes all call every method, and write while training goes on."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._beside = _beside_training() if dist.is_initialized() else None
+        self._pending: Future[None] | None = None
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore the last whole checkpoint under `folder`; None when there is none. Damaged ones are named and passed."""
-    for path in reversed(_steps(folder)):
+    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write `step-N` and drop all but the last two. A full disk leaves the earlier ones as they were."""
+        self.wait()
+        tensors = _tensors(model, optimizer)
+        record = {**asdict(progress), "model": model.config.to_dict()}
+        if self._beside is None:
+            self._write(tensors, record)
+        else:
+            self._pending = self._beside.thread.submit(self._write, BlockingAsyncStager().stage(tensors), record)
+
+    def wait(self) -> None:
+        """Until what was saved last is on disk. Raises what kept it from getting there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Restore the last whole checkpoint; None when there is none. Damaged ones are named and passed."""
+        found = of_main(_last_whole(self._folder) if _is_main() else None)  # all must go on from one step
+        if found is None:
+            return None
+        path, record = found
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        _read(path, _tensors(model, optimizer))
+        return Progress(step=record["step"], tokens=record["tokens"], wall_s=record["wall_s"])
+
+    def _write(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        temporary = self._folder / f".writing-{record['step']}"
         try:
-            progress, model_tensors, optimizer_tensors = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            logger.warning("checkpoint %s is damaged (%s); going back to the one before it", path.name, error)
-            continue
-        for name, tensor in model.state_dict().items():
-            if name in model_tensors:  # a tied head is stored once
-                tensor.copy_(model_tensors[name])
-        _restore_optimizer(model, optimizer, optimizer_tensors)
-        return progress
-    return None
+            if _is_main():
+                for abandoned in self._folder.glob(".writing-*"):  # by a process that was killed; there is one writer
+                    shutil.rmtree(abandoned)
+                temporary.mkdir(parents=True)
+            if self._beside is None:
+                write_safetensors(
+                    temporary / "tensors.safetensors", {k: v.cpu().contiguous() for k, v in tensors.items()}
+                )
+            else:
+                writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+                with _plain_errors():
+                    save(tensors, storage_writer=writer, process_group=self._beside.group)
+            if _is_main():  # after the last process has written
+                sums = {path.name: _sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+                write_json(temporary / "progress.json", {**record, "sha256": sums})
+                target = self._folder / f"step-{record['step']}"
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(temporary, target)
+                sync_directory(self._folder)
+                for old in _steps(self._folder)[:-_KEPT]:
+                    shutil.rmtree(old)
+        finally:
+            if _is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def of_main(value: T) -> T:
+    """What process 0 gives, in all processes: they must decide alike, or they would wait for each other."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def read_model(folder: Path) -> tuple[Transformer, int]:
+    """The model of the last whole checkpoint in `folder`, on the CPU, and its step. Raises ValueError without one."""
+    found = _last_whole(folder)
+    if found is None:
+        raise ValueError(f"run: {folder} holds no whole checkpoint")
+    path, record = found
+    model = Transformer(ModelConfig.from_dict(record["model"]))
+    _read(path, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    return model, record["step"]
+
+
+class _Beside(NamedTuple):
+    """A group and a thread of their own: writing and training would take each other's messages."""
+
+    group: dist.ProcessGroup
+    thread: ThreadPoolExecutor
+
+
+@lru_cache(maxsize=1)
+def _beside_training() -> _Beside:
+    return _Beside(dist.new_group(backend="gloo"), ThreadPoolExecutor(1))
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -82,40 +160,43 @@ def _steps(folder: Path) -> list[Path]:
     )
 
 
-def _read(path: Path) -> tuple[Progress, dict[str, Tensor], dict[str, Tensor]]:
-    scalars = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    for name, checksum in scalars.pop("sha256").items():
-        if _sha256(path / name) != checksum:
-            raise ValueError(f"{name} does not match its checksum")
-    return Progress(**scalars), load_file(path / _FILES[0]), load_file(path / _FILES[1])
+def _last_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint whose files match their checksums, with its progress.json."""
+    for path in reversed(_steps(folder)):
+        try:
+            record: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            for name, checksum in record["sha256"].items():
+                if _sha256(path / name) != checksum:
+                    raise ValueError(f"{name} does not match its checksum")
+            return path, record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("checkpoint %s is damaged (%s); going back to the one before it", path.name, error)
+    return None
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without second names for the same storage, which safetensors refuses."""
-    seen: set[int] = set()
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in tensors.items()
-        if not (tensor.data_ptr() in seen or seen.add(tensor.data_ptr()))  # type: ignore[func-returns-value]
-    }
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.detach().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Each parameter under its name (a tied head once), and what the optimiser keeps of it under `name.key`."""
+    found = {}
     for name, parameter in model.named_parameters():
-        state = {
-            key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.rpartition(".")[0] == name
-        }
-        optimizer.state[parameter] = {
-            key: value.clone() if key == "step" else value.to(parameter.device).clone() for key, value in state.items()
-        }
+        found[name] = parameter.detach()
+        found |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return found
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors, or this process's shards of them, in place. Nothing is unpickled: the files are safetensors."""
+    with warnings.catch_warnings(), _plain_errors():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The first process's own error: the library's is a BaseException, which passes every `except`."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def _sha256(path: Path) -> str:

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from sqa.config import ModelConfig
 from sqa.data.batches import Batch, PackedBatches, PaddedBatches
 from sqa.losses import IGNORE
 from sqa.model import Transformer
-from sqa.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from sqa.training.checkpoint import Checkpoints, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained. `micro_batch_size` rows at a time go through the model; `clip_norm` 0 is no clipping."""
+    """How a model is trained.
+
+    batch_size rows make a step, of all processes together; micro_batch_size of them at a time go through the model,
+    on each process; clip_norm 0 is no clipping. sharding "full" gives each process its part of the parameters,
+    gradients and optimiser state, "none" all of them.
+    """
 
     steps: int
     batch_size: int
@@ -34,6 +45,8 @@ class Recipe:
     clip_norm: float
     padding_in_loss: bool
     checkpoint_seconds: float
+    activation_checkpointing: bool = False
+    sharding: Literal["none", "full"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +70,22 @@ class Interrupted(RuntimeError):
 def make_accelerator(device: str, dtype: str) -> Accelerator:
     """An Accelerator for `device` ("auto", "cpu", "cuda") with autocast for dtype bfloat16.
 
-    Raises ValueError when the device is not there.
+    It joins the processes that torchrun or `accelerate launch` started. Raises ValueError when the device is not there
+    and when the launcher asks accelerate to shard.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("plan: device is 'cuda', but PyTorch sees none here; use 'auto' or 'cpu'")
     AcceleratorState._reset_state()  # accelerate keeps the first precision of a process for ever
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if dtype == "bfloat16" else "no")
+    accelerator = Accelerator(
+        cpu=device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins CPU processes only when told
+        mixed_precision="bf16" if dtype == "bfloat16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"launcher: accelerate must not shard, got {accelerator.distributed_type.value}; use sharding = 'full'"
+        )
+    return accelerator
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -77,6 +100,28 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW in its fused form: one pass over each parameter."""
     return torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+def set_up(
+    config: ModelConfig, recipe: Recipe, accelerator: Accelerator, *, compile: bool
+) -> tuple[Transformer, torch.nn.Module, torch.optim.Optimizer]:
+    """A new model; the module to call, which shares gradients with the other processes; and the optimiser.
+
+    Processes that start from the same random state have the same model.
+    """
+    model = Transformer(config)
+    model.model.activation_checkpointing = recipe.activation_checkpointing
+    if recipe.sharding == "full" and accelerator.num_processes > 1:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        register_fsdp_forward_method(model, "token_losses")
+        called, optimizer = model, accelerator.prepare(make_optimizer(model, recipe))
+    else:
+        called, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
+    if compile:
+        model.compile()
+    return model, called, optimizer
 
 
 def train_step(
@@ -102,11 +147,14 @@ def train_step(
     for start in range(mine.start, mine.stop, micro):
         rows = slice(start, min(start + micro, mine.stop))
         with nullcontext() if rows.stop == mine.stop else accelerator.no_sync(model):
-            output = model(
-                batch.input_ids[rows].to(accelerator.device),
-                labels[rows].to(accelerator.device),
-                document_ids=None if batch.document_ids is None else batch.document_ids[rows].to(accelerator.device),
-            )
+            with accelerator.autocast():
+                output = model(
+                    batch.input_ids[rows].to(accelerator.device),
+                    labels[rows].to(accelerator.device),
+                    document_ids=None
+                    if batch.document_ids is None
+                    else batch.document_ids[rows].to(accelerator.device),
+                )
             # processes average their gradients, hence the factor
             accelerator.backward(output.nll_sum * (accelerator.num_processes / num_targets))
             total += output.nll_sum.detach()
@@ -118,11 +166,9 @@ def train_step(
 
 
 def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
-    """The rows of a batch that this process takes; the first processes take the odd ones."""
-    share, odd = divmod(batch_size, accelerator.num_processes)
-    index = accelerator.process_index
-    start = index * share + min(index, odd)
-    return slice(start, start + share + (index < odd))
+    """The rows of a batch that this process takes: as many as the others, which work in step with it."""
+    share = batch_size // accelerator.num_processes
+    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
 def train(
@@ -142,45 +188,68 @@ def train(
     `folder` gets config.json, model.safetensors, curve.jsonl (one object a step) and, while running, checkpoints.
     Raises NonFiniteLoss, and Interrupted after saving when `should_stop` says so.
     """
+    main = accelerator.is_main_process
     torch.manual_seed(seed)
-    model = Transformer(config)
-    optimizer = make_optimizer(model, recipe)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    checkpoints = folder / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = load_checkpoint(checkpoints, model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
-    _cut_curve(folder / "curve.jsonl", progress.step)
-    if compile:
-        model.compile()
+    model, called, optimizer = set_up(config, recipe, accelerator, compile=compile)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    progress = checkpoints.load(model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
+    curve_path = folder / "curve.jsonl" if main else Path(os.devnull)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_curve(curve_path, progress.step)
     model.train()
     last_saved = time.monotonic()
-    with open(folder / "curve.jsonl", "a", encoding="utf-8", buffering=1) as curve:  # for who reads along
+    with open(curve_path, "a", encoding="utf-8", buffering=1) as curve:  # for who reads along
         while progress.step < recipe.steps:
             step = progress.step
             start = time.perf_counter()
             rate = learning_rate(recipe, step)
-            loss, targets = train_step(prepared, prepared_optimizer, accelerator, recipe, batches.batch(step), rate)
+            loss, targets = train_step(called, optimizer, accelerator, recipe, batches.batch(step), rate)
             progress = Progress(
                 step=step + 1,
                 tokens=progress.tokens + targets,
                 wall_s=progress.wall_s + time.perf_counter() - start,
             )
             if not math.isfinite(loss):
-                kept = sorted(path.name for path in checkpoints.glob("step-*"))
+                checkpoints.wait()
+                kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
                 raise NonFiniteLoss(
                     f"loss was {loss} at step {step + 1}; last good checkpoint: {kept[-1] if kept else 'none'}"
                 )
             report = StepReport(step=step + 1, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
             curve.write(json.dumps(vars(report)) + "\n")
             on_step(report)
-            stop = should_stop()
-            if stop or time.monotonic() - last_saved > recipe.checkpoint_seconds:
-                save_checkpoint(checkpoints, model, optimizer, progress)
+            due = time.monotonic() - last_saved > recipe.checkpoint_seconds
+            stop, due = _any(accelerator, should_stop(), due)
+            if stop or due:
+                checkpoints.save(model, optimizer, progress)
                 last_saved = time.monotonic()
             if stop:
+                checkpoints.wait()
                 raise Interrupted(f"stopped after step {step + 1} of {recipe.steps}")
-    accelerator.unwrap_model(prepared).save(folder)
+    checkpoints.wait()
+    _save_whole(model, folder, main)
     return model, progress
+
+
+def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Whether any process says so: all must do the same thing next, or they would wait for each other."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    given = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return [bool(flag) for flag in accelerator.reduce(given, "sum").tolist()]
+
+
+def _save_whole(model: Transformer, folder: Path, main: bool) -> None:
+    """Write config.json and model.safetensors; a sharded model is gathered on process 0 for it."""
+    if isinstance(model, FSDPModule):
+        tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            model = Transformer(model.config)
+        if main:
+            model.load_state_dict(tensors, assign=True)
+    if main:
+        model.save(folder)
 
 
 def _cut_curve(path: Path, step: int) -> None:
@@ -207,13 +276,13 @@ class Evaluation:
 def evaluate(
     model: Transformer, batches: Iterable[Batch], token_bytes: torch.Tensor, accelerator: Accelerator
 ) -> Evaluation:
-    """Sums over all batches, divided once. `token_bytes` (V,): UTF-8 bytes that each token stands for."""
+    """Sums over all batches and processes, divided once. `token_bytes` (V,): UTF-8 bytes each token stands for."""
     model.eval()
     device = accelerator.device
     nll = correct = all_nll = all_correct = 0.0
     tokens = positions = num_bytes = 0
     padded = False
-    for batch in batches:
+    for batch in (_share_of(batch, accelerator) for batch in batches):
         padded |= batch.labels_all_positions is not None
         targets = batch.labels if batch.labels_all_positions is None else batch.labels_all_positions
         documents = None if batch.document_ids is None else batch.document_ids.to(device)
@@ -228,6 +297,8 @@ def evaluate(
         all_nll += float(losses.sum())
         all_correct += int(hits.sum())
         positions += int((targets != IGNORE).sum())
+    sums = gather_object([(nll, correct, tokens, num_bytes, all_nll, all_correct, positions)])
+    nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*sums, strict=True))
     if not num_bytes:
         raise ValueError("data: the validation split has no token to predict; give longer validation documents")
     loss = nll / tokens
@@ -240,3 +311,17 @@ def evaluate(
         loss_all_positions=all_nll / positions if padded else None,
         accuracy_all_positions=all_correct / positions if padded else None,
     )
+
+
+def _share_of(batch: Batch, accelerator: Accelerator) -> Batch:
+    """This process's rows of a batch; where none is left, one without targets (a sharded model runs on all or none)."""
+    if accelerator.num_processes == 1:
+        return batch
+    rows = list(range(accelerator.process_index, len(batch.labels), accelerator.num_processes))
+    share: dict[str, Any] = {
+        name: whole if whole is None else whole[rows or [0]] for name, whole in vars(batch).items()
+    }
+    if not rows:
+        for name in ("labels", "labels_all_positions"):
+            share[name] = share[name] if share[name] is None else torch.full_like(share[name], IGNORE)
+    return Batch(**share)

@@ -1,0 +1,63 @@
+"""Run by torchrun in each process: the comparisons of a JSON list, some of which end by a signal to process 1.
+
+`{"out", "plan", "resume", "signal": {"number", "step"}}`, the signal and resume optional.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from sqa.experiments.compare import Interrupted, compare, make_recipe, open_resumed
+from sqa.experiments.plan import Plan
+from sqa.training.loop import StepReport, make_accelerator, set_up
+
+
+@dataclass
+class SignalAt:
+    """A display that shows nothing and sends this process a signal after a step."""
+
+    number: int
+    step_number: int
+
+    def note(self, text: str) -> None: ...
+    def start(self, label: str, steps: int) -> None: ...
+    def finish(self, text: str) -> None: ...
+
+    def step(self, report: StepReport | None) -> None:
+        if report is not None and report.step == self.step_number:
+            os.kill(os.getpid(), self.number)
+
+
+def shards(plan: Plan) -> dict[str, Any]:
+    """How many elements of each parameter this process holds, and of how many."""
+    model, _, _ = set_up(
+        plan.model_config("sqa"), make_recipe(plan, 1), make_accelerator("cpu", "float32"), compile=False
+    )
+    return {
+        name: [isinstance(p, DTensor), p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()]
+        for name, p in model.named_parameters()
+    }
+
+
+def main() -> None:
+    rank = os.environ["RANK"]
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        out = Path(job["out"])
+        plan = open_resumed(out, {}) if job.get("resume") else Plan.from_dict(job["plan"])
+        signal = job.get("signal") if rank == "1" else None
+        display = SignalAt(signal["number"] if signal else 0, signal["step"] if signal else 0)
+        try:
+            compare(plan, out, display, resume=job.get("resume", False))
+        except Interrupted as error:
+            (out / f"interrupted-{rank}").write_text(str(error))
+        if plan.sharding == "full":
+            (out / f"shards-{rank}.json").write_text(json.dumps(shards(plan)))
+
+
+if __name__ == "__main__":
+    main()
