@@ -11,7 +11,7 @@ import typer
 from sqa._version import __version__
 from sqa.cli import models
 from sqa.cli.bench import bench
-from sqa.cli.options import JsonPath, long_dtype, make_console, names, numbers, save_json
+from sqa.cli.options import JsonPath, is_main, long_dtype, make_console, names, numbers, save_json
 
 app = typer.Typer(
     help="Sparse Query Attention: fewer query heads, cheaper training and prefill.",
@@ -38,6 +38,8 @@ def main() -> None:
         from sqa.training.loop import Interrupted, NonFiniteLoss
 
         if isinstance(error, Interrupted | NonFiniteLoss):
+            if not is_main():
+                sys.exit(1)  # all processes agreed on it: said once
             _fail(str(error), 130 if isinstance(error, Interrupted) else 1)
         if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
             _fail(f"out of memory ({str(error).splitlines()[0]})", 1)
@@ -235,6 +237,8 @@ def _compare(
             raise ValueError(f"--resume names the directory already, got --out {out} as well")
         out, plan = resume, open_resumed(resume, changes)
     cells = None if only is None else plan.find_cells(names(only))
+    import torch
+
     from sqa.experiments import compare as comparison
     from sqa.experiments.directory import Directory
     from sqa.experiments.display import make_display
@@ -260,6 +264,10 @@ def _compare(
     except comparison.Interrupted as error:
         same = (f" --only {only}" if only else "") + (" --launcher ray" if launcher == "ray" else "")
         raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}{same}") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not is_main():
+        return
     directory = Directory(out)
     record, missing = directory.record(), directory.missing(plan.cells)
     console.print()
@@ -304,12 +312,17 @@ def train(
     context: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
     dtype: Dtype = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the blocks.")] = None,
+    activation_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--activation-checkpointing/--no-activation-checkpointing", help="Less memory, slower."),
+    ] = None,
+    sharding: Annotated[str | None, typer.Option(help="Of several processes: none (DDP) or full (FSDP2).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     track: Track = None,
 ) -> None:
-    """Train one variant."""
+    """Train one variant, on as many devices as torchrun or accelerate launch starts processes for."""
     changes = _overrides(
         data=data,
         budget=budget,
@@ -320,6 +333,8 @@ def train(
         context=context,
         dtype=dtype,
         compile=compile,
+        activation_checkpointing=activation_checkpointing,
+        sharding=sharding,
         device=device,
     )
     if resume is None:

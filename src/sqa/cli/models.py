@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +50,7 @@ def generate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run, or a directory written by Transformer.save.")],
+    run: Annotated[Path, typer.Argument(help="A run, finished or not, or a directory written by Transformer.save.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; for gguf a new .gguf file.")],
     format: Annotated[str, typer.Option(help="hf (no code of ours), hf-remote (our own class) or gguf.")] = "hf",
     dtype: Annotated[
@@ -58,8 +60,9 @@ def export(
     """Write a model for transformers or llama.cpp."""
     from sqa import interop
 
-    for note in interop.export(_run_folder(run), out, format=format, dtype=dtype):
-        print(note)
+    with _model_folder(run) as folder:
+        for note in interop.export(folder, out, format=format, dtype=dtype):
+            print(note)
     print(f"wrote {out}")
 
 
@@ -144,6 +147,25 @@ def import_model(
     for note in interop.import_model(source, out):
         print(note)
     print(f"wrote {out}")
+
+
+@contextmanager
+def _model_folder(run: Path) -> Iterator[Path]:
+    """The directory of a run's model; for an unfinished run one that passes, written from its last checkpoint."""
+    if (run / "model.safetensors").is_file() or not (run / "checkpoints").is_dir():
+        yield _run_folder(run)
+        return
+    import tempfile
+
+    from sqa.interop.native import copy_tokenizer
+    from sqa.training.checkpoint import read_model
+
+    model, step = read_model(run / "checkpoints")
+    print(f"unfinished: the model after step {step}")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        copy_tokenizer(run, Path(folder))
+        yield Path(folder)
 
 
 def _run_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+def is_main() -> bool:
+    """Whether this process prints and writes: the first of those that torchrun or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def make_console() -> Console:
-    """Standard output."""
+    """Standard output, of the first process alone."""
     from rich.console import Console
 
-    return Console()
+    return Console(quiet=not is_main())
 
 
 def save_json(path: Path | None, value: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sqa.conversion.subject import Subject
-from sqa.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from sqa.training.checkpoint import Checkpoints, Progress
 from sqa.training.loop import Interrupted, NonFiniteLoss, Recipe, StepReport, make_optimizer
 from sqa.training.loop import learning_rate as rate_at
 
@@ -84,7 +84,8 @@ def heal(
         if parameter.requires_grad:
             trained.append(parameter)
     optimizer = make_optimizer(model, recipe)
-    progress = load_checkpoint(folder, model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
+    checkpoints = Checkpoints(folder)
+    progress = checkpoints.load(model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
     last_saved = time.monotonic()
     while progress.step < recipe.steps:
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def heal(
         on_step(StepReport(step=progress.step, loss=loss.item(), tokens=progress.tokens, seconds=progress.wall_s))
         stop, over = should_stop(), progress.step == recipe.steps
         if stop or over or time.monotonic() - last_saved > recipe.checkpoint_seconds:
-            save_checkpoint(folder, model, optimizer, progress)
+            checkpoints.save(model, optimizer, progress)
             last_saved = time.monotonic()
         if stop and not over:
             raise Interrupted(f"stopped after step {progress.step} of {recipe.steps} of healing")

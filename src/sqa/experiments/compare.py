@@ -150,9 +150,9 @@ def compare(
 
     `data_source` replaces the plan's where the text lies elsewhere now; it must be the same text. `only` leaves all
     other runs to other processes, which may work in `out` at the same time. Runs follow one another here (`local`) or
-    are spread over the machines of a Ray cluster; the timing phase is always here. `tracker` gets the curves of each
-    local run, in a folder of `out` named after it. Started by several processes (torchrun), they train each run together and
-    process 0 writes. Raises ValueError for whatever keeps the comparison from starting, before anything is written,
+    are spread over the machines of a Ray cluster; the timing phase is always here. Several processes that torchrun
+    started train each run together, and process 0 writes. `tracker` gets the curves of each local run, in a folder of
+    `out` named after it. Raises ValueError for whatever keeps the comparison from starting, before anything is written,
     and Interrupted when stopped.
     """
     from sqa.experiments import launch

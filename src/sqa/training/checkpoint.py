@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -58,11 +58,11 @@ class Checkpoints:
         self._beside = _beside_training() if dist.is_initialized() else None
         self._pending: Future[None] | None = None
 
-    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write `step-N` and drop all but the last two. A full disk leaves the earlier ones as they were."""
         self.wait()
         tensors = _tensors(model, optimizer)
-        record = {**asdict(progress), "model": model.config.to_dict()}
+        record = asdict(progress) | ({"model": model.config.to_dict()} if isinstance(model, Transformer) else {})
         if self._beside is None:
             self._write(tensors, record)
         else:
@@ -74,13 +74,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress | None:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Restore the last whole checkpoint; None when there is none. Damaged ones are named and passed."""
         found = of_main(_last_whole(self._folder) if _is_main() else None)  # all must go on from one step
         if found is None:
             return None
         path, record = found
-        for parameter in model.parameters():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -129,8 +129,8 @@ def of_main(value: T) -> T:
 def read_model(folder: Path) -> tuple[Transformer, int]:
     """The model of the last whole checkpoint in `folder`, on the CPU, and its step. Raises ValueError without one."""
     found = _last_whole(folder)
-    if found is None:
-        raise ValueError(f"run: {folder} holds no whole checkpoint")
+    if found is None or "model" not in found[1]:
+        raise ValueError(f"run: {folder} holds no whole checkpoint of a model of ours")
     path, record = found
     model = Transformer(ModelConfig.from_dict(record["model"]))
     _read(path, {name: parameter.detach() for name, parameter in model.named_parameters()})
@@ -174,7 +174,7 @@ def _last_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Each parameter under its name (a tied head once), and what the optimiser keeps of it under `name.key`."""
     found = {}
     for name, parameter in model.named_parameters():
