@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOCK = ".lock"
+"""The name, or how it begins, of a file that a process holds while it writes beside it."""
 
 
 def default_cache_dir() -> Path:
@@ -63,3 +67,38 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the OS lock of a file that names this process; the file is gone afterwards.
+
+    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises ValueError.
+    """
+    import fcntl
+
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                what = path.parent / path.name.removeprefix(LOCK).removeprefix("-")
+                busy = f"out: {what} is being written by process {file.read().strip() or '?'}"
+                if waiting is None:
+                    raise ValueError(busy) from None
+                waiting(f"{busy}; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    continue
+            except FileNotFoundError:
+                continue  # removed by the process that held it
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink()
+            return

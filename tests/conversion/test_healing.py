@@ -46,7 +46,11 @@ def healed(
         tokens_per_step=48,
         learning_rate=learning_rate,
         dtype=torch.float32,
-        attention_only=attention_only,
+        trained=[
+            parameter
+            for name, parameter in student.model.named_parameters()
+            if ("_proj" in name and "self_attn" in name) or not attention_only
+        ],
         folder=folder,
         on_step=on_step,
         should_stop=should_stop,

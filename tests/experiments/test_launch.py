@@ -15,9 +15,9 @@ from rich.console import Console
 
 from sqa.experiments import launch
 from sqa.experiments.compare import compare
-from sqa.experiments.directory import locked
 from sqa.experiments.display import PlainDisplay
 from sqa.experiments.plan import Plan
+from sqa.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = ("gqa-0", "sqa-0", "gqa-1", "sqa-1")

@@ -17,11 +17,11 @@ from sqa.bench.timing import take_turns
 from sqa.conversion.healing import distillation, heal, layerwise
 from sqa.conversion.operation import operate
 from sqa.conversion.settings import Job, subject_class
-from sqa.conversion.subject import Display, Subject
+from sqa.conversion.subject import Subject
 from sqa.data import open_corpus
-from sqa.files import write_json
+from sqa.files import LOCK, locked, write_json
 from sqa.interop import native
-from sqa.training.loop import StepReport
+from sqa.training.loop import Display, StepReport
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs
 
@@ -31,9 +31,16 @@ State = dict[str, Any]
 def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda: False) -> State:
     """Run a conversion, or go on with one that was stopped; returns what `conversion.json` holds.
 
-    `job.out` appears whole at the end, `job.work` beside it goes. Raises ValueError for text that is too short and when
-    an unfinished conversion with other settings is in the way, Interrupted when stopped, NonFiniteLoss.
+    `job.out` appears whole at the end, `job.work` beside it goes. Raises ValueError for too little text, and when
+    another process or an unfinished conversion with other settings is in the way; Interrupted when stopped; and
+    NonFiniteLoss.
     """
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(job.work.with_name(f"{LOCK}-{job.out.name}")):
+        return _convert(job, display, should_stop)
+
+
+def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> State:
     settings = job.settings
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -80,6 +87,8 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
     for stage, subject, objective, offset, batches in phases:
         if not batches:
             continue
+        everything = list(subject.model.parameters())
+        attention = [p for view in subject.views for linear in view.projections for p in linear.parameters()]
         display.start(f"healing: {stage}", len(batches))
         marks = {round(len(batches) * (i + 1) / MEASUREMENTS) for i in range(MEASUREMENTS)}
 
@@ -97,7 +106,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
             tokens_per_step=settings.tokens_per_step,
             learning_rate=settings.learning_rate,
             dtype=getattr(torch, settings.dtype),
-            attention_only=settings.train == "attention" or stage == "layers healed",
+            trained=attention if settings.train == "attention" or stage == "layers healed" else everything,
             folder=job.work / stage.replace(" ", "-"),
             on_step=on_step,
             should_stop=should_stop,

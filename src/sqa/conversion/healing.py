@@ -56,15 +56,15 @@ def heal(
     tokens_per_step: int,
     learning_rate: float,
     dtype: torch.dtype,
-    attention_only: bool,
+    trained: Sequence[nn.Parameter],
     folder: Path,
     on_step: Callable[[StepReport], None],
     should_stop: Callable[[], bool],
 ) -> Progress:
     """Train on each batch once, at a warmed-up cosine rate, or go on from the last checkpoint in `folder`.
 
-    `attention_only` leaves all but the attention layers as they are; dtype bfloat16 means autocast. A phase that is
-    over has a last checkpoint, and is not run again. Raises Interrupted after saving when `should_stop` says so, and
+    All but the parameters `trained` stay as they are; dtype bfloat16 means autocast. A phase that is over has a last
+    checkpoint, and is not run again. Raises Interrupted after saving when `should_stop` says so, and
     NonFiniteLoss.
     """
     recipe = Recipe(
@@ -72,17 +72,15 @@ def heal(
         batch_size=1,
         micro_batch_size=0,
         learning_rate=learning_rate,
-        warmup_fraction=0.05,
+        warmup_fraction=0.1,
         weight_decay=0.0,
         clip_norm=1.0,
         padding_in_loss=False,
         checkpoint_seconds=120.0,
     )
-    trained = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not attention_only or "attn" in name or "attention" in name)
-        if parameter.requires_grad:
-            trained.append(parameter)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     optimizer = make_optimizer(model, recipe)
     checkpoints = Checkpoints(folder)
     progress = checkpoints.load(model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)

@@ -29,6 +29,10 @@ class AttentionView:
     o: nn.Linear
 
     @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return self.q, self.k, self.v, self.o
+
+    @property
     def output_weight(self) -> Tensor:
         """The output projection in fp64, (d, F), its bias as one more column where there is one."""
         weight = self.o.weight.detach().double()

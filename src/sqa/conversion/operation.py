@@ -11,7 +11,8 @@ from torch import Tensor
 from sqa.conversion import importance, surgery
 from sqa.conversion.moments import AttentionView, Moments, collect, tokens_of
 from sqa.conversion.settings import Job
-from sqa.conversion.subject import Display, Subject
+from sqa.conversion.subject import Subject
+from sqa.training.loop import Display
 
 
 def operate(

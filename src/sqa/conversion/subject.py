@@ -1,4 +1,4 @@
-"""What conversion needs of a model, whatever its class, and of whoever watches."""
+"""What conversion needs of a model, whatever its class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from torch import Tensor, nn
 
 from sqa.config import AttentionConfig
 from sqa.conversion.moments import AttentionView
-from sqa.training.loop import StepReport
-
-
-class Display(Protocol):
-    """What a conversion tells while it runs."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, label: str, steps: int) -> None: ...
-    def step(self, report: StepReport | None) -> None: ...
-    def finish(self, text: str) -> None: ...
 
 
 class Subject(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,7 @@ from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import (
+    Display,
     Interrupted,
     NonFiniteLoss,
     Recipe,
@@ -38,25 +39,6 @@ from sqa.training.loop import (
 
 if TYPE_CHECKING:
     from sqa.experiments.tracking import TensorBoard
-
-
-class Display(Protocol):
-    """What a comparison tells while it runs, a phase at a time."""
-
-    def note(self, text: str) -> None:
-        """One line of what is being done."""
-
-    def start(self, label: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def step(self, report: StepReport | None) -> None:
-        """A step of the phase is done; no report in the timing phase."""
-
-    def finish(self, text: str) -> None:
-        """The phase is over."""
-
-    def beside(self) -> Display:
-        """A display for another phase at the same time, in the same view."""
 
 
 def make_batches(plan: Plan, data: Prepared, seed: int) -> PaddedBatches | PackedBatches:
@@ -400,4 +382,4 @@ def stop_flag() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
-__all__ = ["Display", "Interrupted", "NonFiniteLoss", "compare", "open_resumed"]
+__all__ = ["Interrupted", "NonFiniteLoss", "compare", "open_resumed"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from typing import Any
 
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row, append_result, read_results
-from sqa.files import write_json
-
-_LOCK = ".lock"
+from sqa.files import LOCK, locked, write_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Directory:
 
     def check_holds(self, plan: Plan) -> None:
         """Raise ValueError when the directory holds another comparison, or foreign files."""
-        if all(entry.name.startswith(_LOCK) for entry in self.path.iterdir()):
+        if all(entry.name.startswith(LOCK) for entry in self.path.iterdir()):
             return
         if not self.begun:
             raise ValueError(f"out: {self.path} already holds other files; give another --out")
@@ -88,7 +85,7 @@ class Directory:
         try:
             with ExitStack() as held:
                 for name, seed in cells:
-                    held.enter_context(locked(self.path / f"{_LOCK}-{name}-{seed}"))
+                    held.enter_context(locked(self.path / f"{LOCK}-{name}-{seed}"))
                 yield
         finally:
             if not self.begun:
@@ -98,42 +95,7 @@ class Directory:
 
     def writing(self, waiting: Callable[[str], None] = lambda text: None) -> AbstractContextManager[None]:
         """Be the only one to write plan.json or results.jsonl, after whoever does it now; `waiting` is told who."""
-        return locked(self.path / _LOCK, waiting)
-
-
-@contextmanager
-def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the OS lock of a file that names this process; the file is gone afterwards.
-
-    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises ValueError.
-    """
-    import fcntl
-
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                what = path.parent / path.name.removeprefix(_LOCK).removeprefix("-")
-                busy = f"out: {what} is being written by process {file.read().strip() or '?'}"
-                if waiting is None:
-                    raise ValueError(busy) from None
-                waiting(f"{busy}; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    continue
-            except FileNotFoundError:
-                continue  # removed by the process that held it
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
+        return locked(self.path / LOCK, waiting)
 
 
 def plan_differences(held: Plan, given: Plan) -> list[str]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from sqa.experiments.compare import Display, StopFlag, check_same_data, label, prepare_data, run, stop_flag
-from sqa.experiments.directory import Directory, locked
+from sqa.experiments.compare import StopFlag, check_same_data, label, prepare_data, run, stop_flag
+from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.experiments.results import Row
-from sqa.training.loop import Interrupted, NonFiniteLoss, StepReport, make_accelerator
+from sqa.files import locked
+from sqa.training.loop import Display, Interrupted, NonFiniteLoss, StepReport, make_accelerator
 
 _RETRIES = 3
 _POLL_SECONDS = 0.5

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -57,6 +57,25 @@ class StepReport:
     loss: float
     tokens: int
     seconds: float
+
+
+class Display(Protocol):
+    """What a long job tells while it runs, a phase at a time."""
+
+    def note(self, text: str) -> None:
+        """One line of what is being done."""
+
+    def start(self, label: str, steps: int) -> None:
+        """A phase of so many steps begins."""
+
+    def step(self, report: StepReport | None) -> None:
+        """A step of the phase is done; no report where nothing is trained."""
+
+    def finish(self, text: str) -> None:
+        """The phase is over."""
+
+    def beside(self) -> Display:
+        """A display for another phase at the same time, in the same view."""
 
 
 class NonFiniteLoss(RuntimeError):
