@@ -141,6 +141,9 @@ def conversion(name: str) -> str:
 
 SECTIONS = {
     "demo table": lambda: comparison("demo"),
+    "articles": lambda: comparison("articles"),
+    "small tokens": lambda: comparison("small-tokens"),
+    "small time": lambda: comparison("small-time"),
     "speed": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32", "prefill")),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),

@@ -153,10 +153,10 @@ def _times(ratio: float | None) -> str:
 def _estimate(value: Estimate, sign: str, several: bool) -> str:
     """With several seeds the interval, and a question mark where the sign is not established."""
     text = f"{value.mean:{sign}.4f}"
-    if not several or value.half_width is None:
+    if not several:
         return text
     unsure = "?" if sign and not value.established else ""
-    return f"{text}{unsure}\n±{value.half_width:.4f}"
+    return f"{text}{unsure}" + ("" if value.half_width is None else f"\n±{value.half_width:.4f}")
 
 
 NOTES = """\
@@ -165,5 +165,5 @@ ms a step, vs GQA, vs MHA: one training step, all variants in turns; more than 1
 theory: attention FLOPs of MHA over this variant's. wide GQA: the equal-cost alternative to fewer heads."""
 
 NOTES_SEEDS = """\
-±: 95 % interval (Student's t), of the paired difference in the second column; ?: the interval crosses
-zero, a difference is not established."""
+±: 95 % interval (Student's t), of the paired difference in the second column; ?: a difference is not
+established, since its interval crosses zero or there is a single run."""
