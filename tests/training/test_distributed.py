@@ -34,7 +34,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(module: str, options: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Two processes, on a free port."""
     command = [sys.executable, "-m", module, *options.split(), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            out, errors = launcher.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends its processes; killed, it would leave them behind
+            raise
+    return subprocess.CompletedProcess(command, launcher.returncode, out, errors)
 
 
 def alone(plan: Plan, out: Path) -> Path:
