@@ -14,6 +14,8 @@
 namespace {
 
 typedef float Vec __attribute__((vector_size(64)));
+typedef float HalfVec __attribute__((vector_size(32)));
+typedef float QuarterVec __attribute__((vector_size(16)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 constexpr int LANES = 16, KEYS = 64, ROWS = 8;
 constexpr float LOWEST = -1e30f, LOG2E = 1.44269504f;
@@ -43,14 +45,14 @@ inline Vec exp2_of(Vec x) {
     return (Vec)((IntVec)p + ((IntVec)t << 23));
 }
 
-// lanes folded in halves, which the compiler turns into shuffles
+// lanes folded in halves; spelled out, since a loop is not always turned into shuffles
 template <class F> inline float fold(Vec v, F join) {
-    float a[LANES]; store(a, v);
-    for (int w = LANES / 2; w; w /= 2) for (int i = 0; i < w; i++) a[i] = join(a[i], a[i + w]);
-    return a[0];
+    HalfVec h[2]; std::memcpy(h, &v, sizeof h); h[0] = join(h[0], h[1]);
+    QuarterVec q[2]; std::memcpy(q, h, sizeof q); q[0] = join(q[0], q[1]);
+    return join(join(q[0][0], q[0][1]), join(q[0][2], q[0][3]));
 }
-inline float sum_of(Vec v) { return fold(v, [](float a, float b) { return a + b; }); }
-inline float max_of(Vec v) { return fold(v, [](float a, float b) { return a > b ? a : b; }); }
+inline float sum_of(Vec v) { return fold(v, [](auto a, auto b) { return a + b; }); }
+inline float max_of(Vec v) { return fold(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // strides in elements of (batch, token, head)
 struct Strides { int64_t b, t, h; };
@@ -169,7 +171,7 @@ void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale
     const int32_t *low = (const int32_t*)tensors[5], *high = (const int32_t*)tensors[6];
     const Strides sq{s[0], s[1], s[2]}, sk{s[3], s[4], s[5]}, sv{s[6], s[7], s[8]};
     const int64_t heads = n.heads, shared = heads / n.kv_heads, rows = n.batch * n.kv_heads;
-    const int64_t block = shared > 8 ? 64 : 128, blocks = (n.length + block - 1) / block;
+    const int64_t block = std::clamp<int64_t>(512 / shared, 64, 512), blocks = (n.length + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < rows * blocks; task++) {
         const int64_t q0 = (blocks - 1 - task / rows) * block, q1 = std::min(q0 + block, n.length);  // longest first
