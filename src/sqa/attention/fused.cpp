@@ -58,107 +58,126 @@ inline float max_of(Vec v) { return fold(v, [](auto a, auto b) { return a > b ? 
 struct Strides { int64_t b, t, h; };
 struct Sizes { int64_t batch, length, heads, kv_heads, head_dim; };
 
+// keys that some of the queries from .. to - 1 see, and those that all of them see
+struct Seen { int32_t some_low, some_high, all_low, all_high; };
+inline Seen seen_by(const int32_t* low, const int32_t* high, int64_t from, int64_t to) {
+    const auto lows = std::minmax_element(low + from, low + to), highs = std::minmax_element(high + from, high + to);
+    return {*lows.first, *highs.second, *lows.second, *highs.first};
+}
+
+// ROWS queries against COLUMNS * LANES keys of a tile: weights, and with them the sums so far, brought to a new maximum
+template <int D, int COLUMNS>
+void attend_tile(const float* __restrict queries, const float (*__restrict kt)[KEYS], const float (*__restrict vt)[D],
+                 float* __restrict acc, float* __restrict highest, Vec* __restrict total, const int32_t* lows,
+                 const int32_t* highs, bool whole) {
+    alignas(64) float s[ROWS][COLUMNS * LANES], before[LANES] = {}, tops[LANES] = {}, shrink[LANES];
+    constexpr int HIGH = COLUMNS > 2 ? 4 : 8;  // rows at a time: at most 16 sums, which stay in registers
+    for (int row = 0; row < ROWS; row += HIGH) {
+        Vec sums[HIGH][COLUMNS] = {};
+#pragma GCC unroll 2
+        for (int d = 0; d < D; d++)
+            for (int c = 0; c < COLUMNS; c++) {
+                Vec key = load(&kt[d][c * LANES]);
+                for (int r = 0; r < HIGH; r++) sums[r][c] += queries[(row + r) * D + d] * key;
+            }
+        for (int r = 0; r < HIGH; r++) {
+            Vec top = all(LOWEST);
+            for (int c = 0; c < COLUMNS; c++) {
+                Vec& x = sums[r][c];
+                if (!whole) {
+                    const IntVec j = COUNT + c * LANES;
+                    x = (j >= lows[row + r]) & (j < highs[row + r]) ? x : all(LOWEST);
+                }
+                store(&s[row + r][c * LANES], x);
+                top = larger(top, x);
+            }
+            before[row + r] = highest[row + r];
+            const float most = max_of(top);
+            highest[row + r] = tops[row + r] = most > before[row + r] ? most : before[row + r];
+        }
+    }
+    store(shrink, exp2_of(load(before) - load(tops)));
+    for (int r = 0; r < ROWS; r++) {
+        Vec sum = total[r] * shrink[r];
+        for (int c = 0; c < COLUMNS; c++) {
+            Vec x = load(&s[r][c * LANES]), p = exp2_of(x - tops[r]);
+            if (!whole) p = x == LOWEST ? Vec{} : p;
+            store(&s[r][c * LANES], p);
+            sum += p;
+        }
+        total[r] = sum;
+    }
+    constexpr int WIDE = D < 32 ? 1 : 2;  // columns of 16 at a time: ROWS * WIDE sums stay in registers
+    for (int column = 0; column < D; column += WIDE * LANES) {
+        Vec sums[ROWS][WIDE];
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDE; w++) sums[r][w] = load(acc + r * D + column + w * LANES) * shrink[r];
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS * LANES; j++)
+            for (int w = 0; w < WIDE; w++) {
+                Vec value = load(&vt[j][column + w * LANES]);
+                for (int r = 0; r < ROWS; r++) sums[r][w] += s[r][j] * value;
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDE; w++) store(acc + r * D + column + w * LANES, sums[r][w]);
+    }
+}
+
 template <int D, class T>
 void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v, T* __restrict out,
             float* __restrict lse, const int32_t* low, const int32_t* high, Strides sq, Strides sk, Strides sv,
             int64_t length, int heads, int shared, int64_t q0, int64_t q1, float scale) {
     const int count = int(q1 - q0), padded = (count + ROWS - 1) / ROWS * ROWS;
+    const size_t rows = size_t(shared) * padded;
+    static thread_local std::vector<Vec> sums;
     static thread_local std::vector<float> memory;
-    memory.resize(size_t(shared) * padded * (2 * D + 2));
-    float* __restrict queries = memory.data();
-    float* __restrict acc = queries + size_t(shared) * padded * D;
-    float* __restrict highest = acc + size_t(shared) * padded * D;
-    float* __restrict total = highest + size_t(shared) * padded;
+    sums.assign(rows, Vec{});
+    memory.assign(rows * (2 * D + 1), 0);
+    Vec* total = sums.data();  // a sum for each lane
+    float *queries = memory.data(), *acc = queries + rows * D, *highest = acc + rows * D;
+    std::fill_n(highest, rows, LOWEST);
     for (int g = 0; g < shared; g++)
-        for (int i = 0; i < padded; i++) {
-            int64_t row = int64_t(g) * padded + i;
-            highest[row] = LOWEST; total[row] = 0;
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < D; d++)
+                queries[(g * padded + i) * D + d] = to_float(q[(q0 + i) * sq.t + g * sq.h + d]) * scale;
+    const int32_t from = *std::min_element(low + q0, low + q1), to = *std::max_element(high + q0, high + q1);
+    std::vector<Seen> seen;
+    for (int64_t i = q0; i < q1; i += ROWS) seen.push_back(seen_by(low, high, i, std::min(i + ROWS, q1)));
+    alignas(64) float kt[D][KEYS], vt[KEYS][D];
+    for (int32_t k0 = from / KEYS * KEYS; k0 < to; k0 += KEYS) {
+        for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
+            const int64_t at = std::min(k0 + j, int32_t(length) - 1);
             for (int d = 0; d < D; d++) {
-                acc[row * D + d] = 0;
-                queries[row * D + d] = i < count ? to_float(q[(q0 + i) * sq.t + g * sq.h + d]) * scale : 0;
+                kt[d][j] = to_float(k[at * sk.t + d]);
+                vt[j][d] = to_float(v[at * sv.t + d]);
             }
         }
-    int32_t from = low[q0], to = high[q0];
-    for (int64_t i = q0; i < q1; i++) { from = low[i] < from ? low[i] : from; to = high[i] > to ? high[i] : to; }
-    alignas(64) float kt[D][KEYS], vt[KEYS][D], s[ROWS][KEYS];
-    for (int32_t k0 = from / KEYS * KEYS; k0 < to; k0 += KEYS) {
-        const int here = int(length - k0 < KEYS ? length - k0 : KEYS);
-        for (int j = 0; j < KEYS; j++)
-            for (int d = 0; d < D; d++) {
-                kt[d][j] = j < here ? to_float(k[(k0 + j) * sk.t + d]) : 0;
-                vt[j][d] = j < here ? to_float(v[(k0 + j) * sv.t + d]) : 0;
-            }
         for (int i = 0; i < padded; i += ROWS) {
+            const Seen& keys = seen[i / ROWS];
+            // columns of 16 keys that some of the rows see
+            const int first = std::max(keys.some_low - k0, 0) / LANES;
+            const int last = (std::min(keys.some_high - k0, KEYS) + LANES - 1) / LANES, start = k0 + first * LANES;
+            if (first >= last) continue;
+            const bool whole = keys.all_low <= start && keys.all_high >= k0 + last * LANES;
             int32_t lows[ROWS], highs[ROWS];
-            bool any = false, whole = true;
-            for (int r = 0; r < ROWS; r++) {  // rows past the end repeat the last one
-                int64_t at = q0 + (i + r < count ? i + r : count - 1);
-                lows[r] = low[at] - k0; highs[r] = high[at] - k0;
-                any |= lows[r] < KEYS && highs[r] > 0;
-                whole &= lows[r] <= 0 && highs[r] >= KEYS;
+            for (int r = 0; r < ROWS && !whole; r++) {  // rows past the end repeat the last one
+                const int64_t at = q0 + std::min(i + r, count - 1);
+                lows[r] = low[at] - start; highs[r] = high[at] - start;
             }
-            if (!any) continue;
-            for (int g = 0; g < shared; g++) {
-                const int64_t row = int64_t(g) * padded + i;
-                for (int half = 0; half < ROWS; half += 4) {
-                    Vec sums[4][KEYS / LANES] = {};
-                    const float* qs = queries + (row + half) * D;
-#pragma GCC unroll 2
-                    for (int d = 0; d < D; d++)
-                        for (int c = 0; c < KEYS / LANES; c++) {
-                            Vec key = load(&kt[d][c * LANES]);
-                            for (int r = 0; r < 4; r++) sums[r][c] += qs[r * D + d] * key;
-                        }
-                    for (int r = 0; r < 4; r++)
-                        for (int c = 0; c < KEYS / LANES; c++) store(&s[half + r][c * LANES], sums[r][c]);
-                }
-                for (int r = 0; r < ROWS; r++) {
-                    if (!whole)
-                        for (int j = 0; j < KEYS; j++) s[r][j] = j >= lows[r] && j < highs[r] ? s[r][j] : LOWEST;
-                    Vec x[KEYS / LANES];
-                    for (int c = 0; c < KEYS / LANES; c++) x[c] = load(&s[r][c * LANES]);
-                    float before = highest[row + r];
-                    float top = max_of(larger(larger(x[0], x[1]), larger(x[2], x[3])));
-                    if (top > before) {
-                        float shrink = before == LOWEST ? 0.f : std::exp2(before - top);
-                        highest[row + r] = top; total[row + r] *= shrink;
-                        for (int d = 0; d < D; d++) acc[(row + r) * D + d] *= shrink;
-                    }
-                    top = highest[row + r];
-                    Vec sum = {};
-                    for (int c = 0; c < KEYS / LANES; c++) {
-                        Vec p = exp2_of(x[c] - top);
-                        if (!whole) p = x[c] == LOWEST ? Vec{} : p;
-                        store(&s[r][c * LANES], p);
-                        sum += p;
-                    }
-                    total[row + r] += sum_of(sum);
-                }
-                constexpr int WIDE = D < 32 ? 1 : 2;  // columns of 16 at a time: ROWS * WIDE sums stay in registers
-                for (int column = 0; column < D; column += WIDE * LANES) {
-                    Vec sums[ROWS][WIDE];
-                    float* to_row = acc + row * D + column;
-                    for (int r = 0; r < ROWS; r++)
-                        for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
-#pragma GCC unroll 2
-                    for (int j = 0; j < KEYS; j++)
-                        for (int w = 0; w < WIDE; w++) {
-                            Vec value = load(&vt[j][column + w * LANES]);
-                            for (int r = 0; r < ROWS; r++) sums[r][w] += s[r][j] * value;
-                        }
-                    for (int r = 0; r < ROWS; r++)
-                        for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
-                }
-            }
+            const auto tile = last - first == 4 ? attend_tile<D, 4> : last - first == 3 ? attend_tile<D, 3> :
+                              last - first == 2 ? attend_tile<D, 2> : attend_tile<D, 1>;
+            for (int64_t row = i; row < int64_t(rows); row += padded)
+                tile(queries + row * D, (const float(*)[KEYS])&kt[0][first * LANES], vt + first * LANES, acc + row * D,
+                     highest + row, total + row, lows, highs, whole);
         }
     }
     for (int g = 0; g < shared; g++)
         for (int i = 0; i < count; i++) {
             int64_t row = int64_t(g) * padded + i;
-            float share = total[row] > 0 ? 1 / total[row] : 0;
+            const float sum = sum_of(total[row]), share = sum > 0 ? 1 / sum : 0;
             T* to_out = out + ((q0 + i) * heads + g) * D;
             for (int d = 0; d < D; d++) from_float(acc[row * D + d] * share, to_out + d);
-            lse[(q0 + i) * heads + g] = (highest[row] + std::log2(total[row])) * 0.69314718f;
+            lse[(q0 + i) * heads + g] = (highest[row] + std::log2(sum)) * 0.69314718f;
         }
 }
 
@@ -227,9 +246,8 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
     float *queries = memory, *grads = queries + padded * D, *dq = grads + padded * D, *lse = dq + padded * D,
           *delta = lse + padded;
     const int32_t *low = a.low + b * length, *high = a.high + b * length;
-    // keys that some query of a block sees, and those that all of them see
-    struct Seen { int32_t some_low, some_high, all_low, all_high; };
-    std::vector<Seen> seen(blocks, Seen{INT32_MAX, 0, 0, INT32_MAX});
+    std::vector<Seen> seen;
+    for (int64_t i = 0; i < length; i += BLOCK) seen.push_back(seen_by(low, high, i, std::min(i + BLOCK, length)));
     for (int64_t i = 0; i < padded; i++) {  // rows past the end are zeros and add nothing
         const bool real = i < length;
         const T* q = a.q + b * a.sq.b + i * a.sq.t + h * a.sq.h;
@@ -244,10 +262,6 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
         }
         delta[i] = sum;
         lse[i] = real ? a.lse[(b * length + i) * heads + h] * LOG2E : 0;
-        if (!real) continue;
-        Seen& s = seen[i / BLOCK];
-        s.some_low = std::min(s.some_low, low[i]); s.some_high = std::max(s.some_high, high[i]);
-        s.all_low = std::max(s.all_low, low[i]); s.all_high = std::min(s.all_high, high[i]);
     }
     alignas(64) float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS];
     alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
