@@ -22,6 +22,11 @@ constexpr float LOWEST = -1e30f, LOG2E = 1.44269504f;
 constexpr IntVec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec load(const uint16_t* p) {  // bfloat16
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    Halves h; std::memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, IntVec) << 16);
+}
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -248,20 +253,20 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
     const int32_t *low = a.low + b * length, *high = a.high + b * length;
     std::vector<Seen> seen;
     for (int64_t i = 0; i < length; i += BLOCK) seen.push_back(seen_by(low, high, i, std::min(i + BLOCK, length)));
-    for (int64_t i = 0; i < padded; i++) {  // rows past the end are zeros and add nothing
-        const bool real = i < length;
+    std::fill_n(dq, padded * D, 0.f);
+    for (int64_t i = 0; i < length; i++) {  // rows past the end stay zeros and add nothing
+        const int64_t row = (b * length + i) * heads + h;
         const T* q = a.q + b * a.sq.b + i * a.sq.t + h * a.sq.h;
         const T* grad = a.grad + b * a.sg.b + i * a.sg.t + h * a.sg.h;
-        const T* out = a.out + ((b * length + i) * heads + h) * D;
-        float sum = 0;
-        for (int d = 0; d < D; d++) {
-            queries[i * D + d] = real ? to_float(q[d]) * (a.scale * LOG2E) : 0;
-            grads[i * D + d] = real ? to_float(grad[d]) : 0;
-            dq[i * D + d] = 0;
-            sum += real ? grads[i * D + d] * to_float(out[d]) : 0;
+        Vec sum = {};
+        for (int d = 0; d < D; d += LANES) {
+            const Vec g = load(grad + d);
+            store(queries + i * D + d, load(q + d) * (a.scale * LOG2E));
+            store(grads + i * D + d, g);
+            sum += g * load(a.out + row * D + d);
         }
-        delta[i] = sum;
-        lse[i] = real ? a.lse[(b * length + i) * heads + h] * LOG2E : 0;
+        delta[i] = sum_of(sum);
+        lse[i] = a.lse[row] * LOG2E;
     }
     alignas(64) float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS];
     alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
@@ -271,11 +276,13 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
     float* dv = dk + a.n.batch * heads * length * D;
     for (int64_t k0 = 0; k0 < length; k0 += KEYS) {
         const int here = int(std::min<int64_t>(length - k0, KEYS));
-        for (int j = 0; j < KEYS; j++)
+        for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
+            const int64_t at = std::min(k0 + j, length - 1);
             for (int d = 0; d < D; d++) {
-                keys[j][d] = kt[d][j] = j < here ? to_float(k[(k0 + j) * a.sk.t + d]) : 0;
-                vt[d][j] = j < here ? to_float(v[(k0 + j) * a.sv.t + d]) : 0;
+                keys[j][d] = kt[d][j] = to_float(k[at * a.sk.t + d]);
+                vt[d][j] = to_float(v[at * a.sv.t + d]);
             }
+        }
         std::memset(dkt, 0, sizeof dkt); std::memset(dvt, 0, sizeof dvt);
         for (int64_t n = 0; n < blocks; n++) {
             const int64_t row = n * BLOCK;
