@@ -2,7 +2,8 @@
 //
 // Forward. One task is a block of queries of one KV head: all query heads that share it are handled together, so each
 // tile of keys and values is converted and transposed once for all of them. Scores never leave the first-level cache,
-// and a tile that no query of eight sees is skipped. Softmax is taken online, in base 2 (arXiv 2205.14135, 2307.08691).
+// and of a tile only the columns of 16 keys are computed that one query of eight sees. Softmax is taken online, in
+// base 2 (arXiv 2205.14135, 2307.08691).
 //
 // GCC's and Clang's vector extension spells 16 floats; the compiler splits them for narrower machines.
 #include <algorithm>
@@ -70,44 +71,68 @@ inline Seen seen_by(const int32_t* low, const int32_t* high, int64_t from, int64
     return {*lows.first, *highs.second, *lows.second, *highs.first};
 }
 
-// ROWS queries against COLUMNS * LANES keys of a tile: weights, and with them the sums so far, brought to a new maximum
-template <int D, int COLUMNS>
-void attend_tile(const float* __restrict queries, const float (*__restrict kt)[KEYS], const float (*__restrict vt)[D],
-                 float* __restrict acc, float* __restrict highest, Vec* __restrict total, const int32_t* lows,
-                 const int32_t* highs, bool whole) {
-    alignas(64) float s[ROWS][COLUMNS * LANES], before[LANES] = {}, tops[LANES] = {}, shrink[LANES];
+// of the tile of keys from k0: the first key and the number of the columns of 16 that some of the queries see, and
+// whether all of them see all of these
+struct Columns {
+    int first, count;
+    bool whole;
+    Columns(const Seen& seen, int32_t k0) {
+        const int past = (std::min(seen.some_high - k0, KEYS) + LANES - 1) / LANES * LANES;
+        first = std::max(seen.some_low - k0, 0) / LANES * LANES;
+        count = (past - first) / LANES;
+        whole = seen.all_low <= k0 + first && seen.all_high >= k0 + past;
+    }
+};
+typedef float (*Rows)[KEYS];
+
+// c[i][j] (+)= sum over x of a[i * step_i + x * step_x] * b[x][j], for COLUMNS * LANES j
+template <int SIZE, int TERMS, int COLUMNS, bool ADD>
+inline void product(float (*c)[KEYS], const float* a, int step_i, int step_x, const float (*b)[KEYS]) {
     constexpr int HIGH = COLUMNS > 2 ? 4 : 8;  // rows at a time: at most 16 sums, which stay in registers
-    for (int row = 0; row < ROWS; row += HIGH) {
+    for (int i = 0; i < SIZE; i += HIGH) {
         Vec sums[HIGH][COLUMNS] = {};
+        if (ADD)
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < COLUMNS; w++) sums[r][w] = load(&c[i + r][w * LANES]);
 #pragma GCC unroll 2
-        for (int d = 0; d < D; d++)
-            for (int c = 0; c < COLUMNS; c++) {
-                Vec key = load(&kt[d][c * LANES]);
-                for (int r = 0; r < HIGH; r++) sums[r][c] += queries[(row + r) * D + d] * key;
+        for (int x = 0; x < TERMS; x++)
+            for (int w = 0; w < COLUMNS; w++) {
+                Vec right = load(&b[x][w * LANES]);
+                for (int r = 0; r < HIGH; r++) sums[r][w] += a[(i + r) * step_i + x * step_x] * right;
             }
-        for (int r = 0; r < HIGH; r++) {
-            Vec top = all(LOWEST);
-            for (int c = 0; c < COLUMNS; c++) {
-                Vec& x = sums[r][c];
-                if (!whole) {
-                    const IntVec j = COUNT + c * LANES;
-                    x = (j >= lows[row + r]) & (j < highs[row + r]) ? x : all(LOWEST);
-                }
-                store(&s[row + r][c * LANES], x);
-                top = larger(top, x);
+        for (int r = 0; r < HIGH; r++)
+            for (int w = 0; w < COLUMNS; w++) store(&c[i + r][w * LANES], sums[r][w]);
+    }
+}
+
+// ROWS queries against COLUMNS * LANES keys, of which query r sees lows[r] .. highs[r] - 1
+template <int D, int COLUMNS>
+void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt)[D],
+                 const float* __restrict queries, float* __restrict acc, float* __restrict highest,
+                 Vec* __restrict total, const int32_t* lows, const int32_t* highs, bool whole) {
+    alignas(64) float s[ROWS][KEYS], before[LANES] = {}, tops[LANES] = {}, shrink[LANES];
+    product<ROWS, D, COLUMNS, false>(s, queries, D, 1, kt);
+    for (int r = 0; r < ROWS; r++) {
+        Vec top = all(highest[r]);
+        for (int c = 0; c < COLUMNS * LANES; c += LANES) {
+            Vec x = load(&s[r][c]);
+            if (!whole) {
+                const IntVec j = COUNT + c;
+                x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
+                store(&s[r][c], x);
             }
-            before[row + r] = highest[row + r];
-            const float most = max_of(top);
-            highest[row + r] = tops[row + r] = most > before[row + r] ? most : before[row + r];
+            top = larger(top, x);
         }
+        before[r] = highest[r];
+        highest[r] = tops[r] = max_of(top);
     }
     store(shrink, exp2_of(load(before) - load(tops)));
     for (int r = 0; r < ROWS; r++) {
         Vec sum = total[r] * shrink[r];
-        for (int c = 0; c < COLUMNS; c++) {
-            Vec x = load(&s[r][c * LANES]), p = exp2_of(x - tops[r]);
+        for (int c = 0; c < COLUMNS * LANES; c += LANES) {
+            Vec x = load(&s[r][c]), p = exp2_of(x - tops[r]);
             if (!whole) p = x == LOWEST ? Vec{} : p;
-            store(&s[r][c * LANES], p);
+            store(&s[r][c], p);
             sum += p;
         }
         total[r] = sum;
@@ -158,22 +183,18 @@ void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v,
             }
         }
         for (int i = 0; i < padded; i += ROWS) {
-            const Seen& keys = seen[i / ROWS];
-            // columns of 16 keys that some of the rows see
-            const int first = std::max(keys.some_low - k0, 0) / LANES;
-            const int last = (std::min(keys.some_high - k0, KEYS) + LANES - 1) / LANES, start = k0 + first * LANES;
-            if (first >= last) continue;
-            const bool whole = keys.all_low <= start && keys.all_high >= k0 + last * LANES;
+            const Columns c(seen[i / ROWS], k0);
+            if (c.count <= 0) continue;
             int32_t lows[ROWS], highs[ROWS];
-            for (int r = 0; r < ROWS && !whole; r++) {  // rows past the end repeat the last one
+            for (int r = 0; r < ROWS && !c.whole; r++) {  // rows past the end repeat the last one
                 const int64_t at = q0 + std::min(i + r, count - 1);
-                lows[r] = low[at] - start; highs[r] = high[at] - start;
+                lows[r] = low[at] - k0 - c.first; highs[r] = high[at] - k0 - c.first;
             }
-            const auto tile = last - first == 4 ? attend_tile<D, 4> : last - first == 3 ? attend_tile<D, 3> :
-                              last - first == 2 ? attend_tile<D, 2> : attend_tile<D, 1>;
+            constexpr decltype(&attend_tile<D, 1>) OF_COLUMNS[] = {
+                attend_tile<D, 1>, attend_tile<D, 2>, attend_tile<D, 3>, attend_tile<D, 4>};
             for (int64_t row = i; row < int64_t(rows); row += padded)
-                tile(queries + row * D, (const float(*)[KEYS])&kt[0][first * LANES], vt + first * LANES, acc + row * D,
-                     highest + row, total + row, lows, highs, whole);
+                OF_COLUMNS[c.count - 1](Rows(&kt[0][c.first]), vt + c.first, queries + row * D, acc + row * D,
+                                        highest + row, total + row, lows, highs, c.whole);
         }
     }
     for (int g = 0; g < shared; g++)
@@ -195,7 +216,8 @@ void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale
     const int32_t *low = (const int32_t*)tensors[5], *high = (const int32_t*)tensors[6];
     const Strides sq{s[0], s[1], s[2]}, sk{s[3], s[4], s[5]}, sv{s[6], s[7], s[8]};
     const int64_t heads = n.heads, shared = heads / n.kv_heads, rows = n.batch * n.kv_heads;
-    const int64_t block = std::clamp<int64_t>(512 / shared, 64, 512), blocks = (n.length + block - 1) / block;
+    const int64_t block = std::clamp<int64_t>(512 / shared, 64, 512);  // as many rows a task, whatever the variant
+    const int64_t blocks = (n.length + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < rows * blocks; task++) {
         const int64_t q0 = (blocks - 1 - task / rows) * block, q1 = std::min(q0 + block, n.length);  // longest first
@@ -224,23 +246,45 @@ template <class T> struct Backward {
 
 constexpr int BLOCK = 16;  // queries at a time
 
-// c[i][j] (+)= sum over x of a[i * step_i + x * step_x] * b[x][j]
-template <int SIZE, int TERMS, bool ADD>
-inline void product(float (*c)[KEYS], const float* a, int step_i, int step_x, const float (*b)[KEYS]) {
-    for (int i = 0; i < SIZE; i += 4) {
-        Vec sums[4][KEYS / LANES] = {};
-        if (ADD)
-            for (int r = 0; r < 4; r++)
-                for (int w = 0; w < KEYS / LANES; w++) sums[r][w] = load(&c[i + r][w * LANES]);
-#pragma GCC unroll 2
-        for (int x = 0; x < TERMS; x++)
-            for (int w = 0; w < KEYS / LANES; w++) {
-                Vec right = load(&b[x][w * LANES]);
-                for (int r = 0; r < 4; r++) sums[r][w] += a[(i + r) * step_i + x * step_x] * right;
+template <int D> struct alignas(64) Tile { float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS]; };
+
+// BLOCK queries against COLUMNS * LANES keys of a tile, from `first`, of which query r sees lows[r] .. highs[r] - 1
+template <int D, int COLUMNS>
+void backward_of_tile(Tile<D>& tile, int first, const float* __restrict queries, const float* __restrict grads,
+                      float* __restrict dq, const float* lse, const float* delta, const int32_t* lows,
+                      const int32_t* highs, bool whole) {
+    alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
+    product<BLOCK, D, COLUMNS, false>(p, queries, D, 1, Rows(&tile.kt[0][first]));
+    product<BLOCK, D, COLUMNS, false>(ds, grads, D, 1, Rows(&tile.vt[0][first]));
+    for (int r = 0; r < BLOCK; r++)
+        for (int w = 0; w < COLUMNS * LANES; w += LANES) {
+            Vec x = load(&p[r][w]) - lse[r];
+            if (!whole) {
+                const IntVec j = COUNT + w;
+                x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
             }
-        for (int r = 0; r < 4; r++)
-            for (int w = 0; w < KEYS / LANES; w++) store(&c[i + r][w * LANES], sums[r][w]);
-    }
+            Vec weight = x < -126.f ? Vec{} : exp2_of(x);
+            store(&p[r][w], weight);
+            store(&ds[r][w], weight * (load(&ds[r][w]) - delta[r]));
+        }
+    product<D, BLOCK, COLUMNS, true>(Rows(&tile.dvt[0][first]), grads, 1, D, p);
+    product<D, BLOCK, COLUMNS, true>(Rows(&tile.dkt[0][first]), queries, 1, D, ds);
+    constexpr int WIDE = D < 32 ? 1 : 2, HIGH = BLOCK / WIDE;  // 16 sums stay in registers
+    for (int r0 = 0; r0 < BLOCK; r0 += HIGH)
+        for (int column = 0; column < D; column += WIDE * LANES) {
+            Vec sums[HIGH][WIDE];
+            float* to_row = dq + r0 * D + column;
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
+#pragma GCC unroll 2
+            for (int j = 0; j < COLUMNS * LANES; j++)
+                for (int w = 0; w < WIDE; w++) {
+                    Vec key = load(&tile.keys[first + j][column + w * LANES]);
+                    for (int r = 0; r < HIGH; r++) sums[r][w] += ds[r0 + r][j] * key;
+                }
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
+        }
 }
 
 inline int64_t padded_to_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
@@ -268,65 +312,39 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
         delta[i] = sum_of(sum);
         lse[i] = a.lse[row] * LOG2E;
     }
-    alignas(64) float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS];
-    alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
+    Tile<D> tile;
     const int64_t kv = h / (heads / a.n.kv_heads);
     const T *k = a.k + b * a.sk.b + kv * a.sk.h, *v = a.v + b * a.sv.b + kv * a.sv.h;
     float* dk = a.partial + (b * heads + h) * length * D;
     float* dv = dk + a.n.batch * heads * length * D;
-    for (int64_t k0 = 0; k0 < length; k0 += KEYS) {
+    for (int32_t k0 = 0; k0 < length; k0 += KEYS) {
         const int here = int(std::min<int64_t>(length - k0, KEYS));
         for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
-            const int64_t at = std::min(k0 + j, length - 1);
+            const int64_t at = std::min<int64_t>(k0 + j, length - 1);
             for (int d = 0; d < D; d++) {
-                keys[j][d] = kt[d][j] = to_float(k[at * a.sk.t + d]);
-                vt[d][j] = to_float(v[at * a.sv.t + d]);
+                tile.keys[j][d] = tile.kt[d][j] = to_float(k[at * a.sk.t + d]);
+                tile.vt[d][j] = to_float(v[at * a.sv.t + d]);
             }
         }
-        std::memset(dkt, 0, sizeof dkt); std::memset(dvt, 0, sizeof dvt);
+        std::memset(tile.dkt, 0, sizeof tile.dkt); std::memset(tile.dvt, 0, sizeof tile.dvt);
         for (int64_t n = 0; n < blocks; n++) {
+            const Columns c(seen[n], k0);
+            if (c.count <= 0) continue;
             const int64_t row = n * BLOCK;
-            if (seen[n].some_low >= k0 + KEYS || seen[n].some_high <= k0) continue;
-            const bool whole = seen[n].all_low <= k0 && seen[n].all_high >= k0 + KEYS;
-            product<BLOCK, D, false>(p, queries + row * D, D, 1, kt);
-            product<BLOCK, D, false>(ds, grads + row * D, D, 1, vt);
-            for (int r = 0; r < BLOCK; r++) {
-                const int64_t i = std::min(row + r, length - 1);
-                const int32_t first = int32_t(low[i] - k0), last = int32_t(high[i] - k0);
-                for (int w = 0; w < KEYS; w += LANES) {
-                    Vec x = load(&p[r][w]) - lse[row + r];
-                    if (!whole) {
-                        const IntVec j = COUNT + w;
-                        x = (j >= first) & (j < last) ? x : all(LOWEST);
-                    }
-                    Vec weight = x < -126.f ? Vec{} : exp2_of(x);
-                    store(&p[r][w], weight);
-                    store(&ds[r][w], weight * (load(&ds[r][w]) - delta[row + r]));
-                }
+            int32_t lows[BLOCK], highs[BLOCK];
+            for (int r = 0; r < BLOCK && !c.whole; r++) {  // rows past the end repeat the last one
+                const int64_t at = std::min(row + r, length - 1);
+                lows[r] = low[at] - k0 - c.first; highs[r] = high[at] - k0 - c.first;
             }
-            product<D, BLOCK, true>(dvt, grads + row * D, 1, D, p);
-            product<D, BLOCK, true>(dkt, queries + row * D, 1, D, ds);
-            constexpr int WIDE = D < 32 ? 1 : 2, HIGH = BLOCK / WIDE;  // 16 sums stay in registers
-            for (int r0 = 0; r0 < BLOCK; r0 += HIGH)
-                for (int column = 0; column < D; column += WIDE * LANES) {
-                    Vec sums[HIGH][WIDE];
-                    float* to_row = dq + (row + r0) * D + column;
-                    for (int r = 0; r < HIGH; r++)
-                        for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
-#pragma GCC unroll 2
-                    for (int j = 0; j < KEYS; j++)
-                        for (int w = 0; w < WIDE; w++) {
-                            Vec key = load(&keys[j][column + w * LANES]);
-                            for (int r = 0; r < HIGH; r++) sums[r][w] += ds[r0 + r][j] * key;
-                        }
-                    for (int r = 0; r < HIGH; r++)
-                        for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
-                }
+            constexpr decltype(&backward_of_tile<D, 1>) OF_COLUMNS[] = {
+                backward_of_tile<D, 1>, backward_of_tile<D, 2>, backward_of_tile<D, 3>, backward_of_tile<D, 4>};
+            OF_COLUMNS[c.count - 1](tile, c.first, queries + row * D, grads + row * D, dq + row * D, lse + row,
+                                    delta + row, lows, highs, c.whole);
         }
         for (int j = 0; j < here; j++)
             for (int d = 0; d < D; d++) {
-                dk[(k0 + j) * D + d] = dkt[d][j] * (1 / LOG2E);  // the queries carry scale * log2(e)
-                dv[(k0 + j) * D + d] = dvt[d][j];
+                dk[(k0 + j) * D + d] = tile.dkt[d][j] * (1 / LOG2E);  // the queries carry scale * log2(e)
+                dv[(k0 + j) * D + d] = tile.dvt[d][j];
             }
     }
     for (int64_t i = 0; i < length; i++)
