@@ -127,10 +127,10 @@ def test_blocks_over_several_query_blocks(window: int, kind: str) -> None:
 
 @pytest.mark.parametrize("head_dim", fused.HEAD_DIMS)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (10, 1)], ids=str)
-@pytest.mark.parametrize("length", [1, 64, 129, 300])
+@pytest.mark.parametrize("length", [1, 64, 129, 530])
 @pytest.mark.parametrize("window", [None, 1, 90])
 def test_fused_over_several_tiles(head_dim: int, heads: tuple[int, int], length: int, window: int | None) -> None:
-    """Tiles of 64 keys and blocks of 64 or 128 queries, whole, partial and skipped; more than eight heads a KV head."""
+    """Tiles of 64 keys and blocks of 64 to 512 queries, whole, partial and skipped; more than eight heads a KV head."""
     needs("fused")
     config = AttentionConfig(
         d_model=640, num_heads=10, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim

@@ -2,7 +2,8 @@
 //
 // Forward. One task is a block of queries of one KV head: all query heads that share it are handled together, so each
 // tile of keys and values is converted and transposed once for all of them. Scores never leave the first-level cache,
-// and a tile that no query of eight sees is skipped. Softmax is taken online, in base 2 (arXiv 2205.14135, 2307.08691).
+// and of a tile only the columns of 16 keys are computed that one query of eight sees. Softmax is taken online, in
+// base 2 (arXiv 2205.14135, 2307.08691).
 //
 // GCC's and Clang's vector extension spells 16 floats; the compiler splits them for narrower machines.
 #include <algorithm>
@@ -14,12 +15,19 @@
 namespace {
 
 typedef float Vec __attribute__((vector_size(64)));
+typedef float HalfVec __attribute__((vector_size(32)));
+typedef float QuarterVec __attribute__((vector_size(16)));
 typedef int32_t IntVec __attribute__((vector_size(64)));
 constexpr int LANES = 16, KEYS = 64, ROWS = 8;
 constexpr float LOWEST = -1e30f, LOG2E = 1.44269504f;
 constexpr IntVec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec load(const uint16_t* p) {  // bfloat16
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    Halves h; std::memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, IntVec) << 16);
+}
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec all(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -43,120 +51,159 @@ inline Vec exp2_of(Vec x) {
     return (Vec)((IntVec)p + ((IntVec)t << 23));
 }
 
-// lanes folded in halves, which the compiler turns into shuffles
+// lanes folded in halves; spelled out, since a loop is not always turned into shuffles
 template <class F> inline float fold(Vec v, F join) {
-    float a[LANES]; store(a, v);
-    for (int w = LANES / 2; w; w /= 2) for (int i = 0; i < w; i++) a[i] = join(a[i], a[i + w]);
-    return a[0];
+    HalfVec h[2]; std::memcpy(h, &v, sizeof h); h[0] = join(h[0], h[1]);
+    QuarterVec q[2]; std::memcpy(q, h, sizeof q); q[0] = join(q[0], q[1]);
+    return join(join(q[0][0], q[0][1]), join(q[0][2], q[0][3]));
 }
-inline float sum_of(Vec v) { return fold(v, [](float a, float b) { return a + b; }); }
-inline float max_of(Vec v) { return fold(v, [](float a, float b) { return a > b ? a : b; }); }
+inline float sum_of(Vec v) { return fold(v, [](auto a, auto b) { return a + b; }); }
+inline float max_of(Vec v) { return fold(v, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // strides in elements of (batch, token, head)
 struct Strides { int64_t b, t, h; };
 struct Sizes { int64_t batch, length, heads, kv_heads, head_dim; };
+
+// keys that some of the queries from .. to - 1 see, and those that all of them see
+struct Seen { int32_t some_low, some_high, all_low, all_high; };
+inline Seen seen_by(const int32_t* low, const int32_t* high, int64_t from, int64_t to) {
+    const auto lows = std::minmax_element(low + from, low + to), highs = std::minmax_element(high + from, high + to);
+    return {*lows.first, *highs.second, *lows.second, *highs.first};
+}
+
+// of the tile of keys from k0: the first key and the number of the columns of 16 that some of the queries see, and
+// whether all of them see all of these
+struct Columns {
+    int first, count;
+    bool whole;
+    Columns(const Seen& seen, int32_t k0) {
+        const int past = (std::min(seen.some_high - k0, KEYS) + LANES - 1) / LANES * LANES;
+        first = std::max(seen.some_low - k0, 0) / LANES * LANES;
+        count = (past - first) / LANES;
+        whole = seen.all_low <= k0 + first && seen.all_high >= k0 + past;
+    }
+};
+typedef float (*Rows)[KEYS];
+
+// c[i][j] (+)= sum over x of a[i * step_i + x * step_x] * b[x][j], for COLUMNS * LANES j
+template <int SIZE, int TERMS, int COLUMNS, bool ADD>
+inline void product(float (*c)[KEYS], const float* a, int step_i, int step_x, const float (*b)[KEYS]) {
+    constexpr int HIGH = COLUMNS > 2 ? 4 : 8;  // rows at a time: at most 16 sums, which stay in registers
+    for (int i = 0; i < SIZE; i += HIGH) {
+        Vec sums[HIGH][COLUMNS] = {};
+        if (ADD)
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < COLUMNS; w++) sums[r][w] = load(&c[i + r][w * LANES]);
+#pragma GCC unroll 2
+        for (int x = 0; x < TERMS; x++)
+            for (int w = 0; w < COLUMNS; w++) {
+                Vec right = load(&b[x][w * LANES]);
+                for (int r = 0; r < HIGH; r++) sums[r][w] += a[(i + r) * step_i + x * step_x] * right;
+            }
+        for (int r = 0; r < HIGH; r++)
+            for (int w = 0; w < COLUMNS; w++) store(&c[i + r][w * LANES], sums[r][w]);
+    }
+}
+
+// ROWS queries against COLUMNS * LANES keys, of which query r sees lows[r] .. highs[r] - 1
+template <int D, int COLUMNS>
+void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt)[D],
+                 const float* __restrict queries, float* __restrict acc, float* __restrict highest,
+                 Vec* __restrict total, const int32_t* lows, const int32_t* highs, bool whole) {
+    alignas(64) float s[ROWS][KEYS], before[LANES] = {}, tops[LANES] = {}, shrink[LANES];
+    product<ROWS, D, COLUMNS, false>(s, queries, D, 1, kt);
+    for (int r = 0; r < ROWS; r++) {
+        Vec top = all(highest[r]);
+        for (int c = 0; c < COLUMNS * LANES; c += LANES) {
+            Vec x = load(&s[r][c]);
+            if (!whole) {
+                const IntVec j = COUNT + c;
+                x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
+                store(&s[r][c], x);
+            }
+            top = larger(top, x);
+        }
+        before[r] = highest[r];
+        highest[r] = tops[r] = max_of(top);
+    }
+    store(shrink, exp2_of(load(before) - load(tops)));
+    for (int r = 0; r < ROWS; r++) {
+        Vec sum = total[r] * shrink[r];
+        for (int c = 0; c < COLUMNS * LANES; c += LANES) {
+            Vec x = load(&s[r][c]), p = exp2_of(x - tops[r]);
+            if (!whole) p = x == LOWEST ? Vec{} : p;
+            store(&s[r][c], p);
+            sum += p;
+        }
+        total[r] = sum;
+    }
+    constexpr int WIDE = D < 32 ? 1 : 2;  // columns of 16 at a time: ROWS * WIDE sums stay in registers
+    for (int column = 0; column < D; column += WIDE * LANES) {
+        Vec sums[ROWS][WIDE];
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDE; w++) sums[r][w] = load(acc + r * D + column + w * LANES) * shrink[r];
+#pragma GCC unroll 2
+        for (int j = 0; j < COLUMNS * LANES; j++)
+            for (int w = 0; w < WIDE; w++) {
+                Vec value = load(&vt[j][column + w * LANES]);
+                for (int r = 0; r < ROWS; r++) sums[r][w] += s[r][j] * value;
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int w = 0; w < WIDE; w++) store(acc + r * D + column + w * LANES, sums[r][w]);
+    }
+}
 
 template <int D, class T>
 void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v, T* __restrict out,
             float* __restrict lse, const int32_t* low, const int32_t* high, Strides sq, Strides sk, Strides sv,
             int64_t length, int heads, int shared, int64_t q0, int64_t q1, float scale) {
     const int count = int(q1 - q0), padded = (count + ROWS - 1) / ROWS * ROWS;
+    const size_t rows = size_t(shared) * padded;
+    static thread_local std::vector<Vec> sums;
     static thread_local std::vector<float> memory;
-    memory.resize(size_t(shared) * padded * (2 * D + 2));
-    float* __restrict queries = memory.data();
-    float* __restrict acc = queries + size_t(shared) * padded * D;
-    float* __restrict highest = acc + size_t(shared) * padded * D;
-    float* __restrict total = highest + size_t(shared) * padded;
+    sums.assign(rows, Vec{});
+    memory.assign(rows * (2 * D + 1), 0);
+    Vec* total = sums.data();  // a sum for each lane
+    float *queries = memory.data(), *acc = queries + rows * D, *highest = acc + rows * D;
+    std::fill_n(highest, rows, LOWEST);
     for (int g = 0; g < shared; g++)
-        for (int i = 0; i < padded; i++) {
-            int64_t row = int64_t(g) * padded + i;
-            highest[row] = LOWEST; total[row] = 0;
+        for (int i = 0; i < count; i++)
+            for (int d = 0; d < D; d++)
+                queries[(g * padded + i) * D + d] = to_float(q[(q0 + i) * sq.t + g * sq.h + d]) * scale;
+    const int32_t from = *std::min_element(low + q0, low + q1), to = *std::max_element(high + q0, high + q1);
+    std::vector<Seen> seen;
+    for (int64_t i = q0; i < q1; i += ROWS) seen.push_back(seen_by(low, high, i, std::min(i + ROWS, q1)));
+    alignas(64) float kt[D][KEYS], vt[KEYS][D];
+    for (int32_t k0 = from / KEYS * KEYS; k0 < to; k0 += KEYS) {
+        for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
+            const int64_t at = std::min(k0 + j, int32_t(length) - 1);
             for (int d = 0; d < D; d++) {
-                acc[row * D + d] = 0;
-                queries[row * D + d] = i < count ? to_float(q[(q0 + i) * sq.t + g * sq.h + d]) * scale : 0;
+                kt[d][j] = to_float(k[at * sk.t + d]);
+                vt[j][d] = to_float(v[at * sv.t + d]);
             }
         }
-    int32_t from = low[q0], to = high[q0];
-    for (int64_t i = q0; i < q1; i++) { from = low[i] < from ? low[i] : from; to = high[i] > to ? high[i] : to; }
-    alignas(64) float kt[D][KEYS], vt[KEYS][D], s[ROWS][KEYS];
-    for (int32_t k0 = from / KEYS * KEYS; k0 < to; k0 += KEYS) {
-        const int here = int(length - k0 < KEYS ? length - k0 : KEYS);
-        for (int j = 0; j < KEYS; j++)
-            for (int d = 0; d < D; d++) {
-                kt[d][j] = j < here ? to_float(k[(k0 + j) * sk.t + d]) : 0;
-                vt[j][d] = j < here ? to_float(v[(k0 + j) * sv.t + d]) : 0;
-            }
         for (int i = 0; i < padded; i += ROWS) {
+            const Columns c(seen[i / ROWS], k0);
+            if (c.count <= 0) continue;
             int32_t lows[ROWS], highs[ROWS];
-            bool any = false, whole = true;
-            for (int r = 0; r < ROWS; r++) {  // rows past the end repeat the last one
-                int64_t at = q0 + (i + r < count ? i + r : count - 1);
-                lows[r] = low[at] - k0; highs[r] = high[at] - k0;
-                any |= lows[r] < KEYS && highs[r] > 0;
-                whole &= lows[r] <= 0 && highs[r] >= KEYS;
+            for (int r = 0; r < ROWS && !c.whole; r++) {  // rows past the end repeat the last one
+                const int64_t at = q0 + std::min(i + r, count - 1);
+                lows[r] = low[at] - k0 - c.first; highs[r] = high[at] - k0 - c.first;
             }
-            if (!any) continue;
-            for (int g = 0; g < shared; g++) {
-                const int64_t row = int64_t(g) * padded + i;
-                for (int half = 0; half < ROWS; half += 4) {
-                    Vec sums[4][KEYS / LANES] = {};
-                    const float* qs = queries + (row + half) * D;
-#pragma GCC unroll 2
-                    for (int d = 0; d < D; d++)
-                        for (int c = 0; c < KEYS / LANES; c++) {
-                            Vec key = load(&kt[d][c * LANES]);
-                            for (int r = 0; r < 4; r++) sums[r][c] += qs[r * D + d] * key;
-                        }
-                    for (int r = 0; r < 4; r++)
-                        for (int c = 0; c < KEYS / LANES; c++) store(&s[half + r][c * LANES], sums[r][c]);
-                }
-                for (int r = 0; r < ROWS; r++) {
-                    if (!whole)
-                        for (int j = 0; j < KEYS; j++) s[r][j] = j >= lows[r] && j < highs[r] ? s[r][j] : LOWEST;
-                    Vec x[KEYS / LANES];
-                    for (int c = 0; c < KEYS / LANES; c++) x[c] = load(&s[r][c * LANES]);
-                    float before = highest[row + r];
-                    float top = max_of(larger(larger(x[0], x[1]), larger(x[2], x[3])));
-                    if (top > before) {
-                        float shrink = before == LOWEST ? 0.f : std::exp2(before - top);
-                        highest[row + r] = top; total[row + r] *= shrink;
-                        for (int d = 0; d < D; d++) acc[(row + r) * D + d] *= shrink;
-                    }
-                    top = highest[row + r];
-                    Vec sum = {};
-                    for (int c = 0; c < KEYS / LANES; c++) {
-                        Vec p = exp2_of(x[c] - top);
-                        if (!whole) p = x[c] == LOWEST ? Vec{} : p;
-                        store(&s[r][c * LANES], p);
-                        sum += p;
-                    }
-                    total[row + r] += sum_of(sum);
-                }
-                constexpr int WIDE = D < 32 ? 1 : 2;  // columns of 16 at a time: ROWS * WIDE sums stay in registers
-                for (int column = 0; column < D; column += WIDE * LANES) {
-                    Vec sums[ROWS][WIDE];
-                    float* to_row = acc + row * D + column;
-                    for (int r = 0; r < ROWS; r++)
-                        for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
-#pragma GCC unroll 2
-                    for (int j = 0; j < KEYS; j++)
-                        for (int w = 0; w < WIDE; w++) {
-                            Vec value = load(&vt[j][column + w * LANES]);
-                            for (int r = 0; r < ROWS; r++) sums[r][w] += s[r][j] * value;
-                        }
-                    for (int r = 0; r < ROWS; r++)
-                        for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
-                }
-            }
+            constexpr decltype(&attend_tile<D, 1>) OF_COLUMNS[] = {
+                attend_tile<D, 1>, attend_tile<D, 2>, attend_tile<D, 3>, attend_tile<D, 4>};
+            for (int64_t row = i; row < int64_t(rows); row += padded)
+                OF_COLUMNS[c.count - 1](Rows(&kt[0][c.first]), vt + c.first, queries + row * D, acc + row * D,
+                                        highest + row, total + row, lows, highs, c.whole);
         }
     }
     for (int g = 0; g < shared; g++)
         for (int i = 0; i < count; i++) {
             int64_t row = int64_t(g) * padded + i;
-            float share = total[row] > 0 ? 1 / total[row] : 0;
+            const float sum = sum_of(total[row]), share = sum > 0 ? 1 / sum : 0;
             T* to_out = out + ((q0 + i) * heads + g) * D;
             for (int d = 0; d < D; d++) from_float(acc[row * D + d] * share, to_out + d);
-            lse[(q0 + i) * heads + g] = (highest[row] + std::log2(total[row])) * 0.69314718f;
+            lse[(q0 + i) * heads + g] = (highest[row] + std::log2(sum)) * 0.69314718f;
         }
 }
 
@@ -169,7 +216,8 @@ void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale
     const int32_t *low = (const int32_t*)tensors[5], *high = (const int32_t*)tensors[6];
     const Strides sq{s[0], s[1], s[2]}, sk{s[3], s[4], s[5]}, sv{s[6], s[7], s[8]};
     const int64_t heads = n.heads, shared = heads / n.kv_heads, rows = n.batch * n.kv_heads;
-    const int64_t block = shared > 8 ? 64 : 128, blocks = (n.length + block - 1) / block;
+    const int64_t block = std::clamp<int64_t>(512 / shared, 64, 512);  // as many rows a task, whatever the variant
+    const int64_t blocks = (n.length + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < rows * blocks; task++) {
         const int64_t q0 = (blocks - 1 - task / rows) * block, q1 = std::min(q0 + block, n.length);  // longest first
@@ -198,23 +246,45 @@ template <class T> struct Backward {
 
 constexpr int BLOCK = 16;  // queries at a time
 
-// c[i][j] (+)= sum over x of a[i * step_i + x * step_x] * b[x][j]
-template <int SIZE, int TERMS, bool ADD>
-inline void product(float (*c)[KEYS], const float* a, int step_i, int step_x, const float (*b)[KEYS]) {
-    for (int i = 0; i < SIZE; i += 4) {
-        Vec sums[4][KEYS / LANES] = {};
-        if (ADD)
-            for (int r = 0; r < 4; r++)
-                for (int w = 0; w < KEYS / LANES; w++) sums[r][w] = load(&c[i + r][w * LANES]);
-#pragma GCC unroll 2
-        for (int x = 0; x < TERMS; x++)
-            for (int w = 0; w < KEYS / LANES; w++) {
-                Vec right = load(&b[x][w * LANES]);
-                for (int r = 0; r < 4; r++) sums[r][w] += a[(i + r) * step_i + x * step_x] * right;
+template <int D> struct alignas(64) Tile { float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS]; };
+
+// BLOCK queries against COLUMNS * LANES keys of a tile, from `first`, of which query r sees lows[r] .. highs[r] - 1
+template <int D, int COLUMNS>
+void backward_of_tile(Tile<D>& tile, int first, const float* __restrict queries, const float* __restrict grads,
+                      float* __restrict dq, const float* lse, const float* delta, const int32_t* lows,
+                      const int32_t* highs, bool whole) {
+    alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
+    product<BLOCK, D, COLUMNS, false>(p, queries, D, 1, Rows(&tile.kt[0][first]));
+    product<BLOCK, D, COLUMNS, false>(ds, grads, D, 1, Rows(&tile.vt[0][first]));
+    for (int r = 0; r < BLOCK; r++)
+        for (int w = 0; w < COLUMNS * LANES; w += LANES) {
+            Vec x = load(&p[r][w]) - lse[r];
+            if (!whole) {
+                const IntVec j = COUNT + w;
+                x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
             }
-        for (int r = 0; r < 4; r++)
-            for (int w = 0; w < KEYS / LANES; w++) store(&c[i + r][w * LANES], sums[r][w]);
-    }
+            Vec weight = x < -126.f ? Vec{} : exp2_of(x);
+            store(&p[r][w], weight);
+            store(&ds[r][w], weight * (load(&ds[r][w]) - delta[r]));
+        }
+    product<D, BLOCK, COLUMNS, true>(Rows(&tile.dvt[0][first]), grads, 1, D, p);
+    product<D, BLOCK, COLUMNS, true>(Rows(&tile.dkt[0][first]), queries, 1, D, ds);
+    constexpr int WIDE = D < 32 ? 1 : 2, HIGH = BLOCK / WIDE;  // 16 sums stay in registers
+    for (int r0 = 0; r0 < BLOCK; r0 += HIGH)
+        for (int column = 0; column < D; column += WIDE * LANES) {
+            Vec sums[HIGH][WIDE];
+            float* to_row = dq + r0 * D + column;
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
+#pragma GCC unroll 2
+            for (int j = 0; j < COLUMNS * LANES; j++)
+                for (int w = 0; w < WIDE; w++) {
+                    Vec key = load(&tile.keys[first + j][column + w * LANES]);
+                    for (int r = 0; r < HIGH; r++) sums[r][w] += ds[r0 + r][j] * key;
+                }
+            for (int r = 0; r < HIGH; r++)
+                for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
+        }
 }
 
 inline int64_t padded_to_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
@@ -225,85 +295,56 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
     float *queries = memory, *grads = queries + padded * D, *dq = grads + padded * D, *lse = dq + padded * D,
           *delta = lse + padded;
     const int32_t *low = a.low + b * length, *high = a.high + b * length;
-    // keys that some query of a block sees, and those that all of them see
-    struct Seen { int32_t some_low, some_high, all_low, all_high; };
-    std::vector<Seen> seen(blocks, Seen{INT32_MAX, 0, 0, INT32_MAX});
-    for (int64_t i = 0; i < padded; i++) {  // rows past the end are zeros and add nothing
-        const bool real = i < length;
+    std::vector<Seen> seen;
+    for (int64_t i = 0; i < length; i += BLOCK) seen.push_back(seen_by(low, high, i, std::min(i + BLOCK, length)));
+    std::fill_n(dq, padded * D, 0.f);
+    for (int64_t i = 0; i < length; i++) {  // rows past the end stay zeros and add nothing
+        const int64_t row = (b * length + i) * heads + h;
         const T* q = a.q + b * a.sq.b + i * a.sq.t + h * a.sq.h;
         const T* grad = a.grad + b * a.sg.b + i * a.sg.t + h * a.sg.h;
-        const T* out = a.out + ((b * length + i) * heads + h) * D;
-        float sum = 0;
-        for (int d = 0; d < D; d++) {
-            queries[i * D + d] = real ? to_float(q[d]) * (a.scale * LOG2E) : 0;
-            grads[i * D + d] = real ? to_float(grad[d]) : 0;
-            dq[i * D + d] = 0;
-            sum += real ? grads[i * D + d] * to_float(out[d]) : 0;
+        Vec sum = {};
+        for (int d = 0; d < D; d += LANES) {
+            const Vec g = load(grad + d);
+            store(queries + i * D + d, load(q + d) * (a.scale * LOG2E));
+            store(grads + i * D + d, g);
+            sum += g * load(a.out + row * D + d);
         }
-        delta[i] = sum;
-        lse[i] = real ? a.lse[(b * length + i) * heads + h] * LOG2E : 0;
-        if (!real) continue;
-        Seen& s = seen[i / BLOCK];
-        s.some_low = std::min(s.some_low, low[i]); s.some_high = std::max(s.some_high, high[i]);
-        s.all_low = std::max(s.all_low, low[i]); s.all_high = std::min(s.all_high, high[i]);
+        delta[i] = sum_of(sum);
+        lse[i] = a.lse[row] * LOG2E;
     }
-    alignas(64) float keys[KEYS][D], kt[D][KEYS], vt[D][KEYS], dkt[D][KEYS], dvt[D][KEYS];
-    alignas(64) float p[BLOCK][KEYS], ds[BLOCK][KEYS];
+    Tile<D> tile;
     const int64_t kv = h / (heads / a.n.kv_heads);
     const T *k = a.k + b * a.sk.b + kv * a.sk.h, *v = a.v + b * a.sv.b + kv * a.sv.h;
     float* dk = a.partial + (b * heads + h) * length * D;
     float* dv = dk + a.n.batch * heads * length * D;
-    for (int64_t k0 = 0; k0 < length; k0 += KEYS) {
+    for (int32_t k0 = 0; k0 < length; k0 += KEYS) {
         const int here = int(std::min<int64_t>(length - k0, KEYS));
-        for (int j = 0; j < KEYS; j++)
+        for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
+            const int64_t at = std::min<int64_t>(k0 + j, length - 1);
             for (int d = 0; d < D; d++) {
-                keys[j][d] = kt[d][j] = j < here ? to_float(k[(k0 + j) * a.sk.t + d]) : 0;
-                vt[d][j] = j < here ? to_float(v[(k0 + j) * a.sv.t + d]) : 0;
+                tile.keys[j][d] = tile.kt[d][j] = to_float(k[at * a.sk.t + d]);
+                tile.vt[d][j] = to_float(v[at * a.sv.t + d]);
             }
-        std::memset(dkt, 0, sizeof dkt); std::memset(dvt, 0, sizeof dvt);
+        }
+        std::memset(tile.dkt, 0, sizeof tile.dkt); std::memset(tile.dvt, 0, sizeof tile.dvt);
         for (int64_t n = 0; n < blocks; n++) {
+            const Columns c(seen[n], k0);
+            if (c.count <= 0) continue;
             const int64_t row = n * BLOCK;
-            if (seen[n].some_low >= k0 + KEYS || seen[n].some_high <= k0) continue;
-            const bool whole = seen[n].all_low <= k0 && seen[n].all_high >= k0 + KEYS;
-            product<BLOCK, D, false>(p, queries + row * D, D, 1, kt);
-            product<BLOCK, D, false>(ds, grads + row * D, D, 1, vt);
-            for (int r = 0; r < BLOCK; r++) {
-                const int64_t i = std::min(row + r, length - 1);
-                const int32_t first = int32_t(low[i] - k0), last = int32_t(high[i] - k0);
-                for (int w = 0; w < KEYS; w += LANES) {
-                    Vec x = load(&p[r][w]) - lse[row + r];
-                    if (!whole) {
-                        const IntVec j = COUNT + w;
-                        x = (j >= first) & (j < last) ? x : all(LOWEST);
-                    }
-                    Vec weight = x < -126.f ? Vec{} : exp2_of(x);
-                    store(&p[r][w], weight);
-                    store(&ds[r][w], weight * (load(&ds[r][w]) - delta[row + r]));
-                }
+            int32_t lows[BLOCK], highs[BLOCK];
+            for (int r = 0; r < BLOCK && !c.whole; r++) {  // rows past the end repeat the last one
+                const int64_t at = std::min(row + r, length - 1);
+                lows[r] = low[at] - k0 - c.first; highs[r] = high[at] - k0 - c.first;
             }
-            product<D, BLOCK, true>(dvt, grads + row * D, 1, D, p);
-            product<D, BLOCK, true>(dkt, queries + row * D, 1, D, ds);
-            constexpr int WIDE = D < 32 ? 1 : 2, HIGH = BLOCK / WIDE;  // 16 sums stay in registers
-            for (int r0 = 0; r0 < BLOCK; r0 += HIGH)
-                for (int column = 0; column < D; column += WIDE * LANES) {
-                    Vec sums[HIGH][WIDE];
-                    float* to_row = dq + (row + r0) * D + column;
-                    for (int r = 0; r < HIGH; r++)
-                        for (int w = 0; w < WIDE; w++) sums[r][w] = load(to_row + r * D + w * LANES);
-#pragma GCC unroll 2
-                    for (int j = 0; j < KEYS; j++)
-                        for (int w = 0; w < WIDE; w++) {
-                            Vec key = load(&keys[j][column + w * LANES]);
-                            for (int r = 0; r < HIGH; r++) sums[r][w] += ds[r0 + r][j] * key;
-                        }
-                    for (int r = 0; r < HIGH; r++)
-                        for (int w = 0; w < WIDE; w++) store(to_row + r * D + w * LANES, sums[r][w]);
-                }
+            constexpr decltype(&backward_of_tile<D, 1>) OF_COLUMNS[] = {
+                backward_of_tile<D, 1>, backward_of_tile<D, 2>, backward_of_tile<D, 3>, backward_of_tile<D, 4>};
+            OF_COLUMNS[c.count - 1](tile, c.first, queries + row * D, grads + row * D, dq + row * D, lse + row,
+                                    delta + row, lows, highs, c.whole);
         }
         for (int j = 0; j < here; j++)
             for (int d = 0; d < D; d++) {
-                dk[(k0 + j) * D + d] = dkt[d][j] * (1 / LOG2E);  // the queries carry scale * log2(e)
-                dv[(k0 + j) * D + d] = dvt[d][j];
+                dk[(k0 + j) * D + d] = tile.dkt[d][j] * (1 / LOG2E);  // the queries carry scale * log2(e)
+                dv[(k0 + j) * D + d] = tile.dvt[d][j];
             }
     }
     for (int64_t i = 0; i < length; i++)
