@@ -186,7 +186,7 @@ def test_the_same_seed_gives_bitwise_the_same_losses(tiny: Path) -> None:
 
 
 def test_a_killed_comparison_resumes_to_bitwise_the_same_results(tiny: Path) -> None:
-    plan = TINY.format(layout="packed", rounds=0).replace('"steps=6"', '"steps=700"') + "\n"
+    plan = TINY.format(layout="packed", rounds=0).replace('"steps=6"', '"steps=1500"') + "\n"
     plan = plan.replace("threads = 1", "threads = 1\ncheckpoint_seconds = 0.05")
     (tiny / "tiny.toml").write_text(plan, encoding="utf-8")
     sqa("compare", "tiny.toml", "--out", "whole", cwd=tiny)
@@ -226,7 +226,7 @@ def test_a_killed_comparison_resumes_to_bitwise_the_same_results(tiny: Path) -> 
             for out in ("whole", "parts")
         ]
         assert losses[0] == losses[1]
-        assert len(losses[0]) == 700
+        assert len(losses[0]) == 1500
 
 
 def test_a_run_that_diverges_is_named_and_the_others_go_on(tiny: Path) -> None:
