@@ -2,10 +2,10 @@
 //
 // Forward. One task is a block of queries of one KV head: all query heads that share it are handled together, so each
 // tile of keys and values is converted and transposed once for all of them. Scores never leave the first-level cache,
-// and of a tile only the columns of 16 keys are computed that one query of eight sees. Softmax is taken online, in
+// and of a tile only the columns, a vector wide, are computed that one query of eight sees. Softmax is taken online, in
 // base 2 (arXiv 2205.14135, 2307.08691).
 //
-// GCC's and Clang's vector extension spells 16 floats; the compiler splits them for narrower machines.
+// Vectors are GCC's and Clang's extension, so one source serves every processor.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,22 +14,30 @@
 
 namespace {
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef float HalfVec __attribute__((vector_size(32)));
-typedef float QuarterVec __attribute__((vector_size(16)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-constexpr int LANES = 16, KEYS = 64, ROWS = 8;
+// a vector is one register: GCC takes wider ones apart lane by lane, 12 times as slow with AVX2
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+constexpr int KEYS = 4 * LANES, ROWS = 8;
 constexpr float LOWEST = -1e30f, LOG2E = 1.44269504f;
-constexpr IntVec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr int32_t NUMBERS[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline Vec load(const uint16_t* p) {  // bfloat16
-    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     Halves h; std::memcpy(&h, p, sizeof h);
     return (Vec)(__builtin_convertvector(h, IntVec) << 16);
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec all(float x) { return x - Vec{}; }
+inline IntVec count_from(int x) { IntVec v; std::memcpy(&v, NUMBERS, sizeof v); return v + x; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float to_float(float x) { return x; }
@@ -51,11 +59,11 @@ inline Vec exp2_of(Vec x) {
     return (Vec)((IntVec)p + ((IntVec)t << 23));
 }
 
-// lanes folded in halves; spelled out, since a loop is not always turned into shuffles
+// all lanes joined; in vectors of four, since a loop over lanes is not always turned into shuffles
 template <class F> inline float fold(Vec v, F join) {
-    HalfVec h[2]; std::memcpy(h, &v, sizeof h); h[0] = join(h[0], h[1]);
-    QuarterVec q[2]; std::memcpy(q, h, sizeof q); q[0] = join(q[0], q[1]);
-    return join(join(q[0][0], q[0][1]), join(q[0][2], q[0][3]));
+    Four f[LANES / 4]; std::memcpy(f, &v, sizeof f);
+    for (int i = 1; i < LANES / 4; i++) f[0] = join(f[0], f[i]);
+    return join(join(f[0][0], f[0][1]), join(f[0][2], f[0][3]));
 }
 inline float sum_of(Vec v) { return fold(v, [](auto a, auto b) { return a + b; }); }
 inline float max_of(Vec v) { return fold(v, [](auto a, auto b) { return a > b ? a : b; }); }
@@ -71,8 +79,8 @@ inline Seen seen_by(const int32_t* low, const int32_t* high, int64_t from, int64
     return {*lows.first, *highs.second, *lows.second, *highs.first};
 }
 
-// of the tile of keys from k0: the first key and the number of the columns of 16 that some of the queries see, and
-// whether all of them see all of these
+// of the tile of keys from k0: the first key and the number of the columns that some of the queries see, and whether
+// all of them see all of these
 struct Columns {
     int first, count;
     bool whole;
@@ -110,14 +118,15 @@ template <int D, int COLUMNS>
 void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt)[D],
                  const float* __restrict queries, float* __restrict acc, float* __restrict highest,
                  Vec* __restrict total, const int32_t* lows, const int32_t* highs, bool whole) {
-    alignas(64) float s[ROWS][KEYS], before[LANES] = {}, tops[LANES] = {}, shrink[LANES];
+    constexpr int SPACE = ROWS > LANES ? ROWS : LANES;
+    alignas(64) float s[ROWS][KEYS], before[SPACE] = {}, tops[SPACE] = {}, shrink[SPACE];
     product<ROWS, D, COLUMNS, false>(s, queries, D, 1, kt);
     for (int r = 0; r < ROWS; r++) {
         Vec top = all(highest[r]);
         for (int c = 0; c < COLUMNS * LANES; c += LANES) {
             Vec x = load(&s[r][c]);
             if (!whole) {
-                const IntVec j = COUNT + c;
+                const IntVec j = count_from(c);
                 x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
                 store(&s[r][c], x);
             }
@@ -126,7 +135,7 @@ void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt
         before[r] = highest[r];
         highest[r] = tops[r] = max_of(top);
     }
-    store(shrink, exp2_of(load(before) - load(tops)));
+    for (int r = 0; r < ROWS; r += LANES) store(shrink + r, exp2_of(load(before + r) - load(tops + r)));
     for (int r = 0; r < ROWS; r++) {
         Vec sum = total[r] * shrink[r];
         for (int c = 0; c < COLUMNS * LANES; c += LANES) {
@@ -137,7 +146,7 @@ void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt
         }
         total[r] = sum;
     }
-    constexpr int WIDE = D < 32 ? 1 : 2;  // columns of 16 at a time: ROWS * WIDE sums stay in registers
+    constexpr int WIDE = D < 32 ? 1 : 2;  // vectors at a time: ROWS * WIDE sums stay in registers
     for (int column = 0; column < D; column += WIDE * LANES) {
         Vec sums[ROWS][WIDE];
         for (int r = 0; r < ROWS; r++)
@@ -260,7 +269,7 @@ void backward_of_tile(Tile<D>& tile, int first, const float* __restrict queries,
         for (int w = 0; w < COLUMNS * LANES; w += LANES) {
             Vec x = load(&p[r][w]) - lse[r];
             if (!whole) {
-                const IntVec j = COUNT + w;
+                const IntVec j = count_from(w);
                 x = (j >= lows[r]) & (j < highs[r]) ? x : all(LOWEST);
             }
             Vec weight = x < -126.f ? Vec{} : exp2_of(x);
