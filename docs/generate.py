@@ -41,7 +41,7 @@ def comparison(name: str) -> str:
     record = directory.record()
     machine = record["machine"]
     where = (
-        f"{machine['processor']}, {machine['threads']} threads; torch {record['versions']['torch']}; {record['git']}"
+        f"{machine['processor']}, threads: {machine['threads']}; torch {record['versions']['torch']}; {record['git']}"
     )
     plan = record["plan"]
     title = f"{plan['name']}: {plan['budget']} a run, context {plan['context']}"
