@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from sqa.bench.report import BenchResult
 from sqa.conversion.importance import METHODS
-from sqa.conversion.report import verdict
+from sqa.conversion.report import quality_table, speed_table
 from sqa.cost import attention_flops, train_step_flops
 from sqa.experiments import scale
 from sqa.experiments.directory import Directory
@@ -134,10 +136,9 @@ def _losses(name: str) -> dict[str, float]:
     return {row["stage"]: row["loss"] for row in state["stages"]}
 
 
-def conversion(name: str) -> str:
-    """What `sqa convert` printed."""
-    state = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
-    return text_of(verdict(state))
+def conversion(part: Callable[[dict[str, Any]], RenderableType], name: str) -> str:
+    """A part of what `sqa convert` printed."""
+    return text_of(part(json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))))
 
 
 SECTIONS = {
@@ -150,7 +151,9 @@ SECTIONS = {
     "decode": lambda: benchmark("decode"),
     "on paper": on_paper,
     "conversion": conversions,
-    "encoder": lambda: conversion("minilm"),
+    "encoder": lambda: conversion(quality_table, "minilm"),
+    "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
+    "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
 }
 

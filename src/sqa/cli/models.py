@@ -129,7 +129,7 @@ def convert(
         return
     with stop_flag() as stop:
         state = run(job, make_display(console), lambda: stop.signal is not None)
-    console.print(report.verdict(state))
+    console.print(report.quality_table(state), report.speed_table(state))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     save_json(json_path, state)
     if plot_path is not None:

@@ -52,28 +52,30 @@ def planned(job: Job) -> Group:
     return Group(table, *lines)
 
 
-def verdict(state: State) -> Group:
-    """Quality at every stage, then speed and size before and after."""
+def quality_table(state: State) -> Group:
+    """Quality at every stage, on text used for nothing else."""
     last = {row["stage"]: row for row in state["stages"]}
     measured = [name for name in next(iter(last.values())) if name not in ("stage", "tokens")]
     quality = _table("stage", "tokens", *measured)
     for row in last.values():
         quality.add_row(row["stage"], f"{row['tokens']:,}", *(f"{row[name]:,.4f}" for name in measured))
-    speed = _table("", "N", "before", "after", "faster")
-    for row in state["speed"]:
-        times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
-        speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
-    before, after = state["cost"]["before"], state["cost"]["after"]
     errors = [(layer["dropped"], layer["refitted"]) for layer in state["layers"]]
     dropped, refitted = (sum(column) / len(errors) for column in zip(*errors, strict=True))
     return Group(
         quality,
         _MEANINGS[measured[0]],
         f"attention outputs, share of energy lost, mean over layers: {dropped:.4f} dropped, {refitted:.4f} refitted.",
-        "",
-        speed,
-        f"parameters {before['parameters']:,} -> {after['parameters']:,}",
     )
+
+
+def speed_table(state: State) -> Group:
+    """Time and size before and after."""
+    speed = _table("", "N", "before", "after", "faster")
+    for row in state["speed"]:
+        times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
+        speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
+    before, after = state["cost"]["before"], state["cost"]["after"]
+    return Group(speed, f"parameters {before['parameters']:,} -> {after['parameters']:,}")
 
 
 def plot(state: State, path: Path) -> None:
