@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -41,7 +43,7 @@ def convert(job: Job, display: Display, should_stop: Callable[[], bool] = lambda
 
 
 def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> State:
-    settings = job.settings
+    settings, start = job.settings, time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     state = _begin(job)
@@ -115,6 +117,9 @@ def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> Sta
     state |= {
         "cost": {name: model.cost(settings.length) for name, model in (("before", original), ("after", student))},
         "speed": _speed(job, original, student, display),
+        # of this process: what came before a resumption is not in it
+        "wall_s": time.perf_counter() - start,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "machine": machine("cpu"),
         "versions": versions(),
         "git": git_revision(),

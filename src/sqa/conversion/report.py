@@ -75,7 +75,11 @@ def speed_table(state: State) -> Group:
         times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
         speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
     before, after = state["cost"]["before"], state["cost"]["after"]
-    return Group(speed, f"parameters {before['parameters']:,} -> {after['parameters']:,}")
+    return Group(
+        speed,
+        f"parameters {before['parameters']:,} -> {after['parameters']:,}; "
+        f"converting took {state['wall_s']:,.0f} s and {state['peak_bytes'] / 2**30:.1f} GiB at the peak",
+    )
 
 
 def plot(state: State, path: Path) -> None:
