@@ -12,7 +12,7 @@ from torch import Tensor
 from sqa import AttentionConfig, variant
 from sqa.attention import blocks, fused
 from sqa.attention.kernels import KERNELS, Case, attend, explain, resolve
-from sqa.attention.masks import Mask
+from sqa.attention.masks import CachedKeys, Mask
 from sqa.attention.reference import reference_attention
 from sqa.variants import VARIANTS
 
@@ -174,6 +174,37 @@ def test_fused_bf16_over_several_tiles(head_dim: int, heads: tuple[int, int]) ->
     for name, value in exact.items():
         error, allowed = ((x[name].float() - value).norm() for x in (got, simple))
         assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (10, 1)], ids=str)
+@pytest.mark.parametrize("num_queries", [1, 3, 70])
+@pytest.mark.parametrize("window", [None, 1, 90, 1000])
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+def test_fused_at_the_end_of_a_cache(
+    dtype: torch.dtype, window: int | None, num_queries: int, heads: tuple[int, int]
+) -> None:
+    """Fewer queries than keys, the keys in a longer tensor; the queries are those at the end of a whole pass."""
+    needs("fused")
+    config = AttentionConfig(d_model=640, num_heads=10, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=16)
+    length = 275
+    qkv, grad = draw(config, length + 20, dtype=dtype)
+    q, k, v = (x.detach()[:, :length] for x in qkv)
+    positions = torch.arange(length)
+    keys = CachedKeys(
+        query_positions=positions[-num_queries:], key_positions=positions, near=torch.ones(1, length, dtype=torch.bool),
+        far=torch.zeros(1, length, dtype=torch.bool), holes=False,
+    )  # fmt: skip
+    got = attend(q[:, -num_queries:], k, v, Mask(window=window, cached=keys), kernel="fused")
+    distance = positions[:, None] - positions
+    visible = ((distance >= 0) & (distance < (window or length))).expand(BATCH, -1, -1)
+    exact, simple = (f([x.requires_grad_() for x in (q, k, v)], grad[:, :length], visible) for f in (oracle, plain))
+    expected, allowed = (x["out"][:, -num_queries:].float() for x in (exact, simple))
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, expected)
+    else:
+        assert (got - expected).norm() <= 2 * (allowed - expected).norm()
+    with pytest.raises(ValueError, match="no cache or cross-attention"):
+        attend(q[:, -num_queries:], k, v, Mask(window=window, cached=keys), kernel="fused")
 
 
 @pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
@@ -361,7 +392,12 @@ def case(**changes) -> Case:
         ({"dtype": torch.float16, "documents": True}, "blocks", "skips"),
         ({"padding": True}, "sdpa", "dense mask"),
         ({"window": 8, "padding": True}, "sdpa", "dense mask"),
-        ({"window": 8, "cached": True, "num_queries": 3}, "sdpa", "dense mask"),
+        ({"window": 8, "cached": True, "num_queries": 3}, "fused", "our own"),
+        ({"window": 8, "cached": True, "num_queries": 3, "grad": True}, "sdpa", "dense mask"),
+        ({"padding": True, "cached": True, "num_queries": 1}, "sdpa", "dense mask"),
+        ({"cached": True, "num_queries": 1}, "fused", "our own"),
+        ({"cached": True, "num_queries": 1, "num_kv_heads": 8}, "sdpa", "memory"),
+        ({"cached": True, "num_queries": 1, "num_kv_heads": 8, "dtype": torch.bfloat16}, "fused", "our own"),
         ({"softcap": True}, "reference", "caps"),
         ({"device": "cuda", "dtype": torch.bfloat16}, "sdpa", "fused"),
         ({"device": "cuda"}, "sdpa", "expanded"),

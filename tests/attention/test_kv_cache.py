@@ -14,10 +14,13 @@ from sqa.cost import kv_cache_bytes
 WINDOW = 5
 
 
-def config(window: int | None, sinks: int, heads: tuple[int, int] = (4, 2)) -> AttentionConfig:
+def config(
+    window: int | None, sinks: int, heads: tuple[int, int] = (4, 2), head_dim: int | None = None
+) -> AttentionConfig:
     return AttentionConfig(
         d_model=64,
         num_heads=8,
+        head_dim=head_dim,
         num_query_heads=heads[0],
         num_kv_heads=heads[1],
         window=window,
@@ -58,9 +61,10 @@ def check(attention: AttentionConfig, length: int, pads: list[int], bounds: list
     [(None, 0), (1, 0), (1, 2), (WINDOW, 0), (WINDOW, 2), (WINDOW, 7)],
     ids=lambda n: "full" if n is None else str(n),
 )
-def test_cached_equals_uncached(window: int | None, sinks: int, pads: list[int], chunk: int) -> None:
+@pytest.mark.parametrize("head_dim", [8, 16], ids=["", "own-kernel"])  # ours has no head_dim of 8
+def test_cached_equals_uncached(window: int | None, sinks: int, pads: list[int], chunk: int, head_dim: int) -> None:
     length = 10 * WINDOW
-    check(config(window, sinks), length, pads, chunks(length, chunk))
+    check(config(window, sinks, head_dim=head_dim), length, pads, chunks(length, chunk))
 
 
 @given(
@@ -70,11 +74,12 @@ def test_cached_equals_uncached(window: int | None, sinks: int, pads: list[int],
     pads=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     cuts=st.sets(st.integers(1, 29)),
     heads=st.sampled_from([(8, 8), (4, 2), (2, 1), (2, 4)]),
+    head_dim=st.sampled_from([8, 16]),
 )
-def test_drawn_splits(length, window, sinks, pads, cuts, heads) -> None:
+def test_drawn_splits(length, window, sinks, pads, cuts, heads, head_dim) -> None:
     pads = [min(pad, length - 1) for pad in pads]
     bounds = [0, *sorted(cut for cut in cuts if cut < length), length]
-    check(config(window, sinks if window else 0, heads), length, pads, bounds)
+    check(config(window, sinks if window else 0, heads, head_dim), length, pads, bounds)
 
 
 def storage_bytes(cache: KVCache) -> int:

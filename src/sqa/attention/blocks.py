@@ -128,13 +128,14 @@ def block_attention(
     scale: float,
     own: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none.
+    """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none.
 
-    `own` takes our own kernel, which has no sinks, instead of PyTorch's on slices.
+    `own` takes our own kernel, which has no sinks, instead of PyTorch's on slices. It alone takes more keys than
+    queries, which are the last then, and has no gradient for that.
     """
     q, k, v = _dense(q, k, v)
     if own:
-        low, high = key_ranges(q.shape[0], q.shape[1], document_ids, causal=causal, window=window)
+        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], document_ids, causal=causal, window=window)
         return fused_forward(q, k, v, low, high, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -170,7 +171,7 @@ def block_attention_backward(
     """Gradients of q, k and v; blocks overlap in k and v, so those are summed in fp32."""
     grad, q, k, v = _dense(grad, q, k, v)
     if own and q.dtype in BACKWARD_DTYPES:
-        low, high = key_ranges(q.shape[0], q.shape[1], document_ids, causal=causal, window=window)
+        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], document_ids, causal=causal, window=window)
         return fused_backward(grad, q, k, v, out, logsumexp, low, high, scale)
     if document_ids is None and window == 0:  # nothing to skip: all rows in one call
         heads = (x.transpose(1, 2) for x in (grad, q, k, v, out))

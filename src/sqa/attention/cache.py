@@ -70,12 +70,13 @@ class RollingLayerCache:
         self.sink_values = torch.zeros_like(self.sink_keys)
         self.sink_positions = torch.zeros(batch_size, self.num_sinks + 1, dtype=torch.long, device=device)
         self.seen = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # real tokens so far, a row
+        self.padded = False
         self.length = 0
 
     def extend(self, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, CachedKeys | None]:
         """As StaticLayerCache.extend; the keys returned are sinks, then the last window - 1, then the new ones."""
         start, new = self.length, k.shape[1]
-        self.length = start + new
+        self.length, self.padded = start + new, self.padded or padding_mask is not None
         real = k.new_ones(k.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask
         before = self.seen + real.cumsum(1) - real.long()
         is_sink = real & (before < self.num_sinks)
@@ -83,7 +84,15 @@ class RollingLayerCache:
         all_real = torch.cat((self.real, real), 1)
         positions = torch.arange(start + new - keys.shape[1], start + new, device=k.device)
         result: tuple[Tensor, Tensor, CachedKeys | None] = (k, v, None)
-        if start > 0:
+        if start > 0 and not self.padded and self.num_sinks == 0:
+            empty = max(0, self.keys.shape[1] - start)
+            held = all_real[:1, empty:]
+            cached = CachedKeys(
+                query_positions=positions[-new:], key_positions=positions[empty:], near=held,
+                far=torch.zeros_like(held), holes=False,
+            )  # fmt: skip
+            result = keys[:, empty:], values[:, empty:], cached
+        elif start > 0:
             filled = torch.arange(self.num_sinks, device=k.device) < self.seen
             sink_positions = self.sink_positions[:, : self.num_sinks]
             cached = CachedKeys(

@@ -70,7 +70,7 @@ inline float max_of(Vec v) { return fold(v, [](auto a, auto b) { return a > b ? 
 
 // strides in elements of (batch, token, head)
 struct Strides { int64_t b, t, h; };
-struct Sizes { int64_t batch, length, heads, kv_heads, head_dim; };
+struct Sizes { int64_t batch, length, heads, kv_heads, head_dim, keys; };
 
 // keys that some of the queries from .. to - 1 see, and those that all of them see
 struct Seen { int32_t some_low, some_high, all_low, all_high; };
@@ -162,58 +162,65 @@ void attend_tile(const float (*__restrict kt)[KEYS], const float (*__restrict vt
     }
 }
 
+// b[d][j .. j + 3] = a[0 .. 3][d]
+template <int D> inline void turn(const float (*a)[D], float (*b)[KEYS], int j) {
+    for (int d = 0; d < D; d++) {
+        const Four column = {a[0][d], a[1][d], a[2][d], a[3][d]};
+        std::memcpy(&b[d][j], &column, sizeof column);
+    }
+}
+
+// Row r is query q0 + r / shared of head r % shared: so the rows that go together see nearly the same keys, and one query
+// at the end of a cache fills no more rows than it has heads.
 template <int D, class T>
 void attend(const T* __restrict q, const T* __restrict k, const T* __restrict v, T* __restrict out,
             float* __restrict lse, const int32_t* low, const int32_t* high, Strides sq, Strides sk, Strides sv,
-            int64_t length, int heads, int shared, int64_t q0, int64_t q1, float scale) {
-    const int count = int(q1 - q0), padded = (count + ROWS - 1) / ROWS * ROWS;
-    const size_t rows = size_t(shared) * padded;
+            int64_t keys, int heads, int shared, int64_t q0, int64_t q1, float scale) {
+    const int count = int(q1 - q0) * shared, rows = (count + ROWS - 1) / ROWS * ROWS;
     static thread_local std::vector<Vec> sums;
     static thread_local std::vector<float> memory;
     sums.assign(rows, Vec{});
-    memory.assign(rows * (2 * D + 1), 0);
+    memory.assign(size_t(rows) * (2 * D + 1), 0);
     Vec* total = sums.data();  // a sum for each lane
     float *queries = memory.data(), *acc = queries + rows * D, *highest = acc + rows * D;
     std::fill_n(highest, rows, LOWEST);
-    for (int g = 0; g < shared; g++)
-        for (int i = 0; i < count; i++)
-            for (int d = 0; d < D; d++)
-                queries[(g * padded + i) * D + d] = to_float(q[(q0 + i) * sq.t + g * sq.h + d]) * scale;
+    const auto query_of = [=](int row) { return q0 + std::min(row, count - 1) / shared; };  // past the end: the last
+    for (int row = 0; row < count; row++)
+        for (int d = 0; d < D; d++)
+            queries[row * D + d] = to_float(q[query_of(row) * sq.t + row % shared * sq.h + d]) * scale;
     const int32_t from = *std::min_element(low + q0, low + q1), to = *std::max_element(high + q0, high + q1);
     std::vector<Seen> seen;
-    for (int64_t i = q0; i < q1; i += ROWS) seen.push_back(seen_by(low, high, i, std::min(i + ROWS, q1)));
-    alignas(64) float kt[D][KEYS], vt[KEYS][D];
+    for (int row = 0; row < rows; row += ROWS)
+        seen.push_back(seen_by(low, high, query_of(row), query_of(row + ROWS - 1) + 1));
+    alignas(64) float kt[D][KEYS], vt[KEYS][D], four[4][D];
     for (int32_t k0 = from / KEYS * KEYS; k0 < to; k0 += KEYS) {
         for (int j = 0; j < KEYS; j++) {  // keys past the end repeat the last one: nothing sees them
-            const int64_t at = std::min(k0 + j, int32_t(length) - 1);
-            for (int d = 0; d < D; d++) {
-                kt[d][j] = to_float(k[at * sk.t + d]);
-                vt[j][d] = to_float(v[at * sv.t + d]);
+            const int64_t at = std::min(k0 + j, int32_t(keys) - 1);
+            for (int d = 0; d < D; d += LANES) {
+                store(&four[j % 4][d], load(k + at * sk.t + d));
+                store(&vt[j][d], load(v + at * sv.t + d));
             }
+            if (j % 4 == 3) turn<D>(four, kt, j - 3);
         }
-        for (int i = 0; i < padded; i += ROWS) {
-            const Columns c(seen[i / ROWS], k0);
+        for (int row = 0; row < rows; row += ROWS) {
+            const Columns c(seen[row / ROWS], k0);
             if (c.count <= 0) continue;
             int32_t lows[ROWS], highs[ROWS];
-            for (int r = 0; r < ROWS && !c.whole; r++) {  // rows past the end repeat the last one
-                const int64_t at = q0 + std::min(i + r, count - 1);
-                lows[r] = low[at] - k0 - c.first; highs[r] = high[at] - k0 - c.first;
+            for (int r = 0; r < ROWS && !c.whole; r++) {
+                lows[r] = low[query_of(row + r)] - k0 - c.first; highs[r] = high[query_of(row + r)] - k0 - c.first;
             }
             constexpr decltype(&attend_tile<D, 1>) OF_COLUMNS[] = {
                 attend_tile<D, 1>, attend_tile<D, 2>, attend_tile<D, 3>, attend_tile<D, 4>};
-            for (int64_t row = i; row < int64_t(rows); row += padded)
-                OF_COLUMNS[c.count - 1](Rows(&kt[0][c.first]), vt + c.first, queries + row * D, acc + row * D,
-                                        highest + row, total + row, lows, highs, c.whole);
+            OF_COLUMNS[c.count - 1](Rows(&kt[0][c.first]), vt + c.first, queries + row * D, acc + row * D,
+                                    highest + row, total + row, lows, highs, c.whole);
         }
     }
-    for (int g = 0; g < shared; g++)
-        for (int i = 0; i < count; i++) {
-            int64_t row = int64_t(g) * padded + i;
-            const float sum = sum_of(total[row]), share = sum > 0 ? 1 / sum : 0;
-            T* to_out = out + ((q0 + i) * heads + g) * D;
-            for (int d = 0; d < D; d++) from_float(acc[row * D + d] * share, to_out + d);
-            lse[(q0 + i) * heads + g] = (highest[row] + std::log2(sum)) * 0.69314718f;
-        }
+    for (int row = 0; row < count; row++) {
+        const float sum = sum_of(total[row]), share = sum > 0 ? 1 / sum : 0;
+        const int64_t to_row = query_of(row) * heads + row % shared;
+        for (int d = 0; d < D; d++) from_float(acc[row * D + d] * share, out + to_row * D + d);
+        lse[to_row] = (highest[row] + std::log2(sum)) * 0.69314718f;
+    }
 }
 
 // tensors: q, k, v, out, lse, low, high
@@ -233,7 +240,7 @@ void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale
         const int64_t b = task % rows / n.kv_heads, h = task % n.kv_heads;
         attend<D, T>(q + b * sq.b + h * shared * sq.h, k + b * sk.b + h * sk.h, v + b * sv.b + h * sv.h,
                      out + (b * n.length * heads + h * shared) * D, lse + b * n.length * heads + h * shared,
-                     low + b * n.length, high + b * n.length, sq, sk, sv, n.length, int(heads), int(shared), q0, q1,
+                     low + b * n.length, high + b * n.length, sq, sk, sv, n.keys, int(heads), int(shared), q0, q1,
                      scale * LOG2E);
     }
 }
@@ -401,7 +408,7 @@ constexpr Function *FORWARD[2][4] = {FOR_HEAD_DIMS(forward, float), FOR_HEAD_DIM
 
 int call(Function* const (&functions)[2][4], int is_bfloat16, void* const* tensors, const int64_t* strides,
          const int64_t* sizes, float scale, int threads) {
-    const Sizes n{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+    const Sizes n{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
     for (int i = 0; i < 4; i++)
         if (n.head_dim == 16 << i) {
             functions[is_bfloat16][i](tensors, strides, n, scale, threads);
@@ -412,16 +419,16 @@ int call(Function* const (&functions)[2][4], int is_bfloat16, void* const* tenso
 
 }  // namespace
 
-// tensors: q (B, T, Hq, D), k, v (B, T, Hkv, D), then results, contiguous: out (B, T, Hq, D), log-sum-exp fp32 (B, T,
+// tensors: q (B, T, Hq, D), k, v (B, Tk, Hkv, D), then results, contiguous: out (B, T, Hq, D), log-sum-exp fp32 (B, T,
 // Hq); then low, high int32 (B, T): query i of row b sees keys low[b][i] .. high[b][i] - 1. strides: of q, k and v,
-// whose last axis is contiguous. sizes: B, T, Hq, Hkv, D. Returns 1 for a D it does not have.
+// whose last axis is contiguous. sizes: B, T, Hq, Hkv, D, Tk. Returns 1 for a D it does not have.
 extern "C" int sqa_attention_forward(int is_bfloat16, void* const* tensors, const int64_t* strides,
                                      const int64_t* sizes, float scale, int threads) {
     return call(FORWARD, is_bfloat16, tensors, strides, sizes, scale, threads);
 }
 
 // tensors: grad (B, T, Hq, D), q, k, v, then as the forward wrote or took them out, log-sum-exp, low, high, then
-// results, contiguous: dq, dk, dv; then scratch fp32 (2, B, Hq, T, D). strides: of grad, q, k and v.
+// results, contiguous: dq, dk, dv; then scratch fp32 (2, B, Hq, T, D). strides: of grad, q, k and v. Tk must be T.
 extern "C" int sqa_attention_backward(int is_bfloat16, void* const* tensors, const int64_t* strides,
                                       const int64_t* sizes, float scale, int threads) {
     return call(BACKWARD, is_bfloat16, tensors, strides, sizes, scale, threads);

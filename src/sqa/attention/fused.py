@@ -74,7 +74,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq), fp32 inside.
+    """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq), fp32 inside.
 
     Query i of row b sees keys low[b, i] .. high[b, i] - 1 (int32, (B, T)). Last axes must be without gaps, dtypes in
     DTYPES and D in HEAD_DIMS: the kernel table sees to it.
@@ -120,7 +120,7 @@ def _call(function: str, strided: tuple[Tensor, ...], contiguous: tuple[Tensor, 
         ctypes.c_int(q.dtype == torch.bfloat16),
         (ctypes.c_void_p * len(pointers))(*pointers),
         (ctypes.c_int64 * len(strides))(*strides),
-        (ctypes.c_int64 * 5)(batch_size, length, num_heads, k.shape[2], head_dim),
+        (ctypes.c_int64 * 6)(batch_size, length, num_heads, k.shape[2], head_dim, k.shape[1]),
         ctypes.c_float(scale),
         ctypes.c_int(torch.get_num_threads()),
     )

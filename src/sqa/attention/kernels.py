@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Case:
         )
 
     @property
+    def shared(self) -> bool:
+        """Whether several query heads read one KV head."""
+        return self.num_kv_heads < self.num_query_heads
+
+    @property
     def windowed(self) -> bool:
         """Whether the window hides anything."""
         return self.window is not None and self.window < self.num_keys
@@ -119,8 +124,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: f
 
 def _must_expand(case: Case) -> bool:
     """Whether PyTorch would run shared KV heads on its unfused math kernel (CUDA: fp32, or with a dense mask)."""
-    shared = case.num_kv_heads < case.num_query_heads
-    return shared and case.device == "cuda" and (case.masked or case.dtype == torch.float32)
+    return case.shared and case.device == "cuda" and (case.masked or case.dtype == torch.float32)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
@@ -165,13 +169,16 @@ def _lacks_blocks(case: Case) -> str | None:
         return f"fp32, fp16 and bf16 only, got {case.dtype}"
     if case.softcap:
         return "no logit soft-capping"
-    if case.padding or case.cached or case.num_queries != case.num_keys:
-        return "no padding mask, cache or cross-attention"
+    if case.padding:
+        return "no padding mask"
+    if case.num_queries != case.num_keys:
+        return "no cache or cross-attention"
     return None
 
 
 def _lacks_fused(case: Case) -> str | None:
-    lack = _lacks_blocks(case)
+    # without gradients any number of queries will do
+    lack = _lacks_blocks(case if case.grad else replace(case, num_queries=case.num_keys))
     if lack is not None:
         return lack
     if case.windowed and case.num_sink_tokens:
@@ -259,8 +266,9 @@ KERNELS: dict[str, Kernel] = {
         dtypes="fp32, fp16, bf16", backward="yes", about="fused attention on slices; skips what a mask hides",
     ),
     "fused": Kernel(
-        run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="causal, window, documents", dtypes="fp32, bf16",
-        backward="yes", about="our own (C++, needs a compiler), made for small heads; skips what a mask hides",
+        run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="causal, window, documents, caches",
+        dtypes="fp32, bf16", backward="but for caches",
+        about="our own (C++, needs a compiler), made for small heads; skips what a mask hides",
     ),
     "flex": Kernel(
         run=_flex, lacks=_lacks_flex, devices="cuda; cpu forward", masks="all but cached, soft-cap",
@@ -282,6 +290,8 @@ def resolve(case: Case, kernel: str = "auto") -> Choice:
         if lack is not None:
             raise ValueError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
         return Choice(kernel, "asked for")
+    if case.cached and case.num_queries == 1 and case.dtype == torch.float32 and not case.shared and not case.masked:
+        return Choice("sdpa", "fused; for one fp32 query a KV head as fast as memory is read")
     if _lacks_fused(case) is None:
         return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
     skips = case.windowed or case.documents

@@ -13,8 +13,8 @@ class CachedKeys:
     """Keys that come from a cache, so that slot and position differ.
 
     query_positions (Tq,); key_positions (Tk,) or (B, Tk); near and far, bool (1 or B, Tk): whether a key may be seen
-    from within the window, and from beyond it. Full-attention caches have `near` for both. holes: whether any key may
-    be hidden from the newest query.
+    from within the window, and from beyond it. Full-attention caches have `near` for both. holes: whether keys may be
+    missing or out of order; without holes they are the last Tk positions, one after the other.
     """
 
     query_positions: Tensor
@@ -49,11 +49,14 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 
 def key_ranges(
-    batch_size: int, length: int, document_ids: Tensor | None, *, causal: bool, window: int
+    batch_size: int, length: int, num_keys: int, document_ids: Tensor | None, *, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
-    """First key that each query sees and one past the last, int32 (B, T), on the CPU. window=0: none."""
-    positions = torch.arange(length, dtype=torch.int32).expand(batch_size, length)
-    first, past = torch.zeros_like(positions), torch.full_like(positions, length)
+    """First key that each query sees and one past the last, int32 (B, T), on the CPU. window=0: none.
+
+    The queries are at the end of the keys. Documents need as many keys as queries.
+    """
+    positions = torch.arange(num_keys - length, num_keys, dtype=torch.int32).expand(batch_size, length)
+    first, past = torch.zeros_like(positions), torch.full_like(positions, num_keys)
     if document_ids is not None:
         starts = document_starts(document_ids)
         first = torch.where(starts, positions, 0).cummax(1).values

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from sqa import cost
 from sqa.attention.cache import KVCache
+from sqa.attention.kernels import Case, resolve
 from sqa.bench.machine import find_device, find_dtype
 from sqa.bench.peers import OURS, model_row
 from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline, timed
@@ -70,6 +72,8 @@ def run_decode(
             group[name] = model_row(
                 "decode", preset, OURS, name, config, dtype, batch_size=batch_size, n=n, device=where, grad=False
             ) | {"cache_bytes": cache_bytes}
+            case = Case.of_layer(config.layers[0], length=n, device=where.type, dtype=torch_dtype, grad=False)
+            group[name]["kernel"] = resolve(replace(case, num_queries=1, cached=True)).kernel
         for name, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
             group[name] |= timed(timing) | {"tokens_per_s": batch_size * steps / timing.median}
         add_ratios(group.values(), same=(), baseline=baseline)
