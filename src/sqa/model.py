@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sysconfig
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -254,7 +257,7 @@ class Transformer(nn.Module):
         # blocks share one code object: every shape of a comparison takes an entry of its cache
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.model.layers:
-            block.compile()
+            block.compile(backend=_frugal_inductor)
         self._compiled = True
 
     def save(self, directory: str | Path) -> None:
@@ -273,6 +276,15 @@ class Transformer(nn.Module):
         from sqa.interop import load_model
 
         return load_model(source)
+
+
+def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """inductor, but normalised inputs and gated products are computed again for their gradients, not kept.
+
+    By default it keeps whatever a matrix product reads in the backward pass: a third of what a block saves.
+    """
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
 
 def _compiler_lacks() -> str | None:

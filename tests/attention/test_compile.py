@@ -115,3 +115,25 @@ def test_export(config: AttentionConfig) -> None:
     for n in LENGTHS:
         x = torch.randn(2, n, 64)
         torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_compiled_blocks_keep_no_gated_product() -> None:
+    """Of the feed-forward gate and up are kept; their product, which down_proj reads, is computed again."""
+    config = ModelConfig(vocab_size=16, num_layers=2, d_ff=72, max_seq_len=64, attention=BASE)
+    model = Transformer(config)
+    model.compile()
+    ids = torch.randint(16, (2, 24), generator=torch.Generator().manual_seed(0))
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape == (48, 72):
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert len(kept) == 2 * config.num_layers
