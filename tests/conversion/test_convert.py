@@ -211,6 +211,7 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
         intermediate_size=64,
         max_position_embeddings=64,
         initializer_range=0.15,
+        pad_token_id=None,
     )
     BertModel(config).save_pretrained(tmp_path / "in")
     small_tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))

@@ -32,11 +32,10 @@ def plan_heads(
         raise ValueError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
     multi_head = heads == kv_heads
     kept_kv = num_kv_heads or (num_query_heads if multi_head else kv_heads)
-    if multi_head and kept_kv == num_query_heads:
-        if not 1 <= num_query_heads <= heads:
-            raise ValueError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
-        return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), [range(heads)]
-    if kept_kv < 1 or kv_heads % kept_kv:
+    one_pool = multi_head and kept_kv == num_query_heads
+    if one_pool and not 1 <= num_query_heads <= heads:
+        raise ValueError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
+    if not one_pool and (kept_kv < 1 or kv_heads % kept_kv):
         fits = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
         raise ValueError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {kept_kv}")
     if num_query_heads % kept_kv or not 1 <= num_query_heads <= heads:
@@ -45,7 +44,7 @@ def plan_heads(
             f"convert: query_heads must be a multiple of {kept_kv} KV heads, at most {heads} ({fits}), "
             f"got {num_query_heads}"
         )
-    size = heads // kept_kv
+    size = heads if one_pool else heads // kept_kv
     pools = [range(start, start + size) for start in range(0, heads, size)]
     return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), pools
 
@@ -66,18 +65,15 @@ def cut(
     shared = config.num_query_heads // config.num_kv_heads
     parts = {name: _by_head(getattr(view, name), size, columns=name == "o") for name in "qkvo"}
     q, o = ({head: parts[name][head] for head in kept} for name in "qo")
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     share = len(kept) // num_kv_heads
     for first in range(0, len(kept), share):
         own = kept[first : first + share]
         sources = sorted({head // shared for head in own})
-        if len(sources) == 1:
-            keys.append(parts["k"][sources[0]])
-            values.append(parts["v"][sources[0]])
-            continue
-        pooled = True
+        pooled |= len(sources) > 1
         turns = {name: [torch.eye(size, dtype=torch.float64)] * len(sources) for name in "kv"}
-        if inputs is not None:
+        if inputs is not None and len(sources) > 1:
             turns["v"] = _align([parts["v"][s] for s in sources], inputs.gram, pairs=None)
             if not config.qk_norm:
                 turns["k"] = _align([parts["k"][s] for s in sources], inputs.gram, pairs=_rotary_pairs(config))

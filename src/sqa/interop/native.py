@@ -92,6 +92,15 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(values)
 
 
+def require_counts(values: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless these fields of a config.json are there and whole numbers above 0."""
+    if absent := [name for name in names if values.get(name) is None]:
+        raise ValueError(f"model: config.json lacks {', '.join(absent)}")
+    for name in names:
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"model: {name} in config.json must be a whole number above 0, got {values[name]!r}")
+
+
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError naming the tensors that are missing, unknown, misshapen or quantised."""
     problems = [f"missing {key}" for key in expected if key not in tensors]
@@ -132,11 +141,9 @@ def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Tra
     return model
 
 
-def state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def state_dict(model: Transformer) -> dict[str, Tensor]:
     """The weights as files hold them: on the CPU, contiguous, tied ones once."""
-    tensors = {
-        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in model.state_dict().items()
-    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     return tensors
