@@ -311,6 +311,12 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
 
     refused("no config.json", lambda case: (case / "config.json").unlink())
     refused("not JSON", lambda case: (case / "config.json").write_text("{"))
+    refused(
+        "attention in config.json must be one object",
+        lambda case: (case / "config.json").write_text(
+            json.dumps(json.loads((case / "config.json").read_text()) | {"attention": None})
+        ),
+    )
     refused("no model.safetensors", lambda case: (case / "model.safetensors").unlink())
     refused("pickle.*save_pretrained", lambda case: (case / "model.safetensors").rename(case / "pytorch_model.bin"))
     refused("damaged or incomplete", truncate)

@@ -16,13 +16,7 @@ from torch import Tensor
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.interop.native import require_counts
 
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-MODEL_TYPES = tuple(_CLASSES)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
 _SCALING_FIELDS = {
     "linear": ("factor",),
@@ -165,7 +159,7 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
         )
     assert layer.rope is not None
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,

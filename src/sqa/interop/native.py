@@ -86,6 +86,10 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of our own config.json; what transformers adds to an hf-remote one is left aside."""
     values = {key: value for key, value in values.items() if key != "model_type"}
+    if not isinstance(values.get("attention", {}), dict | list):
+        raise ValueError(
+            f"model: attention in config.json must be one object or a list of them, got {values['attention']!r}"
+        )
     if "auto_map" in values:
         known = {field.name for field in fields(ModelConfig)}
         values = {key: value for key, value in values.items() if key in known}
