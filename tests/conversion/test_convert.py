@@ -1,13 +1,18 @@
 """The command: a Hugging Face directory in, the same kind out, what it cost beside it; bad input in one sentence."""
 
 import hashlib
+import importlib
+import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,6 +31,7 @@ from typer.testing import CliRunner
 
 from sqa import ModelConfig, Transformer
 from sqa.cli import app
+from sqa.conversion import report
 from sqa.conversion.convert import convert
 from sqa.conversion.settings import Settings, prepare
 from sqa.training.loop import Interrupted, StepReport
@@ -106,6 +112,30 @@ def test_same_kind_out_and_stock_transformers_reads_it(kind: str, hugging_face, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_weights_keep_their_dtype(hugging_face, text: Path, tmp_path: Path) -> None:
+    source = hugging_face("llama")
+    LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    convert(prepare(str(source), tmp_path / "out", str(text), Settings(query_heads=3, **SMALL)), Silent())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_without_the_module_resource_memory_is_not_told(
+    hugging_face, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delitem(sys.modules, "sqa.conversion.convert")
+    fresh = importlib.import_module("sqa.conversion.convert")
+    job = prepare(str(hugging_face("llama")), tmp_path / "out", str(text), Settings(query_heads=3, **SMALL))
+    state = fresh.convert(job, Silent())
+    assert state["peak_bytes"] is None
+    console = Console(file=io.StringIO())
+    console.print(report.speed_table(state))
+    assert "converting took" in console.file.getvalue()
+    assert "GiB" not in console.file.getvalue()
+
+
 @pytest.mark.parametrize("method", ["l2", "taylor", "greedy"])
 def test_as_many_heads_give_the_same_model(method: str, hugging_face, text: Path, tmp_path: Path) -> None:
     source = hugging_face("qwen2")
@@ -181,6 +211,7 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
         intermediate_size=64,
         max_position_embeddings=64,
         initializer_range=0.15,
+        pad_token_id=None,
     )
     BertModel(config).save_pretrained(tmp_path / "in")
     small_tokenizer.save(str(tmp_path / "in" / "tokenizer.json"))

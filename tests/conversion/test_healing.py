@@ -11,6 +11,7 @@ from sqa import ModelConfig, Transformer
 from sqa.conversion import surgery
 from sqa.conversion.decoder import Decoder
 from sqa.conversion.healing import distillation, heal, layerwise
+from sqa.conversion.settings import Settings
 from sqa.data.batches import Batch
 from sqa.training.checkpoint import Progress
 from sqa.training.loop import Interrupted, NonFiniteLoss, StepReport
@@ -23,9 +24,9 @@ Build = Callable[[ModelConfig], Transformer]
 def pair(config_of: Make, model_of: Build) -> tuple[Decoder, Decoder]:
     """The original, and the same with half its query heads dropped."""
     original = Decoder(model_of(config_of()))
-    heads = surgery.plan_heads(original.views[0].config, 2, None)
-    weights = [surgery.cut(view, heads, [0, 2])[0] for view in original.views]
-    return original, original.converted([original.views[0].config.replace(num_query_heads=2)] * 2, weights)
+    after, _ = surgery.plan_heads(original.views[0].config, 2, None)
+    weights = [surgery.cut(view, after.num_kv_heads, [0, 2])[0] for view in original.views]
+    return original, original.converted([after] * 2, weights)
 
 
 def healed(
@@ -35,7 +36,6 @@ def healed(
     folder: Path,
     *,
     attention_only: bool = False,
-    learning_rate: float = 1e-3,
     on_step: Callable[[StepReport], None] = lambda report: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
@@ -43,9 +43,7 @@ def healed(
         student.model,
         objective,
         batches,
-        tokens_per_step=48,
-        learning_rate=learning_rate,
-        dtype=torch.float32,
+        Settings(query_heads=2, batch_size=2, length=24, learning_rate=1e-3),
         trained=[
             parameter
             for name, parameter in student.model.named_parameters()

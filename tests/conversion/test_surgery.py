@@ -13,7 +13,8 @@ from torch import Tensor
 from sqa import AttentionConfig, ModelConfig, Rope, Transformer
 from sqa.conversion import importance, surgery
 from sqa.conversion.decoder import Decoder
-from sqa.conversion.moments import AttentionView, Moments, collect
+from sqa.conversion.moments import Moments
+from sqa.conversion.subject import AttentionView
 from sqa.data.batches import Batch
 
 Make = Callable[..., ModelConfig]
@@ -22,9 +23,7 @@ Build = Callable[[ModelConfig], Transformer]
 
 def read_by(subject: Decoder, batches: Sequence[Batch], index: int, projection: str) -> Tensor:
     """What one projection of a layer read on these batches, (N, F)."""
-    found: list[Tensor] = []
-    collect(subject.run, batches, [getattr(subject.views[index], projection)], lambda i, read: found.append(read))
-    return torch.cat(found).double()
+    return torch.cat([read for (read,) in subject.reads(batches, [getattr(subject.views[index], projection)])]).double()
 
 
 def moments_of(x: Tensor, y: Tensor, *, constant: bool = False) -> Moments:
@@ -69,10 +68,11 @@ def layer_view(heads: int, kv_heads: int, *, bias: bool = False, **options: obje
 )
 def test_pools(counts: tuple[int, int], asked: tuple[int, int | None], expected: tuple[int, int, int]) -> None:
     config = AttentionConfig(d_model=72, num_heads=36, num_query_heads=counts[0], num_kv_heads=counts[1])
-    heads = surgery.plan_heads(config, *asked)
-    assert (heads.num_query_heads, heads.num_kv_heads, len(heads.pools)) == expected
-    assert list(itertools.chain(*heads.pools)) == list(range(counts[0]))
-    assert heads.keep * len(heads.pools) == asked[0]
+    after, pools = surgery.plan_heads(config, *asked)
+    assert (after.num_query_heads, after.num_kv_heads, len(pools)) == expected
+    assert list(itertools.chain(*pools)) == list(range(counts[0]))
+    assert len({len(pool) for pool in pools}) == 1
+    assert asked[0] % len(pools) == 0
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,7 @@ def test_importance_is_that_of_the_definition(config_of: Make, model_of: Build, 
         (z[:, h * size : (h + 1) * size] @ weight[:, h * size : (h + 1) * size].T).square().sum().sqrt()
         for h in range(4)
     ]
-    l2 = importance.METHODS["l2"].score
-    assert l2 is not None
-    torch.testing.assert_close(l2(view, moments), torch.stack(norms))
+    torch.testing.assert_close(importance.l2_norms(view, moments), torch.stack(norms))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -176,9 +174,9 @@ def test_elimination_drops_what_the_others_make_good_best(bias: bool) -> None:
 
 def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) -> None:
     """Against the loss with one head's output scaled a little up and down, a sequence at a time."""
-    model = model_of(config_of()).double()
-    subject = Decoder(model)
-    found = importance.gate_gradients(subject.loss, batches[:1], subject.views)
+    subject = Decoder(model_of(config_of()))
+    subject.model.double()
+    found = importance.gate_gradients(subject, batches[:1])
     (batch,), size, step = batches[:1], subject.views[1].config.head_dim, 1e-2
 
     def scaled(row: int, head: int, factor: float) -> float:
@@ -256,11 +254,10 @@ def test_aligned_pooling_undoes_rotations_that_change_nothing(
     subject = Decoder(model)
     view = subject.views[0]
     inputs = Moments(24, 0, constant=True)
-    collect(subject.run, batches, [view.q], lambda i, read: inputs.add(read))
-    heads = surgery.plan_heads(attention, 4, 2)
-    new = [attention.replace(num_kv_heads=2)]
+    for (read,) in subject.reads(batches, [view.q]):
+        inputs.add(read)
     pooled = {
-        how: subject.converted(new, [surgery.cut(view, heads, range(4), x)[0]])
+        how: subject.converted([attention.replace(num_kv_heads=2)], [surgery.cut(view, 2, range(4), x)[0]])
         for how, x in (("aligned", inputs), ("mean", None))
     }
     expected = model(batches[0].input_ids).logits.detach()
@@ -274,8 +271,7 @@ def test_under_qk_norm_keys_are_not_turned() -> None:
     view = layer_view(4, 4, qk_norm=True)
     inputs = Moments(24, 0, constant=True)
     inputs.add(torch.randn(50, 24, generator=torch.Generator().manual_seed(0)))
-    heads = surgery.plan_heads(view.config, 4, 2)
-    weights, pooled = surgery.cut(view, heads, range(4), inputs)
+    weights, pooled = surgery.cut(view, 2, range(4), inputs)
     assert pooled
     torch.testing.assert_close(weights["q.weight"], view.q.weight.detach().double())
     mean = view.k.weight.detach().double().view(2, 2, -1, 24).mean(1).flatten(0, 1)
@@ -290,10 +286,9 @@ def test_heads_that_keep_their_keys_compute_what_they_did(
     config = config_of(bias=True, qkv_bias=True)
     model = model_of(config)
     subject = Decoder(model)
-    heads = surgery.plan_heads(config.layers[0], len(kept), None)
-    weights = [surgery.cut(view, heads, kept)[0] for view in subject.views]
-    attention = [config.layers[0].replace(num_query_heads=len(kept))] * 2
-    cut = subject.converted(attention, weights).model
+    after, _ = surgery.plan_heads(config.layers[0], len(kept), None)
+    weights = [surgery.cut(view, after.num_kv_heads, kept)[0] for view in subject.views]
+    cut = subject.converted([after] * 2, weights).model
     size = config.layers[0].head_dim
     with torch.no_grad():
         for view in subject.views:

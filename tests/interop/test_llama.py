@@ -252,7 +252,17 @@ def test_sharded_weights_load(theirs, ids: torch.Tensor, tmp_path: Path) -> None
         ({"model_type": None}, "supported: sqa"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "48"}, "hidden_size in config.json must be a whole number above 0, got '48'"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads in config.json must be a whole number"),
+        ({"num_attention_heads": 96, "head_dim": None}, "head_dim must be a positive whole number"),
+        ({"rope_parameters": "none"}, "rope_parameters must be a JSON object, got 'none'"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope type must be default"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope type linear lacks factor"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": 3},
+            "layer_types must",
+        ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
         ({"rope_parameters": {**YARN, "mscale": 0.7}}, "mscale"),
@@ -287,6 +297,11 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
         data = (case / "model.safetensors").read_bytes()
         (case / "model.safetensors").write_bytes(data[: len(data) // 2])
 
+    def quantise(case: Path) -> None:
+        tensors = load_file(case / "model.safetensors")
+        key = "model.layers.0.self_attn.q_proj.weight"
+        save_file(tensors | {key: tensors[key].to(torch.int8)}, case / "model.safetensors")
+
     def tie(case: Path) -> None:
         values = json.loads((case / "config.json").read_text())
         (case / "config.json").write_text(json.dumps(values | {"tie_embeddings": True}))
@@ -296,9 +311,16 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
 
     refused("no config.json", lambda case: (case / "config.json").unlink())
     refused("not JSON", lambda case: (case / "config.json").write_text("{"))
+    refused(
+        "attention in config.json must be one object",
+        lambda case: (case / "config.json").write_text(
+            json.dumps(json.loads((case / "config.json").read_text()) | {"attention": None})
+        ),
+    )
     refused("no model.safetensors", lambda case: (case / "model.safetensors").unlink())
     refused("pickle.*save_pretrained", lambda case: (case / "model.safetensors").rename(case / "pytorch_model.bin"))
     refused("damaged or incomplete", truncate)
+    refused("q_proj.weight is int8, expected floating point of 16 bits or more", quantise)
     refused("tied embeddings", tie)
     refused("290 entries.*vocab_size is only 280", shrink)
     refused("tokenizer.*damaged", lambda case: (case / "tokenizer.json").write_text("{}"))

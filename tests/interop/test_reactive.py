@@ -169,8 +169,11 @@ def test_flash_attention_in_the_config_is_worth_one_warning(tmp_path: Path) -> N
         ({"use_rms_norm": False}, "use_rms_norm"),
         ({"use_head_norm": True}, "use_head_norm"),
         ({"att_type": "mla"}, "att_type"),
+        ({"att_type": ["sqa"]}, "att_type must be one of mha, gqa, mqa, sqa, got"),
         ({"att_groups": None}, "att_groups"),
-        ({"ff_dim": 25}, "48 rows, expected 50"),
+        ({"att_heads": "8"}, "att_heads in config.json must be a whole number above 0, got '8'"),
+        ({"seq_len": None}, "config.json lacks seq_len"),
+        ({"ff_dim": 25}, "expected 50 rows"),
         ({"vocab_size": 51}, r"\(50, 32\), expected \(51, 32\)"),
     ],
 )
@@ -182,8 +185,8 @@ def test_other_shapes_are_refused(changes: dict, message: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.layers.0.attention.q_proj.bias", torch.zeros(4), "unknown tensor model.layers.0.attention.q_proj"),
-        ("model.norm.weight", torch.zeros(4), "unknown tensor model.norm"),
+        ("model.layers.0.attention.q_proj.bias", torch.zeros(4), "unknown model.layers.0.self_attn.q_proj.bias"),
+        ("model.norm.weight", torch.zeros(4), "unknown model.norm"),
         ("model.head.bias", None, "missing lm_head.bias"),
         ("model.layers.1.ff.fc1.linear.bias", None, "missing model.layers.1.mlp"),
         ("model.layers.1.attention.rope.inv_freq", torch.ones(2) * 0.7, "rotary table"),

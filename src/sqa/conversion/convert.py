@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import resource
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from sqa.bench.machine import git_revision, machine, versions
 from sqa.bench.timing import take_turns
-from sqa.conversion.healing import distillation, heal, layerwise
+from sqa.conversion.healing import Objective, distillation, heal, layerwise
 from sqa.conversion.operation import operate
 from sqa.conversion.settings import Job, subject_class
 from sqa.conversion.subject import Subject
@@ -47,56 +47,45 @@ def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> Sta
     if settings.threads:
         torch.set_num_threads(settings.threads)
     state = _begin(job)
-    original: Subject = subject_class(job.source).load(job.source)
+    kind = subject_class(job.source)
+    original = kind.load(job.source)
     corpus = open_corpus(job.calibration)
     training, validation = corpus.documents("train"), corpus.documents("validation")
     display.note(f"reading {corpus.name}")
-
-    def read(documents: Iterator[str], rows: int) -> list[Any]:
-        return original.batches(job.source, documents, rows, settings.length, settings.batch_size)
-
+    read = partial(original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
     held_out = read(training, settings.sequences // 8)
     fit = read(training, settings.sequences - settings.sequences // 8)
     healing = read(training, settings.batch_size * settings.steps)
     evaluation = read(validation, settings.evaluation_tokens // settings.length)
     reference = original.outputs(evaluation)
-
     job.work.mkdir(parents=True, exist_ok=True)
 
-    def record(stage: str, subject: Subject, tokens: int) -> None:
+    def record(stage: str, subject: Subject, tokens: int = 0) -> None:
         measured = subject.measure(evaluation, original, reference)
         others = [row for row in state["stages"] if (row["stage"], row["tokens"]) != (stage, tokens)]
         state["stages"] = [*others, {"stage": stage, "tokens": tokens, **measured}]
         write_json(job.work / "state.json", state)
 
     if not (job.work / "refitted").is_dir():
-        record("original", original, 0)
+        record("original", original)
         dropped, refitted, state["layers"] = operate(job, original, fit, held_out, display)
-        record("dropped", dropped, 0)
-        record("refitted", refitted, 0)
+        record("dropped", dropped)
+        record("refitted", refitted)
         with native.new_directory(job.work / "refitted") as folder:
-            refitted.keep(folder)
+            refitted.save(folder, job.source, torch.float32)
         del dropped, refitted
-    student = original.restored(job.work / "refitted")
-    first = settings.layerwise_steps
-    phases = [
-        ("layers healed", student, layerwise(student, original), 0, healing[:first]),
-        ("distilled", student, distillation(student, original), first, healing[first:]),
-    ]
-    if settings.control:
-        control = copy.deepcopy(original)
-        phases.append(("control", control, control.loss, 0, healing))
-    for stage, subject, objective, offset, batches in phases:
+    student = kind.load(job.work / "refitted")
+
+    def phase(stage: str, subject: Subject, objective: Objective, batches: Sequence[Any], offset: int = 0) -> None:
         if not batches:
-            continue
-        everything = list(subject.model.parameters())
-        attention = [p for view in subject.views for linear in view.projections for p in linear.parameters()]
+            return
         display.start(f"healing: {stage}", len(batches))
         marks = {round(len(batches) * (i + 1) / MEASUREMENTS) for i in range(MEASUREMENTS)}
+        trained = list(subject.model.parameters())
+        if settings.train == "attention" or stage == "layers healed":
+            trained = [p for view in subject.views for linear in view.projections for p in linear.parameters()]
 
-        def on_step(
-            report: StepReport, stage: str = stage, subject: Any = subject, offset: int = offset, marks: Any = marks
-        ) -> None:
+        def on_step(report: StepReport) -> None:
             display.step(report)
             if report.step in marks:
                 record(stage, subject, (offset + report.step) * settings.tokens_per_step)
@@ -105,27 +94,35 @@ def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> Sta
             subject.model,
             objective,
             batches,
-            tokens_per_step=settings.tokens_per_step,
-            learning_rate=settings.learning_rate,
-            dtype=getattr(torch, settings.dtype),
-            trained=attention if settings.train == "attention" or stage == "layers healed" else everything,
+            settings,
+            trained=trained,
             folder=job.work / stage.replace(" ", "-"),
             on_step=on_step,
             should_stop=should_stop,
         )
         display.finish(f"{stage}: {progress.tokens:,} tokens in {progress.wall_s:.0f} s")
+
+    first = settings.layerwise_steps
+    phase("layers healed", student, layerwise(student, original), healing[:first])
+    phase("distilled", student, distillation(student, original), healing[first:], first)
+    if settings.control:
+        control = copy.deepcopy(original)
+        phase("control", control, control.loss, healing)
     state |= {
-        "cost": {name: model.cost(settings.length) for name, model in (("before", original), ("after", student))},
+        "cost": {
+            name: {"parameters": sum(parameter.numel() for parameter in subject.model.parameters())}
+            for name, subject in (("before", original), ("after", student))
+        },
         "speed": _speed(job, original, student, display),
         # of this process: what came before a resumption is not in it
         "wall_s": time.perf_counter() - start,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": _peak_bytes(),
         "machine": machine("cpu"),
         "versions": versions(),
         "git": git_revision(),
     }
     with native.new_directory(job.out) as folder:
-        student.save(folder, job.source)
+        student.save(folder, job.source, original.dtype)
         write_json(folder / "conversion.json", state)
     shutil.rmtree(job.work)
     return state
@@ -139,14 +136,28 @@ def _begin(job: Job) -> State:
     if not path.is_file():
         return {"settings": settings, "stages": [], "layers": []}
     state = native.read_json(path)
-    held = state["settings"]
-    changed = [f"{name}: {held[name]!r} there, {settings[name]!r} now" for name in held if held[name] != settings[name]]
+    held = state.get("settings", {})
+    changed = [
+        f"{name}: {held.get(name)!r} there, {settings.get(name)!r} now"
+        for name in settings | held
+        if held.get(name) != settings.get(name)
+    ]
     if changed:
         raise ValueError(
             f"output: {job.work} holds an unfinished conversion with other settings ({'; '.join(changed)}); "
             f"give those, or delete the folder"
         )
     return state
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process had so far; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _speed(job: Job, before: Subject, after: Subject, display: Display) -> list[State]:
@@ -157,9 +168,9 @@ def _speed(job: Job, before: Subject, after: Subject, display: Display) -> list[
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             if what == "prefill":
                 with torch.no_grad():
-                    subject.prefill(n)
+                    subject.prefill(subject.row(n))
                 return
-            loss = subject.training_loss(n)
+            loss = subject.loss(subject.row(n))
         loss.backward()
         subject.model.zero_grad()
 

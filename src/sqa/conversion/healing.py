@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqa.conversion.settings import Settings
 from sqa.conversion.subject import Subject
 from sqa.training.checkpoint import Checkpoints, Progress
 from sqa.training.loop import Interrupted, NonFiniteLoss, Recipe, StepReport, make_optimizer
@@ -26,12 +27,12 @@ def layerwise(student: Subject, teacher: Subject) -> Objective:
     """
 
     def objective(batch: Any) -> Tensor:
-        losses = []
         with torch.no_grad():
-            pairs = list(teacher.layers(batch))
-        for i, (read, given) in enumerate(pairs):
-            error = (student.attend(i, read, batch) - given).float().square().sum()
-            losses.append(error / given.float().square().sum())
+            pairs = teacher.layers(batch)
+        losses = [
+            (student.attend(i, read, batch) - given).float().square().sum() / given.float().square().sum()
+            for i, (read, given) in enumerate(pairs)
+        ]
         return torch.stack(losses).mean()
 
     return objective
@@ -52,10 +53,8 @@ def heal(
     model: nn.Module,
     objective: Objective,
     batches: Sequence[Any],
+    settings: Settings,
     *,
-    tokens_per_step: int,
-    learning_rate: float,
-    dtype: torch.dtype,
     trained: Sequence[nn.Parameter],
     folder: Path,
     on_step: Callable[[StepReport], None],
@@ -64,14 +63,13 @@ def heal(
     """Train on each batch once, at a warmed-up cosine rate, or go on from the last checkpoint in `folder`.
 
     All but the parameters `trained` stay as they are; dtype bfloat16 means autocast. A phase that is over has a last
-    checkpoint, and is not run again. Raises Interrupted after saving when `should_stop` says so, and
-    NonFiniteLoss.
+    checkpoint, and is not run again. Raises Interrupted after saving when `should_stop` says so, and NonFiniteLoss.
     """
     recipe = Recipe(
         steps=len(batches),
         batch_size=1,
         micro_batch_size=0,
-        learning_rate=learning_rate,
+        learning_rate=settings.learning_rate,
         warmup_fraction=0.1,
         weight_decay=0.0,
         clip_norm=1.0,
@@ -81,6 +79,7 @@ def heal(
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
+    dtype = getattr(torch, settings.dtype)
     optimizer = make_optimizer(model, recipe)
     checkpoints = Checkpoints(folder)
     progress = checkpoints.load(model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
@@ -97,7 +96,7 @@ def heal(
         optimizer.zero_grad()
         progress = Progress(
             step=progress.step + 1,
-            tokens=progress.tokens + tokens_per_step,
+            tokens=progress.tokens + settings.tokens_per_step,
             wall_s=progress.wall_s + time.perf_counter() - start,
         )
         if not math.isfinite(loss.item()):

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sqa.conversion.moments import AttentionView, Moments
+from sqa.conversion.moments import Moments
+from sqa.conversion.subject import AttentionView, Subject, watched
 
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to choose heads: what it looks at and what that costs beside one forward pass over the calibration text."""
-
-    about: str
-    cost: str
-    score: Callable[[AttentionView, Moments], Tensor] | None = None
-
-
-def _weight(view: AttentionView, moments: Moments) -> Tensor:
-    rows = view.q.weight.detach().double().unflatten(0, (-1, view.config.head_dim))
-    columns = view.o.weight.detach().double().unflatten(1, (-1, view.config.head_dim))
-    return (rows.square().sum((1, 2)) * columns.square().sum((0, 2))).sqrt()
-
-
-def _l2(view: AttentionView, moments: Moments) -> Tensor:
-    """Root of the sum over tokens of |W_h z_h|^2, with W_h the head's columns of the output projection."""
-    size = view.config.head_dim
-    weight = view.o.weight.detach().double()
-    scores = []
-    for start in range(0, weight.shape[1], size):
-        own = slice(start, start + size)
-        scores.append(((weight[:, own] @ moments.gram[own, own]) * weight[:, own]).sum())
-    return torch.stack(scores).sqrt()
-
-
-METHODS: dict[str, Method] = {
-    "random": Method(about="any heads, by the seed", cost="nothing"),
-    "weight": Method(about="norm of the head's query rows times that of its output columns", cost="nothing",
-                     score=_weight),
-    "l2": Method(about="L2 norm of what the head adds to the residual stream (arXiv 2407.14679)", cost="nothing",
-                 score=_l2),
-    "taylor": Method(about="gradient of the loss by a gate on the head (arXiv 1905.10650)", cost="a backward pass"),
-    "greedy": Method(about="drop one by one the head whose loss the others make good best",
-                     cost="one inverse of F x F a layer"),
-}  # fmt: skip
+METHODS = {
+    "random": "any heads, by the seed (takes nothing more)",
+    "weight": "norm of the head's query rows times that of its output columns (takes nothing more)",
+    "l2": "L2 norm of what the head adds to the residual stream (arXiv 2407.14679) (takes nothing more)",
+    "taylor": "gradient of the loss by a gate on the head (arXiv 1905.10650) (takes a backward pass more)",
+    "greedy": "drop one by one the head whose loss the others make good best (takes one inverse of F x F a layer more)",
+}
+"""What each looks at, and what that costs beside one forward pass over the calibration text."""
 
 
 def choose_heads(
@@ -75,11 +43,24 @@ def choose_heads(
         assert gate_gradients is not None
         scores = gate_gradients
     else:
-        score = METHODS[method].score
-        assert score is not None
-        scores = score(view, moments)
+        scores = weight_norms(view) if method == "weight" else l2_norms(view, moments)
     best = [sorted(pool, key=lambda head: -float(scores[head]))[:keep] for pool in pools]
     return sorted(head for heads in best for head in heads)
+
+
+def weight_norms(view: AttentionView) -> Tensor:
+    """Norm of each head's query rows times that of its output columns, (Hq,)."""
+    rows = view.q.weight.detach().double().unflatten(0, (-1, view.config.head_dim))
+    columns = view.o.weight.detach().double().unflatten(1, (-1, view.config.head_dim))
+    return (rows.square().sum((1, 2)) * columns.square().sum((0, 2))).sqrt()
+
+
+def l2_norms(view: AttentionView, moments: Moments) -> Tensor:
+    """(Hq,): root of the sum over tokens of |W_h z_h|^2, with W_h the head's columns of the output projection."""
+    size = view.config.head_dim
+    columns = view.o.weight.detach().double().split(size, dim=1)
+    grams = (moments.gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(len(columns)))
+    return torch.stack([(w @ gram * w).sum() for w, gram in zip(columns, grams, strict=True)]).sqrt()
 
 
 def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[int]], keep: int) -> list[int]:
@@ -108,25 +89,18 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     return sorted(left)
 
 
-def gate_gradients(
-    loss: Callable[[Item], Tensor], batches: Iterable[Item], views: Sequence[AttentionView]
-) -> list[Tensor]:
-    """For each layer (Hq,): the sum over sequences of |d loss / d gate|, with a gate of 1 on each head's output."""
+def gate_gradients(subject: Subject, batches: Iterable[Any]) -> list[Tensor]:
+    """For each layer (Hq,): the sum over sequences of |d loss / d gate|, with a gate of 1 on each head's output z.
+
+    By the chain rule that gradient is the sum of z * d loss / d z over the head's dimensions and the tokens.
+    """
+    views = subject.views
     totals = [torch.zeros(view.config.num_query_heads, dtype=torch.float64) for view in views]
-    gates: dict[int, Tensor] = {}
-
-    def gated(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        z = inputs[0].unflatten(-1, (views[index].config.num_query_heads, -1))
-        gates[index] = torch.ones(z.shape[0], z.shape[2], device=z.device, dtype=z.dtype, requires_grad=True)
-        return ((z * gates[index][:, None, :, None]).flatten(-2),)
-
-    handles = [view.o.register_forward_pre_hook(partial(gated, i)) for i, view in enumerate(views)]
-    try:
+    with watched([view.o for view in views]) as seen:
         for batch in batches:
-            value = loss(batch)
-            for i, gradient in enumerate(torch.autograd.grad(value, [gates[i] for i in range(len(views))])):
-                totals[i] += gradient.double().abs().sum(0).cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
+            loss = subject.loss(batch)
+            heads = [z for z, _ in seen]
+            for total, z, slope in zip(totals, heads, torch.autograd.grad(loss, heads), strict=True):
+                by_head = (z.detach() * slope).double().unflatten(-1, (len(total), -1))
+                total += by_head.sum((1, 3)).abs().sum(0).cpu()
     return totals

@@ -1,42 +1,14 @@
-"""What calibration text says of each attention layer, as sums: memory does not grow with the text.
+"""What calibration text says of a projection, as sums: memory does not grow with the text.
 
 Shapes: N tokens, d = d_model, F = Hq * head_dim features that the output projection reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-
-from sqa.config import AttentionConfig
-
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class AttentionView:
-    """One attention layer of a model, whatever class it is written in: its shape and its four projections."""
-
-    config: AttentionConfig
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-
-    @property
-    def projections(self) -> tuple[nn.Linear, ...]:
-        return self.q, self.k, self.v, self.o
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The output projection in fp64, (d, F), its bias as one more column where there is one."""
-        weight = self.o.weight.detach().double()
-        return weight if self.o.bias is None else torch.cat([weight, self.o.bias.detach().double()[:, None]], dim=1)
+from torch import Tensor
 
 
 class Moments:
@@ -76,34 +48,10 @@ class Moments:
         self.cross = weight @ self.gram
         self.energy = float((self.cross * weight).sum())
 
-
-def tokens_of(x: Tensor, real: Tensor | None) -> Tensor:
-    """(B, T, F) -> (N, F): the real positions, all where `real` (bool, (B, T)) is None."""
-    return x.flatten(0, 1) if real is None else x[real]
-
-
-def collect(
-    run: Callable[[Item], Tensor | None],
-    batches: Iterable[Item],
-    modules: Sequence[nn.Linear],
-    add: Callable[[int, Tensor], None],
-) -> None:
-    """Run the batches and call `add(i, read)` with what each of the modules read, tokens as rows.
-
-    `run` returns which positions are real, bool (B, T), or None when all are.
-    """
-    seen: dict[int, Tensor] = {}
-
-    def keep(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[index] = inputs[0]
-
-    handles = [module.register_forward_pre_hook(partial(keep, i)) for i, module in enumerate(modules)]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                real = run(batch)
-                for index, read in seen.items():
-                    add(index, tokens_of(read, real))
-    finally:
-        for handle in handles:
-            handle.remove()
+    def of_heads(self, heads: Sequence[int], head_dim: int) -> Moments:
+        """The moments of some heads' features, the constant kept."""
+        own = [head * head_dim + i for head in heads for i in range(head_dim)]
+        index = torch.tensor(own + [len(self.gram) - 1] * self.constant)
+        part = Moments(len(own), len(self.cross), constant=self.constant)
+        part.gram, part.cross, part.energy = self.gram[index][:, index], self.cross[:, index], self.energy
+        return part

@@ -15,7 +15,6 @@ from sqa.files import replacing
 
 State = dict[str, Any]
 
-
 _MEANINGS = {
     "loss": "loss: nats a real token of the validation text; kl: to the original, nats a token.",
     "cosine": "cosine: of embeddings to the original's; neighbours: share of the nearest ten passages that stay.",
@@ -40,11 +39,9 @@ def planned(job: Job) -> Group:
         (f"MFLOP, forward, {n:,} tokens", lambda layer: attention_flops(layer, n) / 1e6),
     ):
         table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, job.after)))
-    method = METHODS[settings.method]
     total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
     lines = (
-        f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {method.about} "
-        f"(takes {method.cost} more)",
+        f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {METHODS[settings.method]}",
         f"healing: {total:,} tokens, {first:,} of them layer by layer; each takes a forward pass of the original and "
         f"a training step of the new model" + (", and one of the original" if settings.control else ""),
         f"verdict: {settings.evaluation_tokens:,} tokens at each stage; speed at {', '.join(map(str, job.speed_at))}",
@@ -74,12 +71,10 @@ def speed_table(state: State) -> Group:
     for row in state["speed"]:
         times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
         speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
-    before, after = state["cost"]["before"], state["cost"]["after"]
-    return Group(
-        speed,
-        f"parameters {before['parameters']:,} -> {after['parameters']:,}; "
-        f"converting took {state['wall_s']:,.0f} s and {state['peak_bytes'] / 2**30:.1f} GiB at the peak",
-    )
+    before, after = (state["cost"][name]["parameters"] for name in ("before", "after"))
+    peak = state["peak_bytes"]
+    memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB at the peak"
+    return Group(speed, f"parameters {before:,} -> {after:,}; converting took {state['wall_s']:,.0f} s{memory}")
 
 
 def plot(state: State, path: Path) -> None:

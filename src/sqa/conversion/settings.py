@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sqa.config import AttentionConfig, nearest
 from sqa.conversion import importance, surgery
 from sqa.conversion.decoder import Decoder
+from sqa.conversion.subject import Subject
 from sqa.data import open_corpus
-from sqa.interop import native
+from sqa.interop import check_like, load_config, native
 from sqa.interop.hub import local_directory
 
 
@@ -86,7 +87,7 @@ class Settings:
         return round(self.layerwise * self.steps)
 
 
-def subject_class(directory: Path) -> type[Any]:
+def subject_class(directory: Path) -> type[Subject]:
     """Decoder or Encoder, by the model_type of the directory."""
     if native.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
         from sqa.conversion.encoder import Encoder
@@ -97,15 +98,15 @@ def subject_class(directory: Path) -> type[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A conversion that is known to fit: from which directory, to where, by which heads of each layer."""
+    """A conversion that is known to fit: from which directory, to where, by which layers and pools of their heads."""
 
     source: Path
     out: Path
     calibration: str
     settings: Settings
-    heads: tuple[surgery.Heads, ...]
     before: tuple[AttentionConfig, ...]
     after: tuple[AttentionConfig, ...]
+    pools: tuple[list[range], ...]
     speed_at: tuple[int, ...]
 
     @property
@@ -122,12 +123,10 @@ def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job
         raise ValueError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
     subject = subject_class(directory)
     before, longest = subject.shape(directory)
-    heads = tuple(surgery.plan_heads(layer, settings.query_heads, settings.kv_heads) for layer in before)
-    after = tuple(
-        layer.replace(num_query_heads=each.num_query_heads, num_kv_heads=each.num_kv_heads)
-        for layer, each in zip(before, heads, strict=True)
-    )
-    subject.check(directory, after)
+    planned = (surgery.plan_heads(layer, settings.query_heads, settings.kv_heads) for layer in before)
+    after, pools = zip(*planned, strict=True)
+    if subject is Decoder:
+        check_like(load_config(directory).replace(attention=after), directory)
     if settings.length > longest:
         raise ValueError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
     if subject is not Decoder and (settings.method == "taylor" or settings.control):
@@ -139,8 +138,8 @@ def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job
         out=out,
         calibration=calibration,
         settings=settings,
-        heads=heads,
         before=before,
         after=after,
+        pools=pools,
         speed_at=tuple(n for n in speed_at if n <= longest),
     )

@@ -6,48 +6,36 @@ Shapes: D = head_dim, d = d_model, F = Hq * D.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sqa.config import AttentionConfig
-from sqa.conversion.moments import AttentionView, Moments
+from sqa.conversion.moments import Moments
+from sqa.conversion.subject import AttentionView
 
 DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 """Shares of the mean of the diagonal that are tried as ridge penalty."""
 
 
-@dataclass(frozen=True)
-class Heads:
-    """How many heads a layer keeps, and among which they are chosen: `keep` query heads of each of `pools`."""
+def plan_heads(
+    config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None
+) -> tuple[AttentionConfig, list[range]]:
+    """The layer with fewer heads, and the pools of query heads of which it keeps the same number each.
 
-    num_query_heads: int
-    num_kv_heads: int
-    pools: tuple[tuple[int, ...], ...]
-
-    @property
-    def keep(self) -> int:
-        return self.num_query_heads // len(self.pools)
-
-
-def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None) -> Heads:
-    """The pools of a layer. Without `num_kv_heads` a layer keeps its own, and one of multi-head attention as many as
-    query heads.
-
-    Query heads that share a KV head stay together, so a pool is what will share one; where each query head has a KV
-    head of its own and keeps it, all heads are one pool. Raises ValueError with the numbers that would fit.
+    Without `num_kv_heads` a layer keeps its own, and one of multi-head attention as many as query heads. Query heads
+    that share a KV head stay together, so a pool is what will share one; where each query head has a KV head of its
+    own and keeps it, all heads are one pool. Raises ValueError with the numbers that would fit.
     """
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     if heads < kv_heads:
         raise ValueError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
     multi_head = heads == kv_heads
     kept_kv = num_kv_heads or (num_query_heads if multi_head else kv_heads)
-    if multi_head and kept_kv == num_query_heads:
-        if not 1 <= num_query_heads <= heads:
-            raise ValueError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
-        return Heads(num_query_heads, kept_kv, (tuple(range(heads)),))
-    if kept_kv < 1 or kv_heads % kept_kv:
+    one_pool = multi_head and kept_kv == num_query_heads
+    if one_pool and not 1 <= num_query_heads <= heads:
+        raise ValueError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
+    if not one_pool and (kept_kv < 1 or kv_heads % kept_kv):
         fits = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
         raise ValueError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {kept_kv}")
     if num_query_heads % kept_kv or not 1 <= num_query_heads <= heads:
@@ -56,12 +44,13 @@ def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int 
             f"convert: query_heads must be a multiple of {kept_kv} KV heads, at most {heads} ({fits}), "
             f"got {num_query_heads}"
         )
-    size = heads // kept_kv
-    return Heads(num_query_heads, kept_kv, tuple(tuple(range(start, start + size)) for start in range(0, heads, size)))
+    size = heads if one_pool else heads // kept_kv
+    pools = [range(start, start + size) for start in range(0, heads, size)]
+    return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), pools
 
 
 def cut(
-    view: AttentionView, heads: Heads, kept: Sequence[int], inputs: Moments | None = None
+    view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Moments | None = None
 ) -> tuple[dict[str, Tensor], bool]:
     """Weights of a layer with the query heads `kept` (in rising order), by the names of AttentionView's projections.
 
@@ -71,23 +60,20 @@ def cut(
     see (not under QK-norm, whose weights they would not pass). Returns whether any were pooled as well: if not, each
     kept head computes what it computed before.
     """
+    pooled = False
     config, size = view.config, view.config.head_dim
     shared = config.num_query_heads // config.num_kv_heads
     parts = {name: _by_head(getattr(view, name), size, columns=name == "o") for name in "qkvo"}
     q, o = ({head: parts[name][head] for head in kept} for name in "qo")
-    keys, values = [], []
-    share = len(kept) // heads.num_kv_heads
-    pooled = False
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    share = len(kept) // num_kv_heads
     for first in range(0, len(kept), share):
         own = kept[first : first + share]
         sources = sorted({head // shared for head in own})
-        if len(sources) == 1:
-            keys.append(parts["k"][sources[0]])
-            values.append(parts["v"][sources[0]])
-            continue
-        pooled = True
+        pooled |= len(sources) > 1
         turns = {name: [torch.eye(size, dtype=torch.float64)] * len(sources) for name in "kv"}
-        if inputs is not None:
+        if inputs is not None and len(sources) > 1:
             turns["v"] = _align([parts["v"][s] for s in sources], inputs.gram, pairs=None)
             if not config.qk_norm:
                 turns["k"] = _align([parts["k"][s] for s in sources], inputs.gram, pairs=_rotary_pairs(config))
@@ -169,14 +155,3 @@ def refit(weight: Tensor, fit: Moments, held_out: Moments) -> Tensor:
         if error < lowest:
             best, lowest = fitted, error
     return best
-
-
-def select(moments: Moments, heads: Sequence[int], head_dim: int) -> Moments:
-    """The moments of some heads' features, the constant kept."""
-    size = len(moments.gram)
-    index = torch.tensor(
-        [head * head_dim + i for head in heads for i in range(head_dim)] + [size - 1] * moments.constant
-    )
-    part = Moments(len(heads) * head_dim, len(moments.cross), constant=moments.constant)
-    part.gram, part.cross, part.energy = moments.gram[index][:, index], moments.cross[:, index], moments.energy
-    return part

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +38,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def load_config(source: str | Path) -> ModelConfig:
     """The ModelConfig of a model directory of any kind that `load_model` reads."""
-    return _model_config(native.read_config(local_directory(source)))
-
-
-def _model_config(values: dict[str, Any]) -> ModelConfig:
-    kind = values.get("model_type")
-    if kind == native.MODEL_TYPE:
-        return native.model_config(values)
-    if kind in llama.MODEL_TYPES:
-        return llama.model_config(values)
-    if reactive.is_reactive(values):
-        return reactive.model_config(values)
-    raise ValueError(
-        f"model: config.json has model_type {kind!r}; supported: {native.MODEL_TYPE}, {', '.join(llama.MODEL_TYPES)} "
-        f"and ReactiveAI's SQAT format"
-    )
+    return _read_config(local_directory(source))[0]
 
 
 def load_model(source: str | Path) -> Transformer:
@@ -60,14 +48,26 @@ def load_model(source: str | Path) -> Transformer:
     Raises ValueError, naming what is wrong, for anything missing, unknown, damaged, misshapen or pickled.
     """
     directory = local_directory(source)
+    config, to_ours = _read_config(directory)
+    return native.build(config, to_ours(native.read_tensors(directory)), str(directory))
+
+
+def _read_config(directory: Path) -> tuple[ModelConfig, Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+    """The config of a model directory, and what makes our tensors of those in its files."""
     values = native.read_config(directory)
-    config = _model_config(values)
-    tensors = native.read_tensors(directory)
-    if values.get("model_type") in llama.MODEL_TYPES:
-        tensors = llama.state_from_stock(tensors, config, values)
-    elif values.get("model_type") != native.MODEL_TYPE:
-        tensors = reactive.state_from_reactive(tensors, config)
-    return native.build(config, tensors, str(directory))
+    kind = values.get("model_type")
+    if kind == native.MODEL_TYPE:
+        return native.model_config(values), dict
+    if kind in llama.MODEL_TYPES:
+        config = llama.model_config(values)
+        return config, partial(llama.state_from_stock, config=config, values=values)
+    if reactive.is_reactive(values):
+        config = reactive.model_config(values)
+        return config, partial(reactive.state_from_reactive, config=config)
+    raise ValueError(
+        f"model: config.json has model_type {kind!r}; supported: {native.MODEL_TYPE}, {', '.join(llama.MODEL_TYPES)} "
+        f"and ReactiveAI's SQAT format"
+    )
 
 
 def import_model(source: str | Path, out: Path) -> list[str]:
@@ -79,11 +79,7 @@ def import_model(source: str | Path, out: Path) -> list[str]:
     with native.new_directory(out) as folder:
         save_model(model, folder)
         native.copy_tokenizer(directory, folder)
-    return [] if tokenizer is not None else [_no_tokenizer(directory)]
-
-
-def _no_tokenizer(directory: Path) -> str:
-    return f"{directory} has no tokenizer.json: only the weights were written"
+    return _notes(directory, tokenizer)
 
 
 def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
@@ -99,39 +95,40 @@ def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None
     native.refuse_existing(out)
     config = load_config(source_dir)
     tokenizer = native.read_tokenizer(source_dir, config.vocab_size)
+    # what a format cannot hold is refused before the weights are read
     if format == "gguf":
         from sqa.interop.gguf import check_gguf, write_gguf
 
         check_gguf(config, tokenizer, out, dtype or "f32")
         write_gguf(load_model(source_dir), tokenizer, out, dtype or "f32")
-    elif format in ("hf", "hf-remote"):
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        stock = format == "hf"
-        if stock:
-            llama.stock_config(config, dtype=torch.float32)  # refuses before the weights are read
-        elif not config.causal:
-            raise ValueError("export: an encoder (causal=False) is no causal language model; nothing to export")
-        model = load_model(source_dir)
-        chosen = model.lm_head.weight.dtype if dtype is None else _DTYPES[dtype]
-        with native.new_directory(out) as folder:
-            _write_hugging_face(model, folder, source_dir, tokenizer, stock=stock, dtype=chosen)
-    else:
+        return _notes(source_dir, tokenizer)
+    if format == "hf":
+        llama.stock_config(config)
+    elif format != "hf-remote":
         raise ValueError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
-    return [] if tokenizer is not None else [_no_tokenizer(source_dir)]
+    elif not config.causal:
+        raise ValueError("export: an encoder (causal=False) is no causal language model; nothing to export")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    model = load_model(source_dir)
+    if dtype is not None:
+        model.to(_DTYPES[dtype])
+    with native.new_directory(out) as folder:
+        _write_hugging_face(model, folder, source_dir, tokenizer, stock=format == "hf")
+    return _notes(source_dir, tokenizer)
 
 
 def check_like(config: ModelConfig, source: Path) -> None:
     """Raise ValueError when a model of this config cannot be written as the kind of directory that `source` is."""
     if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
-        llama.stock_config(config, dtype=torch.float32)
+        llama.stock_config(config)
 
 
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
     """Write the kind of directory that `source` is: a stock Hugging Face one, else ours; with its tokenizer."""
     if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
         tokenizer = native.read_tokenizer(source, model.config.vocab_size)
-        _write_hugging_face(model, folder, source, tokenizer, stock=True, dtype=model.lm_head.weight.dtype)
+        _write_hugging_face(model, folder, source, tokenizer, stock=True)
     else:
         save_model(model, folder)
         native.copy_tokenizer(source, folder)
@@ -146,13 +143,15 @@ def end_token(source: Path, tokenizer: Any) -> int | None:
     return given[0] if isinstance(given, list) else given
 
 
-def _write_hugging_face(
-    model: Transformer, folder: Path, source: Path, tokenizer: Any, *, stock: bool, dtype: torch.dtype
-) -> None:
-    tensors: dict[str, Tensor] = native.state_dict(model, dtype)
+def _notes(source: Path, tokenizer: Any) -> list[str]:
+    return [] if tokenizer is not None else [f"{source} has no tokenizer.json: only the weights were written"]
+
+
+def _write_hugging_face(model: Transformer, folder: Path, source: Path, tokenizer: Any, *, stock: bool) -> None:
+    tensors = native.state_dict(model)
     if stock:
-        values = llama.stock_config(model.config, dtype=dtype)
-        tensors = llama.stock_state(model, tensors)
+        values = llama.stock_config(model.config)
+        tensors = llama.stock_state(tensors, model.config)
     else:
         values = {"model_type": native.MODEL_TYPE, **model.config.to_dict()} | {
             "architectures": ["SqaForCausalLM"],
@@ -160,9 +159,9 @@ def _write_hugging_face(
                 "AutoConfig": "modeling_sqa.SqaConfig",
                 "AutoModelForCausalLM": "modeling_sqa.SqaForCausalLM",
             },
-            "dtype": str(dtype).removeprefix("torch."),
         }
         shutil.copyfile(Path(__file__).with_name("modeling_sqa.py"), folder / "modeling_sqa.py")
+    values["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | _write_tokenizer(folder, source, tokenizer, model.config))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -14,7 +16,6 @@ from sqa.files import write_json, write_safetensors
 from sqa.interop import native
 
 try:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import BertConfig, BertModel
 
     from sqa.interop.modeling_sqa_bert import SqaBertConfig, SqaBertModel
@@ -31,7 +32,7 @@ def load_config(directory: Path) -> BertConfig:
     """The config of a directory that `load_bert` reads. Raises ValueError as that does."""
     values = native.read_config(directory)
     kind = values.get("model_type")
-    if kind not in MODEL_TYPES:
+    if kind not in tuple(MODEL_TYPES):
         raise ValueError(f"model: config.json has model_type {kind!r}; supported here: {', '.join(MODEL_TYPES)}")
     for name, plain in (
         ("is_decoder", False),
@@ -41,9 +42,18 @@ def load_config(directory: Path) -> BertConfig:
     ):
         if (value := values.get(name, plain)) != plain:
             raise ValueError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
-    try:
+    counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    native.require_counts(values, *(name for name in counts if name in values))
+    with _plain_errors(directory):
         return MODEL_TYPES[kind][0].from_dict(values)
-    except StrictDataclassError as error:
+
+
+@contextmanager
+def _plain_errors(directory: Path) -> Iterator[None]:
+    """ValueError for what transformers raises on a config that it cannot build, which is of any kind."""
+    try:
+        yield
+    except Exception as error:
         raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
 
 
@@ -63,10 +73,8 @@ def load_bert(directory: Path) -> BertModel:
             f"AutoModel.from_pretrained(IN).save_pretrained(OUT)"
         )
     model_class = MODEL_TYPES[config.model_type][1]
-    try:
+    with _plain_errors(directory):
         model = model_class(config, add_pooling_layer="pooler.dense.weight" in tensors)
-    except KeyError as error:  # an activation that transformers does not know
-        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {error} is unknown") from None
     native.check_tensors(model.state_dict(), tensors, str(directory))
     model.to(tensors["embeddings.word_embeddings.weight"].dtype).load_state_dict(tensors)
     return model.eval()

@@ -7,35 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sqa.config import ModelConfig
+from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 from sqa.files import replacing
-from sqa.interop.llama import rotary_keys, stock_config, stock_state, to_interleaved
+from sqa.interop.llama import repaired, stock_config, stock_state
 from sqa.interop.native import state_dict
 from sqa.model import Transformer
 
-# dtype -> (type of matrices, file type), by their names in the gguf package
-_TYPES = {
-    "f32": ("F32", "ALL_F32"),
-    "f16": ("F16", "MOSTLY_F16"),
-    "bf16": ("BF16", "MOSTLY_BF16"),
-    "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
-}
+try:
+    import gguf
+except ImportError:
+    raise ImportError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
+
+_DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
     """Raise ValueError for what a GGUF file of the llama or qwen3 architecture cannot hold, and what to change."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ImportError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
     if out.suffix != ".gguf":
         raise ValueError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
-    if dtype not in _TYPES:
-        raise ValueError(f"export: dtype must be one of {', '.join(_TYPES)} for gguf, got {dtype!r}")
-    stock_config(config, dtype=torch.float32)
+    if dtype not in _DTYPES:
+        raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)} for gguf, got {dtype!r}")
+    stock_config(config)
     layer = config.layers[0]
     if any(each.window is not None for each in config.layers):
         raise ValueError(
@@ -65,22 +60,18 @@ def _is_gpt2_bpe(tokenizer: dict[str, Any]) -> bool:
 
 def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> None:
     """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
-    import gguf
-
     config, layer = model.config, model.config.layers[0]
     arch = gguf.MODEL_ARCH.QWEN3 if layer.qk_norm else gguf.MODEL_ARCH.LLAMA
-    tensors = stock_state(model, state_dict(model, torch.float32))
+    tensors = stock_state(state_dict(model.float()), config)
     if arch == gguf.MODEL_ARCH.LLAMA:  # llama.cpp pairs (2j, 2j+1) there, and (j, j + head_dim/2) for qwen3
-        for i in range(config.num_layers):
-            for key in rotary_keys(i, tensors):
-                tensors[key] = to_interleaved(tensors[key], layer.head_dim)
+        tensors = repaired(tensors, layer.head_dim, interleaved=True)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
-    quantization, file_type = _TYPES[dtype]
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
         try:
-            writer.add_file_type(gguf.LlamaFileType[file_type])
+            writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_vocab_size(config.vocab_size)
             writer.add_context_length(config.max_seq_len)
@@ -100,8 +91,8 @@ def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> Non
             for key, tensor in tensors.items():
                 name = names.get_name(key, try_suffixes=(".weight", ".bias"))
                 assert name is not None, key
-                data, kind = _quantized(tensor, gguf.GGMLQuantizationType[quantization])
-                writer.add_tensor(name, data, raw_dtype=kind)
+                data, stored = _quantized(tensor, kind)
+                writer.add_tensor(name, data, raw_dtype=stored)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -111,8 +102,6 @@ def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> Non
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
     """The data of one tensor: vectors stay F32, and rows that blocks do not divide F16."""
-    import gguf
-
     data = tensor.numpy()
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
     if data.ndim == 1:
@@ -123,10 +112,6 @@ def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
-    import gguf
-
-    from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
-
     values = json.loads(tokenizer.to_str())
     special = {entry["id"] for entry in values["added_tokens"] if entry["special"]}
     tokens = [f"<|unused{i}|>" for i in range(vocab_size)]

@@ -85,13 +85,6 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-_USAGE = {
-    "hf": "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({name!r})",
-    "hf-remote": "from transformers import AutoModelForCausalLM\n\n"
-    "model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)",
-}
-
-
 def push_to_hub(
     source: Path,
     repo_id: str,
@@ -109,15 +102,19 @@ def push_to_hub(
     """
     from sqa.interop import export, load_config
 
-    if format not in _USAGE:
-        raise ValueError(f"push: format must be one of {', '.join(_USAGE)}, got {format!r}")
+    if format not in ("hf", "hf-remote"):
+        raise ValueError(f"push: format must be one of hf, hf-remote, got {format!r}")
     if not _HUB_NAME.fullmatch(repo_id):
         raise ValueError(f"push: repo_id must be owner/name, got {repo_id!r}")
     hub = _hub()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         export(source, out, format=format)
-        usage = f"```python\n{_USAGE[format].format(name=repo_id)}\n```\n"
+        options = ", trust_remote_code=True" if format == "hf-remote" else ""
+        usage = (
+            f"```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({repo_id!r}{options})\n```\n"
+        )
         card = model_card(load_config(source), licence=licence, result=result, plan=plan, usage=usage)
         (out / "README.md").write_text(card, encoding="utf-8")
         api = hub.HfApi()

@@ -5,45 +5,41 @@ A layer with fewer query heads is a plain Llama layer with num_attention_heads =
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
-from sqa.model import Transformer
+from sqa.interop.native import require_counts
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-# transformers' names of what RopeScaling holds
-_SCALING_NAMES = {"kind": "rope_type", "original_max_seq_len": "original_max_position_embeddings"}
+# what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
 _SCALING_FIELDS = {
-    "linear": ("kind", "factor"),
-    "llama3": ("kind", "factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("kind", "factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
+_ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows are rotary dimensions
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read a config.json of one of MODEL_TYPES. Raises ValueError for what such a model may have and ours has not."""
     kind = values["model_type"]
-    needed = (
+    optional = [name for name in ("head_dim", "num_key_value_heads") if values.get(name)]
+    require_counts(
+        values,
         "hidden_size",
         "num_attention_heads",
         "num_hidden_layers",
         "intermediate_size",
         "vocab_size",
         "max_position_embeddings",
+        *optional,
     )
-    if absent := [name for name in needed if values.get(name) is None]:
-        raise ValueError(f"model: config.json ({kind}) lacks {', '.join(absent)}")
     for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
         if values.get(name, allowed) != allowed:
             raise ValueError(f"model: {name} must be {allowed!r} to be read here, got {values[name]!r}")
@@ -52,7 +48,9 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     attention_bias = bool(values.get("attention_bias")) and kind in ("llama", "qwen3")
     attention = AttentionConfig(
         d_model=d_model,
-        num_heads=max(heads, d_model // head_dim),  # the nominal count of an exported layer with fewer query heads
+        num_heads=max(
+            heads, d_model // max(head_dim, 1)
+        ),  # the nominal count of an exported layer with fewer query heads
         num_query_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=head_dim,
@@ -83,18 +81,22 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
     types = values.get("layer_types") or [
         "sliding_attention" if i >= values.get("max_window_layers", 28) else "full_attention" for i in range(count)
     ]
-    if len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
         raise ValueError(f"model: layer_types must be {count} of full_attention and sliding_attention, got {types}")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def _read_rope(values: Mapping[str, Any]) -> Rope:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
-    given = dict(values.get("rope_parameters") or {})
-    given |= values.get("rope_scaling") or {}  # transformers lets the older name win
+    given: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):  # transformers lets the older name win
+        if not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"model: {name} must be a JSON object, got {values[name]!r}")
+        given |= {key: value for key, value in (values.get(name) or {}).items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
-    kind: Any = given.pop("rope_type", None) or given.get("type") or "default"
-    given.pop("type", None)
+    kind = given.pop("type", "default")
+    kind = given.pop("rope_type", kind)
     partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(
@@ -102,21 +104,18 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
         )
     if kind == "default":
         return Rope(base=base)
-    if kind not in _SCALING_FIELDS:
+    if kind not in tuple(_SCALING_FIELDS):
         raise ValueError(
             f"model: rope type must be default, {', '.join(_SCALING_FIELDS)} to be read here, got {kind!r}"
         )
-    ours = {
-        _SCALING_NAMES.get(name, name): name
-        for name in (*_SCALING_FIELDS[kind], "original_max_seq_len")
-        if name != "kind"
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if unknown := set(given) - set(ours):
-        raise ValueError(f"model: rope type {kind} has fields not read here: {', '.join(sorted(unknown))}")
+    length = given.pop("original_max_position_embeddings", values["max_position_embeddings"])
     if kind != "linear":
-        given.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    return Rope(base=base, scaling=RopeScaling(kind=kind, **{ours[name]: value for name, value in given.items()}))
+        given["original_max_seq_len"] = length
+    if unknown := set(given) - set(_SCALING_FIELDS[kind]):
+        raise ValueError(f"model: rope type {kind} has fields not read here: {', '.join(sorted(unknown))}")
+    if "factor" not in given:
+        raise ValueError(f"model: rope type {kind} lacks factor")
+    return Rope(base=base, scaling=RopeScaling(kind=kind, **given))
 
 
 def state_from_stock(
@@ -126,23 +125,17 @@ def state_from_stock(
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors
-    absent = {"lm_head.bias": config.vocab_size}
-    for i in range(config.num_layers):
-        if not values.get("attention_bias"):
-            absent[f"model.layers.{i}.self_attn.o_proj.bias"] = config.d_model
-        if not values.get("mlp_bias"):
-            for name, size in (
-                ("gate_proj", config.d_ff),
-                ("up_proj", config.d_ff),
-                ("down_proj", config.d_model),
-            ):
-                absent[f"model.layers.{i}.mlp.{name}.bias"] = size
-    dtype = next(iter(tensors.values())).dtype
+    sizes = {} if values.get("attention_bias") else {"self_attn.o_proj": config.d_model}
+    if not values.get("mlp_bias"):
+        sizes |= {"mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff, "mlp.down_proj": config.d_model}
+    absent = {f"model.layers.{i}.{name}.bias": size for i in range(config.num_layers) for name, size in sizes.items()}
+    absent["lm_head.bias"] = config.vocab_size
+    dtype = next((tensor.dtype for tensor in tensors.values()), None)
     return tensors | {key: torch.zeros(size, dtype=dtype) for key, size in absent.items()}
 
 
-def stock_config(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of the stock class that holds this model: Llama, Mistral, Qwen2 or Qwen3.
+def stock_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json, but for the dtype, of the stock class that holds this model: Llama, Mistral, Qwen2 or Qwen3.
 
     Raises ValueError with the reasons, and what to change, when there is none.
     """
@@ -166,9 +159,8 @@ def stock_config(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
         )
     assert layer.rope is not None
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
-        "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -187,9 +179,9 @@ def stock_config(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
         values["attention_bias"] = False
     if kind == "llama":
         values["mlp_bias"] = False
-    if kind == "mistral":
+    elif kind == "mistral":
         values["sliding_window"] = layer.window
-    if kind.startswith("qwen"):
+    else:
         window = next((each for each in windows if each is not None), None)
         values |= {
             "use_sliding_window": window is not None,
@@ -226,38 +218,26 @@ def _why_not_stock(config: ModelConfig) -> list[str]:
 def _write_rope(rope: Rope) -> dict[str, Any]:
     if rope.scaling is None:
         return {"rope_type": "default", "rope_theta": rope.base}
-    ours = asdict(rope.scaling)
-    fields = {
-        _SCALING_NAMES.get(name, name): ours[name]
-        for name in _SCALING_FIELDS[rope.scaling.kind]
-        if ours[name] is not None
+    values = {"rope_type": rope.scaling.kind, "rope_theta": rope.base}
+    for name in _SCALING_FIELDS[rope.scaling.kind]:
+        if (value := getattr(rope.scaling, name)) is not None:
+            values[name.replace("max_seq_len", "max_position_embeddings")] = value
+    return values
+
+
+def stock_state(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors as Llama pairs rotary dimensions."""
+    rope, head_dim = config.layers[0].rope, config.layers[0].head_dim
+    return repaired(tensors, head_dim, interleaved=False) if rope is not None and rope.interleaved else tensors
+
+
+def repaired(tensors: Mapping[str, Tensor], head_dim: int, *, interleaved: bool) -> dict[str, Tensor]:
+    """Tensors with the rows of queries and keys in another order of rotary pairs.
+
+    From (j, j + head_dim/2) to (2j, 2j+1) if `interleaved`, else the other way.
+    """
+    shape = (-1, 2, head_dim // 2) if interleaved else (-1, head_dim // 2, 2)
+    return {
+        key: value.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous() if _ROTARY.search(key) else value
+        for key, value in tensors.items()
     }
-    return {**fields, "rope_theta": rope.base}
-
-
-def stock_state(model: Transformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors as Llama pairs rotary dimensions; the same unless ours are interleaved."""
-    interleaved = [layer.rope is not None and layer.rope.interleaved for layer in model.config.layers]
-    result = dict(tensors)
-    for i, layer in enumerate(model.config.layers):
-        if interleaved[i]:
-            for key in rotary_keys(i, tensors):
-                result[key] = to_half_split(tensors[key], layer.head_dim)
-    return result
-
-
-def rotary_keys(layer_index: int, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of a layer whose rows are rotary dimensions."""
-    prefix = f"model.layers.{layer_index}.self_attn."
-    names = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias", "q_norm.weight", "k_norm.weight")
-    return [prefix + name for name in names if prefix + name in tensors]
-
-
-def to_half_split(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads * head_dim, ...) whose pairs are (2j, 2j+1), reordered to pairs (j, j + head_dim/2)."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def to_interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of to_half_split."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()

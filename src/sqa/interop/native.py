@@ -86,10 +86,23 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of our own config.json; what transformers adds to an hf-remote one is left aside."""
     values = {key: value for key, value in values.items() if key != "model_type"}
+    if not isinstance(values.get("attention", {}), dict | list):
+        raise ValueError(
+            f"model: attention in config.json must be one object or a list of them, got {values['attention']!r}"
+        )
     if "auto_map" in values:
         known = {field.name for field in fields(ModelConfig)}
         values = {key: value for key, value in values.items() if key in known}
     return ModelConfig.from_dict(values)
+
+
+def require_counts(values: Mapping[str, Any], *names: str) -> None:
+    """Raise ValueError unless these fields of a config.json are there and whole numbers above 0."""
+    if absent := [name for name in names if values.get(name) is None]:
+        raise ValueError(f"model: config.json lacks {', '.join(absent)}")
+    for name in names:
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"model: {name} in config.json must be a whole number above 0, got {values[name]!r}")
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -132,11 +145,9 @@ def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Tra
     return model
 
 
-def state_dict(model: Transformer, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def state_dict(model: Transformer) -> dict[str, Tensor]:
     """The weights as files hold them: on the CPU, contiguous, tied ones once."""
-    tensors = {
-        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in model.state_dict().items()
-    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
     return tensors

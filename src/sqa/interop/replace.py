@@ -57,6 +57,7 @@ class MultiheadSparseQueryAttention(nn.Module):
 
     def __init__(self, config: AttentionConfig, *, output_bias: bool, batch_first: bool) -> None:
         super().__init__()
+        self.config = config
         self.attention = SparseQueryAttention(config, output_bias=output_bias)
         self.batch_first = batch_first
         self.num_heads = config.num_query_heads
@@ -76,7 +77,7 @@ class MultiheadSparseQueryAttention(nn.Module):
 
         Raises ValueError for a mask it cannot honour, and when key and value are not the same tensor.
         """
-        causal = self.attention.config.causal
+        causal = self.config.causal
         if value is not key:
             raise ValueError("attention: key and value must be the same tensor")
         if (is_causal or attn_mask is not None) != causal or (attn_mask is not None and not is_causal):
@@ -109,7 +110,7 @@ def replace_attention(
     """
     parameters_before = sum(p.numel() for p in model.parameters())
     before: dict[str, AttentionConfig] = {}
-    new: dict[str, nn.Module] = {}
+    new: dict[str, SparseQueryAttention | MultiheadSparseQueryAttention] = {}
     notes = []
     for name, module in model.named_modules():
         if isinstance(module, SparseQueryAttention):
@@ -132,21 +133,15 @@ def replace_attention(
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # part of the fused path
         if isinstance(module, Transformer):
-            attentions = tuple(_attention(block.self_attn).config for block in module.model.layers)
+            attentions = tuple(block.self_attn.config for block in module.model.layers)  # type: ignore[union-attr]
             module.config = module.config.replace(attention=attentions[0] if len(set(attentions)) == 1 else attentions)
     return Replacement(
         before=before,
-        after={name: _attention(module).config for name, module in new.items()},
+        after={name: module.config for name, module in new.items()},
         parameters_before=parameters_before,
         parameters_after=sum(p.numel() for p in model.parameters()),
         notes=tuple(notes),
     )
-
-
-def _attention(module: nn.Module | Tensor) -> SparseQueryAttention:
-    inner = module.attention if isinstance(module, MultiheadSparseQueryAttention) else module
-    assert isinstance(inner, SparseQueryAttention)
-    return inner
 
 
 def _renewed(layer: SparseQueryAttention, variant: str, num_kv_heads: int | None) -> SparseQueryAttention:
