@@ -69,7 +69,7 @@ class BenchResult:
     rows: list[Row]
 
     @classmethod
-    def of(cls, rows: list[Row], *, device: str, settings: dict[str, Any], notes: tuple[str, ...] = ()) -> BenchResult:
+    def of(cls, rows: list[Row], *, device: str, settings: dict[str, Any], notes: Iterable[str] = ()) -> BenchResult:
         """Rows measured just now, on this machine."""
         header = {
             "kind": "header",
