@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sqa.attention.kernels import Case, resolve
 from sqa.bench.machine import find_dtype
-from sqa.bench.report import Row, add_ratios, choose_baseline, heads, timed
-from sqa.bench.timing import Budget, failure, take_turns
+from sqa.bench.report import Row, add_ratios, choose_baseline, heads, time_rows
+from sqa.bench.timing import Budget
 from sqa.config import ModelConfig, unknown
 from sqa.losses import IGNORE
 from sqa.model import Transformer
@@ -269,22 +269,21 @@ def measure(
             batch_size=batch_size, n=n, device=device, grad=training,
         )  # fmt: skip
 
-    rows = [start(*who) | {"note": reason} for who, reason in absent.items()]
-    contestants = {}
-    for runner in runners:
-        logger.info("warming %s %s %s", *runner[:3])
-        run, row = work(runner), start(runner.implementation, runner.variant) | {"setting": runner.setting}
-        if runner.implementation != OURS:
-            row["checked"] = runner.entrant.same_function
-        if (problem := failure(run, device)) is None:
-            contestants[len(rows)] = run
-        else:
-            row["note"] = f"cannot run: {problem}"
-        rows.append(row)
-    # a pass was made just now, and is a long one at the longest prompts; a second step still allocates
-    timings = take_turns(contestants, rounds=rounds, warmup=int(training), device=device, budget=budget)
-    for index, timing in timings.items():
-        rows[index] |= timed(timing) | {"tokens_per_s": batch_size * n / timing.median}
+    def entries() -> Iterator[tuple[Row, Callable[[], None] | None]]:
+        for who, reason in absent.items():
+            yield start(*who) | {"note": reason}, None
+        for runner in runners:
+            logger.info("warming %s %s %s", *runner[:3])
+            row = start(runner.implementation, runner.variant) | {"setting": runner.setting}
+            if runner.implementation != OURS:
+                row["checked"] = runner.entrant.same_function
+            yield row, work(runner)
+
+    # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
+    rows = time_rows(entries(), rounds=rounds, warmup=int(training), device=device, budget=budget)
+    for row in rows:
+        if "seconds" in row:
+            row["tokens_per_s"] = batch_size * n / row["seconds"]["median"]
     best = best_settings(rows)
     add_ratios(best, same=("implementation",), baseline=choose_baseline(configs))
     order = list(configs)

@@ -81,8 +81,13 @@ def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> st
         run()
         synchronize(device)
     except RuntimeError as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def take_turns(
