@@ -148,6 +148,19 @@ def test_unknown_fields_are_named(path: tuple[str, ...], message: str) -> None:
         ModelConfig.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attention": 5}, "attention must be a mapping of fields, got 5"),
+        ({"attention": [{**GOOD, "rope": 5}] * 4}, "rope must be a mapping of fields, got 5"),
+        ({"attention": {**GOOD, "rope": [{}]}}, "rope must be a Rope, got"),
+    ],
+)
+def test_what_is_no_config_is_named(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict({**model().to_dict(), **values})
+
+
 def test_the_nearest_field_is_named() -> None:
     with pytest.raises(ValueError, match="no field 'num_query_head'; did you mean 'num_query_heads'"):
         AttentionConfig.from_dict({**GOOD, "num_query_head": 4})

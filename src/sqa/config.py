@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -19,13 +19,9 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_fields(values: Mapping[str, Any], cls: type, where: str) -> None:
-    """Raise ValueError for keys that are no fields of a dataclass and for missing ones that have no default."""
-    own = dataclasses.fields(cls)
-    reject_unknown(values, [f.name for f in own], where)
-    needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+def unknown(field: str, name: str, known: Collection[str]) -> ValueError:
+    """The error for a name that is none of `known`."""
+    return ValueError(f"{field}: {name!r} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})")
 
 
 def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
@@ -35,8 +31,30 @@ def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> No
             raise ValueError(f"{where} has no field {name!r}{nearest(name, known)} (fields: {', '.join(known)})")
 
 
-def _positive(where: str, **values: float | None) -> None:
-    for name, value in values.items():
+def _read(cls: type, values: Any, where: str) -> Any:
+    """A config from a mapping, those inside it included.
+
+    Raises ValueError for what is no mapping, for keys that are no fields and for missing ones without a default.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
+    own = dataclasses.fields(cls)
+    reject_unknown(values, [f.name for f in own], where)
+    needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    made = dict(values)
+    for name, (inner, there) in _INSIDE.items():
+        if isinstance(value := made.get(name), list | tuple):
+            made[name] = tuple(_read(inner, each, there) for each in value)
+        elif value is not None:
+            made[name] = _read(inner, value, there)
+    return cls(**made)
+
+
+def _positive(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{where}: {name} must be a positive whole number, got {value!r}")
 
@@ -54,7 +72,8 @@ def _check_types(where: str, config: Any) -> None:
         known = {bool: "true or false", float: "a number"}
         wanted = [kind for kind in kinds if kind in known or dataclasses.is_dataclass(kind)]
         good = [type(value) is kind or (kind is float and type(value) is int) for kind in wanted]
-        if wanted and not any(good) and not isinstance(value, tuple | list):
+        several = isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds)
+        if wanted and not any(good) and not several:
             names = " or ".join(known.get(kind) or f"a {kind.__name__}" for kind in wanted)
             raise ValueError(f"{where}: {item.name} must be {names}, got {value!r}")
 
@@ -88,7 +107,7 @@ class RopeScaling:
                 f"got {self.low_freq_factor}"
             )
         if self.kind != "linear":
-            _positive(f"rope scaling {self.kind}", original_max_seq_len=self.original_max_seq_len)
+            _positive(f"rope scaling {self.kind}", self, "original_max_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +163,7 @@ class AttentionConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        _positive("attention", d_model=self.d_model, num_heads=self.num_heads)
+        _positive("attention", self, "d_model", "num_heads")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(
                 f"attention: num_heads must divide d_model or head_dim be given, "
@@ -153,17 +172,10 @@ class AttentionConfig:
         default("head_dim", self.d_model // self.num_heads)
         default("num_query_heads", self.num_heads)
         default("num_kv_heads", self.num_query_heads)
-        _positive(
-            "attention",
-            num_query_heads=self.num_query_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-        )
+        _positive("attention", self, "num_query_heads", "num_kv_heads", "head_dim")
         for name in ("num_query_heads", "num_kv_heads"):
-            if getattr(self, name) > self.num_heads:
-                raise ValueError(
-                    f"attention: {name} must be at most num_heads={self.num_heads}, got {getattr(self, name)}"
-                )
+            if (count := getattr(self, name)) > self.num_heads:
+                raise ValueError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
         more, fewer = sorted((self.num_query_heads, self.num_kv_heads), reverse=True)
         if more % fewer:
             fits = ", ".join(str(n) for n in range(1, self.num_query_heads + 1) if self.num_query_heads % n == 0)
@@ -174,7 +186,7 @@ class AttentionConfig:
         if self.rope is not None and self.head_dim % 2:
             raise ValueError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
         if self.window is not None:
-            _positive("attention", window=self.window)
+            _positive("attention", self, "window")
             if not self.causal:
                 raise ValueError(f"attention: window needs causal=True, got window={self.window} and causal=False")
         if type(self.num_sink_tokens) is not int or self.num_sink_tokens < 0:
@@ -217,23 +229,16 @@ class AttentionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
-        _check_fields(values, cls, "attention")
-        values = dict(values)
-        if (rope := values.get("rope")) is not None:
-            _check_fields(rope, Rope, "rope")
-            scaling = rope.get("scaling")
-            if scaling is not None:
-                _check_fields(scaling, RopeScaling, "rope scaling")
-                scaling = RopeScaling(**scaling)
-            values["rope"] = Rope(**{**rope, "scaling": scaling})
-        return cls(**values)
+        config: Self = _read(cls, values, "attention")
+        return config
 
 
 def window_pattern(
     attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
 ) -> tuple[AttentionConfig, ...]:
     """One config a layer: every `full_every`-th layer (the last of each stretch) full, the others windowed."""
-    _positive("window pattern", num_layers=num_layers, full_every=full_every)
+    if full_every < 1:
+        raise ValueError(f"window pattern: full_every must be a positive whole number, got {full_every}")
     windowed = attention.replace(window=window, num_sink_tokens=num_sink_tokens)
     full = attention.replace(window=None, num_sink_tokens=0)
     return tuple(full if (i + 1) % full_every == 0 else windowed for i in range(num_layers))
@@ -260,13 +265,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types("model", self)
-        _positive(
-            "model",
-            vocab_size=self.vocab_size,
-            num_layers=self.num_layers,
-            d_ff=self.d_ff,
-            max_seq_len=self.max_seq_len,
-        )
+        _positive("model", self, "vocab_size", "num_layers", "d_ff", "max_seq_len")
         if not self.norm_eps > 0:
             raise ValueError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
         if not isinstance(self.attention, AttentionConfig):
@@ -313,18 +312,20 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back equal."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if isinstance(self.attention, AttentionConfig):
-            values["attention"] = self.attention.to_dict()
-        else:
-            values["attention"] = [layer.to_dict() for layer in self.attention]
+        values = dataclasses.asdict(self)
+        if isinstance(self.attention, tuple):
+            values["attention"] = list(values["attention"])
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
-        _check_fields(values, cls, "model")
-        attention = values["attention"]
-        if isinstance(attention, Mapping):
-            return cls(**{**values, "attention": AttentionConfig.from_dict(attention)})
-        return cls(**{**values, "attention": tuple(AttentionConfig.from_dict(layer) for layer in attention)})
+        config: Self = _read(cls, values, "model")
+        return config
+
+
+_INSIDE = {
+    "attention": (AttentionConfig, "attention"),
+    "rope": (Rope, "rope"),
+    "scaling": (RopeScaling, "rope scaling"),
+}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
-from sqa.config import AttentionConfig, ModelConfig, nearest, reject_unknown
+from sqa.config import AttentionConfig, ModelConfig, reject_unknown, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,31 +22,24 @@ class Variant:
     kv: Fraction | None
     kv_free: bool = False
     head_dim_factor: int = 1
-    about: str
 
 
-def _f(text: str) -> Fraction:
-    return Fraction(text)
-
+_WHOLE, _HALF, _QUARTER = Fraction(1), Fraction(1, 2), Fraction(1, 4)
 
 VARIANTS: dict[str, Variant] = {
-    "mha": Variant(label="MHA", query=_f("1"), kv=_f("1"), about="multi-head attention"),
-    "gqa": Variant(label="GQA", query=_f("1"), kv=_f("1/4"), kv_free=True, about="keys and values shared by heads"),
-    "mqa": Variant(label="MQA", query=_f("1"), kv=None, about="one key/value head for all"),
-    "sqa": Variant(label="SQA", query=_f("1/2"), kv=_f("1/4"), kv_free=True, about="half the query heads"),
-    "ssqa": Variant(label="sSQA", query=_f("1/2"), kv=_f("1/2"), about="symmetric: as many KV heads as query heads"),
-    "xsqa": Variant(label="xSQA", query=_f("1/4"), kv=_f("1/4"), about="extreme: a quarter of the query heads"),
-    "xsmqa": Variant(label="xSMQA", query=_f("1/4"), kv=None, about="extreme, with one KV head"),
-    "lsqa": Variant(label="lSQA", query=_f("3/4"), kv=_f("1/4"), kv_free=True, about="light: 3/4 of the query heads"),
-    "rsqa": Variant(label="rSQA", query=_f("1/4"), kv=_f("1/2"), about="reverse: fewer query heads than KV heads"),
-    "wide-mha": Variant(
-        label="wide MHA", query=_f("1/2"), kv=_f("1/2"), head_dim_factor=2, about="half the heads, twice as wide"
-    ),
-    "wide-gqa": Variant(
-        label="wide GQA", query=_f("1/2"), kv=_f("1/8"), kv_free=True, head_dim_factor=2,
-        about="GQA with half the heads, twice as wide: same parameters and FLOPs, half the exponentials",
-    ),
-}  # fmt: skip
+    "mha": Variant(label="MHA", query=_WHOLE, kv=_WHOLE),
+    "gqa": Variant(label="GQA", query=_WHOLE, kv=_QUARTER, kv_free=True),
+    "mqa": Variant(label="MQA", query=_WHOLE, kv=None),
+    "sqa": Variant(label="SQA", query=_HALF, kv=_QUARTER, kv_free=True),
+    "ssqa": Variant(label="sSQA", query=_HALF, kv=_HALF),  # symmetric
+    "xsqa": Variant(label="xSQA", query=_QUARTER, kv=_QUARTER),  # extreme
+    "xsmqa": Variant(label="xSMQA", query=_QUARTER, kv=None),
+    "lsqa": Variant(label="lSQA", query=Fraction(3, 4), kv=_QUARTER, kv_free=True),  # light
+    "rsqa": Variant(label="rSQA", query=_QUARTER, kv=_HALF),  # reverse
+    # half the heads, twice as wide: the parameters and FLOPs of MHA and GQA, half the exponentials
+    "wide-mha": Variant(label="wide MHA", query=_HALF, kv=_HALF, head_dim_factor=2),
+    "wide-gqa": Variant(label="wide GQA", query=_HALF, kv=Fraction(1, 8), kv_free=True, head_dim_factor=2),
+}
 
 PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
 """The seven rows of the published experiment, in its order."""
@@ -78,13 +71,15 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 PRESETS = tuple(_SHAPES)
 
+# without the two that a variant's rule decides
+_LAYER_FIELDS = [f.name for f in fields(AttentionConfig) if f.name not in ("num_query_heads", "head_dim")]
+
 
 def find_variant(name: str) -> tuple[str, Variant]:
     """The key and row of a variant, whatever its case. Raises ValueError with the nearest name."""
     key = name.lower()
     if key not in VARIANTS:
-        known = list(VARIANTS)
-        raise ValueError(f"variant: {name!r} is unknown{nearest(name, known)} (variants: {', '.join(known)})")
+        raise unknown("variant", name, VARIANTS)
     return key, VARIANTS[key]
 
 
@@ -102,12 +97,7 @@ def _heads(key: str, what: str, fraction: Fraction, num_heads: int) -> int:
 
 
 def variant(
-    name: str,
-    *,
-    d_model: int,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    **options: Any,
+    name: str, *, d_model: int, num_heads: int, num_kv_heads: int | None = None, **options: Any
 ) -> AttentionConfig:
     """The AttentionConfig of a named variant: `variant("sqa", d_model=256, num_heads=16)` has 8 query, 4 KV heads.
 
@@ -116,8 +106,7 @@ def variant(
     or a `num_heads` the rule does not fit, naming those that would.
     """
     key, row = find_variant(name)
-    own = ("num_query_heads", "head_dim")
-    reject_unknown(options, [f.name for f in fields(AttentionConfig) if f.name not in own], f"variant {key}")
+    reject_unknown(options, _LAYER_FIELDS, f"variant {key}")
     nominal = AttentionConfig(d_model=d_model, num_heads=num_heads)  # checks both numbers first
     num_query_heads = _heads(key, "num_query_heads", row.query, num_heads)
     if num_kv_heads is None or not row.kv_free:
@@ -125,7 +114,7 @@ def variant(
         if num_kv_heads not in (None, fixed):
             raise ValueError(
                 f"variant {key}: num_kv_heads is {fixed} for num_heads={num_heads}, got {num_kv_heads}; "
-                f"build an AttentionConfig for other counts"
+                "build an AttentionConfig for other counts"
             )
         num_kv_heads = fixed
     return AttentionConfig(
@@ -146,14 +135,13 @@ def preset(name: str, variant_name: str, **changes: Any) -> ModelConfig:
 def shape(name: str) -> dict[str, Any]:
     """The fields of a named shape, as `model_config` takes them."""
     if name not in _SHAPES:
-        raise ValueError(f"preset: {name!r} is unknown{nearest(name, list(PRESETS))} (presets: {', '.join(PRESETS)})")
+        raise unknown("preset", name, PRESETS)
     return dict(_SHAPES[name])
 
 
 def model_config(variant_name: str, **shape_fields: Any) -> ModelConfig:
     """A ModelConfig from a flat set of fields: ModelConfig's own, and `d_model`, `num_heads` and AttentionConfig's."""
     own = [f.name for f in fields(ModelConfig) if f.name != "attention"]
-    layer = [f.name for f in fields(AttentionConfig) if f.name not in ("num_query_heads", "head_dim")]
-    reject_unknown(shape_fields, own + layer, "model")
-    attention = variant(variant_name, **{k: v for k, v in shape_fields.items() if k in layer})
+    reject_unknown(shape_fields, own + _LAYER_FIELDS, "model")
+    attention = variant(variant_name, **{k: v for k, v in shape_fields.items() if k in _LAYER_FIELDS})
     return ModelConfig(attention=attention, **{k: v for k, v in shape_fields.items() if k in own})

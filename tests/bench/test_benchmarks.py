@@ -15,7 +15,7 @@ from sqa.bench.machine import find_dtype
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import Row
 from sqa.bench.step import run_step
-from sqa.config import Rope
+from sqa.config import ModelConfig, Rope
 from sqa.model import Transformer
 
 CPU = torch.device("cpu")
@@ -28,13 +28,16 @@ def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"sqa.bench.{module}.matmul_peak", lambda dtype, device: 1e11)
 
 
+def shape(variant: str, *, length: int, comparable: bool = False) -> ModelConfig:
+    return peers.shapes("demo", (variant,), peers.PEERS if comparable else (), length=length)[variant]
+
+
 def setting(name: str = "sqa", *, dtype: str = "fp32", mask: str = "causal", kernel: str = "auto") -> Setting:
     config = layer_config(name, d_model=128, num_heads=8)
     return Setting(
         variant=name,
         config=config.replace(causal=mask != "none", window=20 if mask == "window" else None),
         mask=mask,
-        document_length=24,
         kernel=kernel,
         what="forward+backward",
         n=100,
@@ -79,10 +82,11 @@ def test_scores_and_flops_are_counted_under_the_mask() -> None:
     assert replace(causal, what="forward").row(1e9)["limit_seconds"] * 1e9 == 2 * cost.attention_flops(
         causal.config, 100
     )
-    ids = setting(mask="documents").documents
+    packed = replace(setting(mask="documents"), n=101)  # 50, 50 and 1
+    ids = packed.documents
     assert ids is not None
     same = ids[:, :, None] == ids[:, None, :]
-    assert setting(mask="documents").scores == 4 * int(same.tril().sum())
+    assert packed.scores == 4 * int(same.tril().sum())
 
 
 def test_attention_reports_rates_shares_and_ratios() -> None:
@@ -135,12 +139,12 @@ def test_bad_options_are_refused_before_any_work(options: dict[str, object], mes
 
 
 def test_a_peer_with_our_weights_is_let_through_and_any_other_refused() -> None:
-    config = peers.shape("demo", "sqa", length=64, comparable=True)
+    config = shape("sqa", length=64, comparable=True)
     ids, labels = torch.randint(config.vocab_size, (2, 2, 64))
     labels[:, ::5] = -100
     own, llama = peers.build(peers.OURS, config), peers.build("hf-llama", config)
     assert "logits differ" in str(peers.difference(own, llama, ids, labels))
-    peers.copy_weights(own, llama)
+    llama.module.load_state_dict(own.module.state_dict())
     assert peers.difference(own, llama, ids, labels) is None
     # the same weights under another convention of rotary pairs: a small error, and still one
     layer = config.layers[0].replace(rope=Rope(interleaved=True))
@@ -170,7 +174,7 @@ def test_steps_of_peers_are_timed_eager_and_compared() -> None:
 
 
 def test_a_step_changes_the_weights() -> None:
-    config = peers.shape("demo", "sqa", length=16, comparable=False)
+    config = shape("sqa", length=16)
     own = peers.build(peers.OURS, config)
     before = own.module.state_dict()["lm_head.weight"].clone()
     step.training_step(own, own.module, torch.bfloat16, torch.randint(config.vocab_size, (2, 1, 16)))()
@@ -181,7 +185,7 @@ def test_ours_runs_compiled_and_peers_both_ways(monkeypatch: pytest.MonkeyPatch)
     done: list[str] = []
     monkeypatch.setattr(Transformer, "compile", lambda self: done.append("ours"))
     monkeypatch.setattr(torch, "compile", lambda module: done.append("peer") or module)
-    configs = {"sqa": peers.shape("demo", "sqa", length=16, comparable=True)}
+    configs = {"sqa": shape("sqa", length=16, comparable=True)}
     runners, _ = peers.line_up(configs, ("hf-llama",), compile=True, device=CPU)
     assert [(r.implementation, r.setting) for r in runners] == [
         ("sqa", "compiled"), ("hf-llama", "eager"), ("hf-llama", "compiled")
@@ -203,7 +207,7 @@ def test_the_better_setting_counts() -> None:
         {"implementation": "q", "variant": "v", "setting": "compiled", "note": "no compiler"},
         {"implementation": "r", "variant": "v", "note": "not installed"},
     ]
-    best = peers.best_settings(rows, ("v",))
+    best = peers.best_settings(rows)
     assert [row.get("setting") for row in best] == ["compiled", "eager", None]
     assert best[0]["tried"] == {"eager": 2.0, "compiled": 1.0}
 
@@ -219,7 +223,7 @@ def test_a_missing_peer_is_a_line_not_an_error(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_shape_that_a_peer_cannot_have_is_a_line_too() -> None:
-    _, absent = peers.line_up({"rsqa": peers.shape("demo", "rsqa", length=8, comparable=True)}, tuple(peers.PEERS),
+    _, absent = peers.line_up({"rsqa": shape("rsqa", length=8, comparable=True)}, peers.PEERS,
                               compile=False, device=CPU)  # fmt: skip
     assert all("cannot have 2 query and 4 KV heads" in note for note in absent.values())
     assert len(absent) == 2
@@ -228,7 +232,7 @@ def test_a_shape_that_a_peer_cannot_have_is_a_line_too() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peers": ("hf-lama",)}, "peers: 'hf-lama' is unknown; did you mean 'hf-llama'"),
+        ({"peers": ("hf-lama",)}, "peer: 'hf-lama' is unknown; did you mean 'hf-llama'"),
         ({"dtypes": ("fp16",)}, "dtype fp16 needs loss scaling"),
         ({"length": 0}, "length must be at least 1"),
         ({"variants": ("sqaa",)}, "variant: 'sqaa' is unknown"),
@@ -241,8 +245,9 @@ def test_bad_step_options_are_refused(options: dict[str, object], message: str) 
 
 
 def test_peak_memory_grows_with_the_batch() -> None:
-    config = peers.shape("demo", "sqa", length=128, comparable=False)
-    small, large = (step.peak_memory("sqa", config, "fp32", b, 128, False, "cpu", 1) for b in (1, 32))
+    config = shape("sqa", length=128)
+    row: Row = {"implementation": "sqa", "setting": "eager", "dtype": "fp32", "n": 128}
+    small, large = (step.peak_memory(row | {"batch_size": b}, config, "cpu", 1) for b in (1, 32))
     if small is None or large is None:
         assert sys.platform != "linux"
         return
@@ -254,7 +259,7 @@ def test_prefill_lists_every_variant_at_every_length() -> None:
     result = run_prefill(variants=("gqa", "xsqa"), peers=("hf-llama",), max_n=1030, compile=False, **TINY)
     assert [row["n"] for row in result.rows] == [1024] * 4 + [1030] * 4
     ours = [row for row in result.rows if row["implementation"] == "sqa" and row["n"] == 1030]
-    configs = [peers.shape("demo", row["variant"], length=1030, comparable=True) for row in ours]
+    configs = [shape(row["variant"], length=1030, comparable=True) for row in ours]
     flops = [cost.prefill_flops(config, 1030) for config in configs]
     assert [row["limit"] for row in ours] == [1.0, flops[0] / flops[1]]
     assert all("preprint_ratio" not in row for row in result.rows)  # another shape than the preprint's
@@ -270,7 +275,7 @@ def test_decoding_starts_from_a_filled_cache_and_says_that_sqa_wins_little() -> 
     result = run_decode(variants=("gqa", "mqa"), lengths=(32,), steps=2, **TINY)
     gqa, mqa = result.rows
     assert "SQA wins little here" in result.header["notes"][0]
-    config = peers.shape("demo", "gqa", length=64, comparable=False)
+    config = shape("gqa", length=64)
     cache = filled_cache(config, 32, batch_size=1, room=6, dtype=find_dtype("bf16"), device=CPU)
     assert cache.length == 32
     assert gqa["cache_bytes"] * 38 == cache.num_bytes * 32

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,9 +21,9 @@ from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
 from sqa.attention.reference import reference_attention
 from sqa.bench.machine import find_device, find_dtype, matmul_peak
-from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, heads, timed
-from sqa.bench.timing import Budget, at_least_one, failure, take_turns
-from sqa.config import AttentionConfig, nearest
+from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, heads, time_rows
+from sqa.bench.timing import Budget, at_least_one, first_line
+from sqa.config import AttentionConfig, unknown
 from sqa.variants import variant
 
 logger = logging.getLogger(__name__)
@@ -78,13 +78,17 @@ class Setting:
     variant: str
     config: AttentionConfig
     mask: str
-    document_length: int
     kernel: str
     what: str
     n: int
     batch_size: int
     dtype: str
     device: torch.device
+
+    @property
+    def document_length(self) -> int:
+        """512 tokens, or less where there would not be two documents otherwise."""
+        return max(1, min(512, self.n // 2))
 
     @property
     def documents(self) -> Tensor | None:
@@ -128,29 +132,23 @@ class Setting:
         inputs, grad = self.inputs()
         q, k, v = inputs
 
-        def forward() -> None:
-            with pinned(self.kernel) as kernel:
-                attend(q, k, v, mask, kernel=kernel)
-
-        def forward_backward() -> None:
+        def run() -> None:
             # a compiled backward is compiled when it first runs, so inside `pinned` too
             with pinned(self.kernel) as kernel:
-                torch.autograd.grad(attend(q, k, v, mask, kernel=kernel), inputs, grad)
+                out = attend(q, k, v, mask, kernel=kernel)
+                if out.requires_grad:
+                    torch.autograd.grad(out, inputs, grad)
 
-        return forward if self.what == "forward" else forward_backward
+        return run
 
     def row(self, peak: float) -> Row:
         """All of a row that is known before timing; `peak` in FLOP/s."""
         kernel = f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
         if self.kernel == "auto":
             case = Case.of_layer(
-                self.config,
-                length=self.n,
-                device=self.device.type,
-                dtype=find_dtype(self.dtype),
-                documents=self.mask == "documents",
-                grad=self.what != "forward",
-            )
+                self.config, length=self.n, device=self.device.type, dtype=find_dtype(self.dtype),
+                documents=self.mask == "documents", grad=self.what != "forward",
+            )  # fmt: skip
             kernel = resolve(case).kernel
         row: Row = {
             "kind": "attention", "d_model": self.config.d_model, "variant": self.variant, **heads(self.config),
@@ -184,7 +182,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
     """
     n, window = 256, setting.config.window
     config = setting.config if window is None else setting.config.replace(window=min(window, n // 4))
-    setting = replace(setting, config=config, n=n, batch_size=1, document_length=n // 4)
+    setting = replace(setting, config=config, n=n, batch_size=1)
     mask = setting.visible
     visible = dense_mask(mask, n, n, setting.device)
     inputs, grad = setting.inputs()
@@ -204,7 +202,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
         with pinned(setting.kernel) as name:
             got = all_of(lambda q, k, v: attention(q, k, v, mask, kernel=name), inputs)
     except (RuntimeError, ValueError) as problem:
-        return f"cannot run: {next(iter(str(problem).splitlines()), type(problem).__name__)}"
+        return f"cannot run: {first_line(problem)}"
     for what, given, simple, exact in zip(("output", "dq", "dk", "dv"), got, plain, wanted, strict=False):
         error, allowed = _rms(given - exact), 2 * _rms(simple - exact)
         if setting.dtype == "fp32":
@@ -224,7 +222,6 @@ def run_attention(
     dtypes: Sequence[str] = ("bf16",),
     mask: str = "causal",
     window: int = 512,
-    document_length: int = 512,
     kernels: Sequence[str] = ("auto",),
     rounds: int = 10,
     device: str = "cpu",
@@ -237,21 +234,13 @@ def run_attention(
     so does the training step of the whole layer. A kernel that cannot run or is not right becomes a row with a note.
     `budget` (seconds): longer N are left out when they would not fit. Raises ValueError for bad options.
     """
-    known = ["auto", *KERNELS, *PINNED]
-    for field, names, allowed in (("mask", [mask], list(MASKS)), ("kernel", kernels, known)):
+    known = ("auto", *KERNELS, *PINNED)
+    for field, names, allowed in (("mask", [mask], MASKS), ("kernel", kernels, known)):
         for name in names:
             if name not in allowed:
-                raise ValueError(f"{field}: {name!r} is unknown{nearest(name, allowed)} ({', '.join(allowed)})")
-    at_least_one(
-        variants=len(variants),
-        lengths=min(lengths, default=0),
-        dtypes=len(dtypes),
-        kernels=len(kernels),
-        batch_size=batch_size,
-        window=window,
-        document_length=document_length,
-        rounds=rounds,
-    )
+                raise unknown(field, name, allowed)
+    at_least_one(variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels))
+    at_least_one(batch_size=batch_size, window=window, rounds=rounds)
     where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
     configs = {name: layer_config(name, d_model=d_model, num_heads=num_heads) for name in variants}
     peaks = {dtype: matmul_peak(find_dtype(dtype), where) for dtype in dtypes}
@@ -266,7 +255,6 @@ def run_attention(
                 variant=name,
                 config=config.replace(causal=which != "none", window=window if which == "window" else None),
                 mask=which,
-                document_length=document_length,
                 kernel=kernel,
                 what=what,
                 n=lengths[0],
@@ -282,26 +270,25 @@ def run_attention(
         ]
         refused = {setting: refusal(setting) for setting in settings}
         for n in left.fitting(sorted(lengths), notes, f"{dtype}: the budget"):
-            group: dict[Setting, Row] = {}
-            contestants: dict[Setting, Callable[[], object]] = {}
-            for setting in settings:
-                row = replace(setting, n=n).row(peak)
-                if (problem := refused[setting]) is not None:
-                    if n == min(lengths):
-                        group[setting] = row | {"note": problem}
-                    continue
-                run = replace(setting, n=n).contestant()
-                if (problem := failure(run, where)) is not None:
-                    group[setting] = row | {"note": f"cannot run: {problem}"}
-                    continue
-                group[setting], contestants[setting] = row, run
-            logger.info("attention %s, N = %d: %d contestants", dtype, n, len(contestants))
-            for setting, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
-                group[setting] |= timed(timing)
-            _compare(list(group.values()), peak, baseline)
-            rows += group.values()
-    options = {"d_model": d_model, "num_heads": num_heads, "rounds": rounds, "document_length": document_length}
-    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+            logger.info("attention %s, N = %d: %d contestants", dtype, n, len(settings))
+            entries = _entries(refused, n, peak, with_refused=n == min(lengths))
+            group = time_rows(entries, rounds=rounds, warmup=1, device=where, budget=left)
+            _compare(group, peak, baseline)
+            rows += group
+    options = {"d_model": d_model, "num_heads": num_heads, "rounds": rounds}
+    return BenchResult.of(rows, device=device, settings=options, notes=notes)
+
+
+def _entries(
+    refused: Mapping[Setting, str | None], n: int, peak: float, *, with_refused: bool
+) -> Iterator[tuple[Row, Callable[[], object] | None]]:
+    """Rows and what to run for them, at N."""
+    for setting, problem in refused.items():
+        setting = replace(setting, n=n)
+        if problem is None:
+            yield setting.row(peak), setting.contestant()
+        elif with_refused:
+            yield setting.row(peak) | {"note": problem}, None
 
 
 def _compare(rows: list[Row], peak: float, baseline: str) -> None:

@@ -14,13 +14,13 @@ from sqa.bench.machine import find_device
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import BenchResult, Row
 from sqa.bench.step import run_step
-from sqa.bench.timing import Budget
-from sqa.config import nearest
+from sqa.bench.timing import Budget, first_line
+from sqa.config import unknown
 
 logger = logging.getLogger(__name__)
 
 VARIANTS = ("gqa", "sqa", "xsqa", "wide-gqa")
-SIZES = ["full", "tiny"]
+SIZES = ("full", "tiny")
 COMPARE_SHARE = 3 / 8
 """Of the whole budget, for the comparison: 3 of 8 minutes."""
 
@@ -39,27 +39,23 @@ def run_all(
     neither a network nor `datasets`. Raises ValueError for an unknown size or a device that is not there.
     """
     if size not in SIZES:
-        raise ValueError(f"size: {size!r} is unknown{nearest(size, SIZES)} (sizes: {', '.join(SIZES)})")
+        raise unknown("size", size, SIZES)
     find_device(device)
     whole, full = Budget(seconds=budget), size == "full"
     reserved = COMPARE_SHARE * budget if compare is not None else 0.0
     num_heads, head_dims = (16, (16, 64, 128)) if full else (8, (16,))
+    preset = "published" if full else "demo"
     attention = partial(run_attention, variants=VARIANTS, num_heads=num_heads, device=device)
     lengths = (1024, 4096, 16_384, 65_536, 131_072) if full else (64, 128)
     kernels = ("flash", "cudnn", "efficient") if full else ("flash", "math")
-    preset = "published" if full else "demo"
     step = partial(run_step, preset=preset, variants=VARIANTS, dtypes=("bf16",), compile=full, device=device)
-    prefill = partial(run_prefill, preset=preset, max_n=200_000 if full else 64, compile=full, device=device)
-    decode = partial(run_decode, preset=preset, lengths=(1024, 32_768) if full else (32,), device=device)
-    parts: dict[str, Callable[..., BenchResult]] = {
-        f"attention, head_dim {d}": partial(attention, lengths=lengths, d_model=d * num_heads, kernels=kernels)
-        for d in head_dims
-    }
-    parts |= {
-        f"step, batch {b}": partial(step, batch_size=b, length=1024 if full else 32)
-        for b in ((8, 32, 128) if full else (1, 2))
-    }
-    parts |= {"prefill": prefill, "decode": decode}
+    parts: dict[str, Callable[..., BenchResult]] = {}
+    for d in head_dims:
+        parts[f"attention, head_dim {d}"] = partial(attention, lengths=lengths, d_model=d * num_heads, kernels=kernels)
+    for b in (8, 32, 128) if full else (1, 2):
+        parts[f"step, batch {b}"] = partial(step, batch_size=b, length=1024 if full else 32)
+    parts["prefill"] = partial(run_prefill, preset=preset, max_n=200_000 if full else 64, compile=full, device=device)
+    parts["decode"] = partial(run_decode, preset=preset, lengths=(1024, 32_768) if full else (32,), device=device)
     # compiled and tuned for every shape, which takes long: last
     for d in head_dims if full else ():
         parts[f"attention with flex, head_dim {d}"] = partial(
@@ -78,7 +74,7 @@ def run_all(
             result = part(budget=min(left, 1.5 * left / (len(parts) - done)))
         except Exception as error:  # far from whoever can fix it, the other parts are worth having
             logger.exception("%s failed", name)
-            notes[f"{name} failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"] = None
+            notes[f"{name} failed: {type(error).__name__}: {first_line(error)}"] = None
         else:
             rows += result.rows
             notes |= dict.fromkeys(result.header["notes"])
@@ -87,4 +83,4 @@ def run_all(
             torch.cuda.empty_cache()
     if compare is not None:
         rows += compare(max(whole.left, 1.0))
-    return BenchResult.of(rows, device=device, settings={"size": size, "budget": budget}, notes=tuple(notes))
+    return BenchResult.of(rows, device=device, settings={"size": size, "budget": budget}, notes=notes)

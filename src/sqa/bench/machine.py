@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sqa.bench.timing import take_turns
-from sqa.config import nearest
+from sqa.config import unknown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +46,7 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
 def find_dtype(name: str) -> torch.dtype:
     """The dtype that options and result rows call `name`. Raises ValueError for another name."""
     if name not in DTYPES:
-        raise ValueError(f"dtype: {name!r} is unknown{nearest(name, list(DTYPES))} (dtypes: {', '.join(DTYPES)})")
+        raise unknown("dtype", name, DTYPES)
     return DTYPES[name]
 
 
@@ -60,13 +60,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device | str = "cpu", *, size: int | None = None) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the product of two square matrices, the best fifth of ten: what other shares are shares of.
 
-    `size` defaults to 2,048, and to 8,192 on a GPU, which would spend the smaller one waiting for the launch.
+    Of 2,048 rows, and on a GPU of 8,192: it would spend the smaller product waiting for the launch.
     """
-    if size is None:
-        size = 2048 if torch.device(device).type == "cpu" else 8192
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     timing = take_turns({"product": lambda: a @ b}, rounds=10, warmup=2, device=device)["product"]
     return 2 * size**3 / timing.p20

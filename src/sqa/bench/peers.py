@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sqa.attention.kernels import Case, resolve
 from sqa.bench.machine import find_dtype
-from sqa.bench.report import Row, add_ratios, heads, timed
-from sqa.bench.timing import Budget, failure, take_turns
-from sqa.config import ModelConfig, nearest
+from sqa.bench.report import Row, add_ratios, choose_baseline, heads, time_rows
+from sqa.bench.timing import Budget
+from sqa.config import ModelConfig, unknown
 from sqa.losses import IGNORE
 from sqa.model import Transformer
 
@@ -30,16 +32,16 @@ class Unavailable(Exception):
 class Entrant:
     """A language model to be measured.
 
-    `module` is called by the other two, so that a compiled form of it can be passed in its place: loss(module,
-    input_ids, labels) is the mean over labels != -100, labels[t] being the target of position t; last_logits(module,
-    input_ids) is (B, 1, V). `same_function`: given our weights it must compute what ours does.
+    `module` is passed to the other three, or a compiled form of it: logits(module, input_ids) is (B, T, V), last_logits
+    (B, 1, V), and loss(module, input_ids, labels) the mean over labels != -100, labels[t] being the target of position
+    t. `same_function`: given our weights it must compute what ours does.
     """
 
     module: nn.Module
     logits: Callable[[nn.Module, Tensor], Tensor]
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     last_logits: Callable[[nn.Module, Tensor], Tensor]
-    same_function: bool
+    same_function: bool = True
 
 
 def ours(config: ModelConfig) -> Entrant:
@@ -49,18 +51,15 @@ def ours(config: ModelConfig) -> Entrant:
         logits=lambda module, ids: module(ids).logits,
         loss=lambda module, ids, labels: module(ids, labels=labels).loss,
         last_logits=lambda module, ids: module(ids, num_logits=1).logits,
-        same_function=True,
     )
 
 
 def _hf_llama(config: ModelConfig) -> Entrant:
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise Unavailable("not installed: pip install 'sparse-query-attention[hf]'") from None
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     layer = config.layers[0]
-    if layer.d_model % layer.num_query_heads or layer.num_query_heads % layer.num_kv_heads:
-        raise Unavailable(f"Llama cannot have {layer.num_query_heads} query and {layer.num_kv_heads} KV heads")
+    if config.d_model % layer.num_query_heads:
+        raise Unavailable(f"Llama cannot have {layer.num_query_heads} query heads in a width of {config.d_model}")
     assert layer.rope is not None
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -83,18 +82,13 @@ def _hf_llama(config: ModelConfig) -> Entrant:
         # shift_labels: its own loss, over all T tokens as ours, where `labels` alone would drop one a row
         loss=lambda module, ids, labels: module(ids, labels=labels, shift_labels=labels).loss,
         last_logits=lambda module, ids: module(ids, logits_to_keep=1).logits,
-        same_function=True,
     )
 
 
 def _x_transformers(config: ModelConfig) -> Entrant:
-    try:
-        from x_transformers import Decoder, TransformerWrapper
-    except ImportError:
-        raise Unavailable("not installed: pip install 'sparse-query-attention[peers]'") from None
+    from x_transformers import Decoder, TransformerWrapper
+
     layer = config.layers[0]
-    if layer.num_query_heads % layer.num_kv_heads:
-        raise Unavailable(f"it cannot have {layer.num_query_heads} query and {layer.num_kv_heads} KV heads")
     decoder = Decoder(
         dim=config.d_model,
         depth=config.num_layers,
@@ -128,31 +122,39 @@ def _x_transformers(config: ModelConfig) -> Entrant:
     )
 
 
-PEERS: dict[str, Callable[[ModelConfig], Entrant]] = {"hf-llama": _hf_llama, "x-transformers": _x_transformers}
+_BUILDERS = {"hf-llama": (_hf_llama, "hf"), "x-transformers": (_x_transformers, "peers")}
+"""Of each peer, and the extra that installs it."""
+
+PEERS = tuple(_BUILDERS)
 
 
-def check_peers(peers: Sequence[str]) -> None:
-    """Raise ValueError for a name that is no peer."""
+def shapes(preset: str, variants: Sequence[str], peers: Sequence[str], *, length: int) -> dict[str, ModelConfig]:
+    """A preset for sequences of `length` in each variant; with peers the shape they can have: no biases, a final norm.
+
+    Raises ValueError for an unknown preset, variant or peer.
+    """
     for name in peers:
         if name not in PEERS:
-            raise ValueError(f"peers: {name!r} is unknown{nearest(name, list(PEERS))} (peers: {', '.join(PEERS)})")
-
-
-def shape(preset: str, variant: str, *, length: int, comparable: bool) -> ModelConfig:
-    """A preset for sequences of `length`; `comparable` is the shape peers can have: no biases, and a final norm."""
-    config = ModelConfig.preset(preset, variant=variant)
-    config = config.replace(max_seq_len=max(config.max_seq_len, length))
-    return config.replace(bias=False, final_norm=True) if comparable else config
+            raise unknown("peer", name, PEERS)
+    configs = {name: ModelConfig.preset(preset, variant=name) for name in variants}
+    changes = {"bias": False, "final_norm": True} if peers else {}
+    return {
+        name: config.replace(max_seq_len=max(config.max_seq_len, length), **changes) for name, config in configs.items()
+    }
 
 
 def build(name: str, config: ModelConfig) -> Entrant:
     """Our model or a peer's, with its own initial weights. Raises Unavailable where a peer cannot be built."""
-    return ours(config) if name == OURS else PEERS[name](config)
-
-
-def copy_weights(own: Entrant, peer: Entrant) -> None:
-    """Give the peer our weights; the stored names are Llama's."""
-    peer.module.load_state_dict(own.module.state_dict())
+    if name == OURS:
+        return ours(config)
+    builder, extra = _BUILDERS[name]
+    layer = config.layers[0]
+    if layer.num_query_heads % layer.num_kv_heads:
+        raise Unavailable(f"it cannot have {layer.num_query_heads} query and {layer.num_kv_heads} KV heads")
+    try:
+        return builder(config)
+    except ImportError:
+        raise Unavailable(f"not installed: pip install 'sparse-query-attention[{extra}]'") from None
 
 
 @torch.no_grad()
@@ -174,20 +176,14 @@ def difference(own: Entrant, peer: Entrant, input_ids: Tensor, labels: Tensor) -
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Runner:
-    """An entrant ready to run: `module` is what is called, compiled or not."""
+class Runner(NamedTuple):
+    """An entrant ready to run: `module` is what is called, compiled (`setting`) or not."""
 
     implementation: str
     variant: str
     setting: str
     entrant: Entrant
     module: nn.Module
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Who it is among the others."""
-        return self.implementation, self.variant, self.setting
 
 
 def compiled(name: str, module: nn.Module) -> nn.Module:
@@ -221,16 +217,14 @@ def line_up(
                 continue
             entrant.module.to(device)
             if name != OURS and entrant.same_function:
-                copy_weights(own, entrant)
+                entrant.module.load_state_dict(own.module.state_dict())  # the names are Llama's
                 if (problem := difference(own, entrant, input_ids, labels)) is not None:
                     absent[name, variant] = problem
                     continue
             settings = ("eager", "compiled") if compile else ("eager",)
             for setting in settings[-1:] if name == OURS else settings:
                 module = compiled(name, entrant.module) if setting == "compiled" else entrant.module
-                runners.append(
-                    Runner(implementation=name, variant=variant, setting=setting, entrant=entrant, module=module)
-                )
+                runners.append(Runner(name, variant, setting, entrant, module))
     return runners, absent
 
 
@@ -251,52 +245,59 @@ def measure(
     runners: Sequence[Runner],
     absent: Mapping[tuple[str, str], str],
     work: Callable[[Runner], Callable[[], None]],
-    start: Callable[[str, str], Row],
+    configs: Mapping[str, ModelConfig],
     *,
-    variants: Sequence[str],
-    baseline: str,
-    tokens: int,
+    kind: str,
+    preset: str,
+    dtype: str,
+    batch_size: int,
+    n: int,
     rounds: int,
-    warmup: int,
     device: torch.device,
     budget: Budget,
 ) -> list[Row]:
     """Time the `work` of each runner, in turns: a row for each implementation and variant, in its best setting.
 
-    `start` gives what a row holds before that, of an implementation and a variant; `tokens` are those of one turn. A
-    peer's row says whether it was shown to compute what ours does; who is absent or cannot run has a note.
+    A peer's row says whether it was shown to compute what ours does; who is absent or cannot run has a note. In the
+    order of `configs`, ours before its peers.
     """
-    rows = {(*who, ""): start(*who) | {"note": reason} for who, reason in absent.items()}
-    contestants = {}
-    for runner in runners:
-        logger.info("warming %s", " ".join(runner.key))
-        run, row = work(runner), start(runner.implementation, runner.variant) | {"setting": runner.setting}
-        if runner.implementation != OURS:
-            row["checked"] = runner.entrant.same_function
-        if (problem := failure(run, device)) is None:
-            contestants[runner.key] = run
-        else:
-            row["note"] = f"cannot run: {problem}"
-        rows[runner.key] = row
-    for key, timing in take_turns(contestants, rounds=rounds, warmup=warmup, device=device, budget=budget).items():
-        rows[key] |= timed(timing) | {"tokens_per_s": tokens / timing.median}
-    best = best_settings(rows.values(), variants)
-    add_ratios(best, same=("implementation",), baseline=baseline)
-    return best
+    training = kind == "step"
 
+    def start(implementation: str, variant: str) -> Row:
+        return model_row(
+            kind, preset, implementation, variant, configs[variant], dtype,
+            batch_size=batch_size, n=n, device=device, grad=training,
+        )  # fmt: skip
 
-def best_settings(rows: Iterable[Row], variants: Sequence[str]) -> list[Row]:
-    """For each implementation and variant the row with the least median, which lists the medians `tried`.
+    def entries() -> Iterator[tuple[Row, Callable[[], None] | None]]:
+        for who, reason in absent.items():
+            yield start(*who) | {"note": reason}, None
+        for runner in runners:
+            logger.info("warming %s %s %s", *runner[:3])
+            row = start(runner.implementation, runner.variant) | {"setting": runner.setting}
+            if runner.implementation != OURS:
+                row["checked"] = runner.entrant.same_function
+            yield row, work(runner)
 
-    In the order of `variants`, ours before its peers.
-    """
-    rows_of: dict[tuple[str, str], list[Row]] = {}
+    # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
+    rows = time_rows(entries(), rounds=rounds, warmup=int(training), device=device, budget=budget)
     for row in rows:
-        rows_of.setdefault((row["implementation"], row["variant"]), []).append(row)
+        if "seconds" in row:
+            row["tokens_per_s"] = batch_size * n / row["seconds"]["median"]
+    best = best_settings(rows)
+    add_ratios(best, same=("implementation",), baseline=choose_baseline(configs))
+    order = list(configs)
+    return sorted(best, key=lambda row: (order.index(row["variant"]), row["implementation"] != OURS))
+
+
+def best_settings(rows: Sequence[Row]) -> list[Row]:
+    """For each implementation and variant the row with the least median, which lists the medians `tried`."""
+    rivals: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        rivals.setdefault((row["implementation"], row["variant"]), []).append(row)
     best = []
-    for rivals in rows_of.values():
-        tried = {row["setting"]: row["seconds"]["median"] for row in rivals if "seconds" in row}
-        fastest = min(tried, key=lambda setting: tried[setting], default=None)
-        row = next(row for row in rivals if fastest in (None, row.get("setting")))
-        best.append(row | {"tried": tried} if tried else row)
-    return sorted(best, key=lambda row: (variants.index(row["variant"]), row["implementation"] != OURS))
+    for same in rivals.values():
+        tried = {row["setting"]: row["seconds"]["median"] for row in same if "seconds" in row}
+        fastest = min(same, key=lambda row: tried.get(row.get("setting"), math.inf))
+        best.append(fastest | {"tried": tried} if tried else fastest)
+    return best

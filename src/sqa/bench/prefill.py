@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 
 from sqa import cost
 from sqa.bench.machine import find_device, find_dtype
-from sqa.bench.peers import OURS, Runner, check_peers, line_up, measure, model_row, shape
+from sqa.bench.peers import OURS, Runner, line_up, measure, shapes
 from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
 from sqa.bench.timing import Budget, at_least_one
 
@@ -31,13 +32,8 @@ def preprint_ratio(variant: str, baseline: str, n: int) -> float | None:
 
 def lengths_to(max_n: int) -> list[int]:
     """1,024, 2,048, 4,096 and so on, and at last `max_n` itself. Raises ValueError when that is below 1."""
-    if max_n < 1:
-        raise ValueError(f"prefill: max_n must be at least 1, got {max_n}")
-    lengths, n = [], 1024
-    while n < max_n:
-        lengths.append(n)
-        n *= 2
-    return [*lengths, max_n]
+    at_least_one(max_n=max_n)
+    return [*itertools.takewhile(lambda n: n < max_n, (1024 << i for i in itertools.count())), max_n]
 
 
 def run_prefill(
@@ -59,41 +55,33 @@ def run_prefill(
     """
     lengths = lengths_to(max_n)
     at_least_one(variants=len(variants), rounds=rounds)
-    check_peers(peers)
-    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
-    torch_dtype = find_dtype(dtype)
-    configs = {name: shape(preset, name, length=max_n, comparable=bool(peers)) for name in variants}
+    where, torch_dtype, left = find_device(device), find_dtype(dtype), Budget(seconds=budget)
+    configs = shapes(preset, variants, peers, length=max_n)
+    baseline = choose_baseline(variants)
     runners, absent = line_up(configs, peers, compile=compile, device=where)
-    for r in runners:  # compared in fp32 first
-        r.entrant.module.to(torch_dtype).eval()
+    for runner in runners:  # compared in fp32 first
+        runner.entrant.module.to(torch_dtype).eval()
     notes = [
         f"ratio: {baseline}'s time over the variant's. FLOPs: the same of all matrix products (Amdahl); attention is "
         "slower for each FLOP than they are, so times can differ by more. preprint: on an A100, 131,072 tokens a step.",
     ]
     rows: list[Row] = []
     for n in left.fitting(lengths, notes):
-        input_ids = torch.randint(configs[variants[0]].vocab_size, (1, n), device=where)
-
-        def start(implementation: str, variant: str, n: int = n) -> Row:
-            return model_row(
-                "prefill", preset, implementation, variant, configs[variant], dtype,
-                batch_size=1, n=n, device=where, grad=False,
-            )  # fmt: skip
-
+        input_ids = torch.randint(configs[baseline].vocab_size, (1, n), device=where)
         best = measure(
-            runners, absent if n == lengths[0] else {}, partial(_forward, input_ids), start, variants=variants,
-            baseline=baseline, tokens=n, rounds=rounds, warmup=0, device=where, budget=left,
+            runners, absent if n == lengths[0] else {}, partial(_forward, input_ids), configs,
+            kind="prefill", preset=preset, dtype=dtype, batch_size=1, n=n, rounds=rounds, device=where, budget=left,
         )  # fmt: skip
         for row in best:
             if row["implementation"] == OURS and "ratio" in row:
                 flops = [cost.prefill_flops(configs[name], n) for name in (baseline, row["variant"])]
                 row["limit"] = flops[0] / flops[1]
-                printed = preprint_ratio(row["variant"], baseline, n) if preset == "published" else None
-                if printed is not None:
+                printed = preprint_ratio(row["variant"], baseline, n)
+                if preset == "published" and printed is not None:
                     row["preprint_ratio"] = printed
         rows += best
     options = {"preset": preset, "rounds": rounds, "compile": compile}
-    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+    return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
 def _forward(input_ids: torch.Tensor, runner: Runner) -> Callable[[], None]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Column, Table
 
 from sqa.bench.machine import git_revision, machine, versions
-from sqa.bench.timing import Timing
+from sqa.bench.timing import Budget, Timing, failure, take_turns
 from sqa.config import AttentionConfig
 from sqa.files import replacing, write_text
 
@@ -42,6 +43,31 @@ def timed(timing: Timing) -> Row:
     return {"seconds": timing.to_dict(), "rounds": timing.rounds}
 
 
+def time_rows(
+    entries: Iterable[tuple[Row, Callable[[], object] | None]],
+    *,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    budget: Budget,
+) -> list[Row]:
+    """Each row with the time of what it describes, all taking turns, or with a note why that cannot run.
+
+    A row with nothing to run has its note already.
+    """
+    rows: list[Row] = []
+    contestants = {}
+    for row, run in entries:
+        if run is not None and (problem := failure(run, device)) is not None:
+            row = row | {"note": f"cannot run: {problem}"}
+        elif run is not None:
+            contestants[len(rows)] = run
+        rows.append(row)
+    for index, timing in take_turns(contestants, rounds=rounds, warmup=warmup, device=device, budget=budget).items():
+        rows[index] |= timed(timing)
+    return rows
+
+
 def add_ratios(rows: Iterable[Row], *, same: tuple[str, ...], baseline: str) -> None:
     """Set `ratio` to the time of the `baseline` variant over the row's own, among rows that agree in `same`."""
     rows = [row for row in rows if "seconds" in row]
@@ -55,10 +81,9 @@ def add_ratios(rows: Iterable[Row], *, same: tuple[str, ...], baseline: str) -> 
             row["ratio"], row["baseline"] = times[key(row)] / row["seconds"]["median"], baseline
 
 
-def choose_baseline(variants: Iterable[str]) -> str:
+def choose_baseline(variants: Collection[str]) -> str:
     """What ratios are taken against: gqa where it takes part, else the first variant."""
-    variants = list(variants)
-    return "gqa" if "gqa" in variants else variants[0]
+    return "gqa" if "gqa" in variants else next(iter(variants))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +94,7 @@ class BenchResult:
     rows: list[Row]
 
     @classmethod
-    def of(cls, rows: list[Row], *, device: str, settings: dict[str, Any], notes: tuple[str, ...] = ()) -> BenchResult:
+    def of(cls, rows: list[Row], *, device: str, settings: dict[str, Any], notes: Iterable[str] = ()) -> BenchResult:
         """Rows measured just now, on this machine."""
         header = {
             "kind": "header",

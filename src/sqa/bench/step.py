@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sqa import cost
 from sqa.bench.machine import find_device, find_dtype, matmul_peak
-from sqa.bench.peers import OURS, Entrant, Runner, build, check_peers, compiled, line_up, measure, model_row, shape
-from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
+from sqa.bench.peers import OURS, Entrant, Runner, build, compiled, line_up, measure, shapes
+from sqa.bench.report import VARIANTS, BenchResult, Row
 from sqa.bench.timing import Budget, at_least_one
 from sqa.config import ModelConfig
 
@@ -58,99 +58,89 @@ def run_step(
     at_least_one(variants=len(variants), dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
     if "fp16" in dtypes:
         raise ValueError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
-    check_peers(peers)
-    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
+    where, left = find_device(device), Budget(seconds=budget)
     torch_dtypes = {name: find_dtype(name) for name in dtypes}
-    configs = {name: shape(preset, name, length=length, comparable=bool(peers)) for name in variants}
-    batch = torch.randint(configs[variants[0]].vocab_size, (2, batch_size, length), device=where)
+    configs = shapes(preset, variants, peers, length=length)
+    first = configs[variants[0]]
+    batch = torch.randint(first.vocab_size, (2, batch_size, length), device=where)
     rows: list[Row] = []
     for dtype, torch_dtype in torch_dtypes.items():
         peak = matmul_peak(torch_dtype, where)
         runners, absent = line_up(configs, peers, compile=compile, device=where)
 
-        def start(implementation: str, variant: str, dtype: str = dtype) -> Row:
-            return model_row(
-                "step", preset, implementation, variant, configs[variant], dtype,
-                batch_size=batch_size, n=length, device=where, grad=True,
-            )  # fmt: skip
-
         def work(runner: Runner, dtype: torch.dtype = torch_dtype) -> Callable[[], None]:
             return training_step(runner.entrant, runner.module, dtype, batch)
 
         best = measure(
-            runners, absent, work, start, variants=variants, baseline=baseline, tokens=batch_size * length,
-            rounds=rounds, warmup=1, device=where, budget=left,
+            runners, absent, work, configs, kind="step", preset=preset, dtype=dtype, batch_size=batch_size, n=length,
+            rounds=rounds, device=where, budget=left,
         )  # fmt: skip
         for row in best:
             if "seconds" in row:
                 flops = cost.train_step_flops(configs[row["variant"]], length, batch_size)
                 row["share_of_peak"] = flops / row["seconds"]["median"] / peak
-        _add_rivals(best)
+        for row, rivals in _beside_peers([row for row in best if "seconds" in row]):
+            row["ratio_to_peer"] = min(r["seconds"]["median"] for r in rivals) / row["seconds"]["median"]
         rows += best
         if memory:
             rows += _memory_rows(best, configs, device)
-    notes = [f"{cost.parameters(configs[v]):,} parameters ({v})" for v in variants[:1]]
+    notes = [f"{cost.parameters(first):,} parameters ({variants[0]})"]
     if peers:
         notes.append(
             "Shape without biases and with a final norm, as peers have it. same: our weights, equal logits and loss."
         )
         notes.append("vs peer: the fastest peer's time over ours. run: the faster of eager and compiled.")
     options = {"preset": preset, "rounds": rounds, "optimizer": "AdamW, fused", "compile": compile}
-    return BenchResult.of(rows, device=device, settings=options, notes=tuple(notes))
+    return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _add_rivals(rows: list[Row]) -> None:
-    """The fastest peer's time over ours, among the rows of one dtype."""
+def _beside_peers(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """Each row of ours, with those of peers of the same variant, where there are any."""
     for row in rows:
         rivals = [r for r in rows if r["variant"] == row["variant"] and r["implementation"] != OURS]
-        times = [r["seconds"]["median"] for r in rivals if "seconds" in r]
-        if row["implementation"] == OURS and "seconds" in row and times:
-            row["ratio_to_peer"] = min(times) / row["seconds"]["median"]
+        if row["implementation"] == OURS and rivals:
+            yield row, rivals
 
 
 def _memory_rows(rows: list[Row], configs: Mapping[str, ModelConfig], device: str) -> list[Row]:
     """Peak memory of each contestant that was timed, and ours as a share of the most frugal peer's."""
     found: list[Row] = []
     for row in rows:
-        compile = row.get("setting") == "compiled"
-        arguments = (row["implementation"], configs[row["variant"]], row["dtype"], row["batch_size"], row["n"], compile)
-        peak = None
+        if "seconds" not in row:
+            continue
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
-        for _ in range((2 if compile else 1) if "seconds" in row else 0):
+        for _ in range(2 if row["setting"] == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                peak = process.submit(peak_memory, *arguments, device, torch.get_num_threads()).result()
+                config, threads = configs[row["variant"]], torch.get_num_threads()
+                peak = process.submit(peak_memory, row, config, device, threads).result()
         if peak is not None:
             keep = ("preset", "implementation", "variant", "batch_size", "n", "dtype", "setting")
             found.append({"kind": "step memory", **{field: row[field] for field in keep}, "peak_bytes": peak})
-    for row in found:
-        rivals = [r for r in found if r["variant"] == row["variant"] and r["implementation"] != OURS]
-        if row["implementation"] == OURS and rivals:
-            row["memory_to_peer"] = row["peak_bytes"] / min(r["peak_bytes"] for r in rivals)
+    for row, rivals in _beside_peers(found):
+        row["memory_to_peer"] = row["peak_bytes"] / min(r["peak_bytes"] for r in rivals)
     return found
 
 
-def peak_memory(
-    name: str, config: ModelConfig, dtype: str, batch_size: int, n: int, compile: bool, device: str, threads: int
-) -> int | None:
-    """Bytes at the peak of steps 3 to 5, less what the process held before the model was built.
+def peak_memory(row: Row, config: ModelConfig, device: str, threads: int) -> int | None:
+    """Bytes at the peak of steps 3 to 5 of the row's contestant, less what was held before the model was built.
 
     Resident memory on CPU (Linux only, None elsewhere), PyTorch's allocations on CUDA. For a process of its own.
     """
     torch.set_num_threads(threads)
-    where = torch.device(device)
+    where, name = torch.device(device), row["implementation"]
 
     def steps(config: ModelConfig, n: int) -> Iterator[Callable[[], None]]:
         entrant = build(name, config)
         entrant.module.to(where)
-        module = compiled(name, entrant.module) if compile else entrant.module
-        batch = torch.randint(config.vocab_size, (2, batch_size, n), device=where)
-        yield from itertools.repeat(training_step(entrant, module, find_dtype(dtype), batch), 5)
+        module = compiled(name, entrant.module) if row["setting"] == "compiled" else entrant.module
+        batch = torch.randint(config.vocab_size, (2, row["batch_size"], n), device=where)
+        yield from itertools.repeat(training_step(entrant, module, find_dtype(row["dtype"]), batch), 5)
 
     # what the libraries hold once everything was imported is not the model's
     for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
         step()
     before = _resident("VmRSS")
-    for turn, step in enumerate(steps(config, n)):
+    for turn, step in enumerate(steps(config, row["n"])):
         if turn == 2 and where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         elif turn == 2 and before is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 Name = TypeVar("Name", bound=Hashable)
@@ -26,10 +26,8 @@ class Timing:
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """Summary of at least one measurement."""
-        if len(seconds) == 1:
-            return cls(p20=seconds[0], median=seconds[0], p80=seconds[0], rounds=1)
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(p20=fifths[0], median=statistics.median(seconds), p80=fifths[3], rounds=len(seconds))
+        p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
+        return cls(p20=p20, median=median, p80=p80, rounds=len(seconds))
 
     def to_dict(self) -> dict[str, float]:
         """As result files hold it."""
@@ -83,8 +81,13 @@ def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> st
         run()
         synchronize(device)
     except RuntimeError as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
     return None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def take_turns(
