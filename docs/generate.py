@@ -147,6 +147,8 @@ SECTIONS = {
     "small tokens": lambda: comparison("small-tokens"),
     "small time": lambda: comparison("small-time"),
     "speed": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32", "prefill")),
+    "step long": lambda: benchmark("step-long"),
+    "step larger": lambda: benchmark("step-larger"),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
     "on paper": on_paper,
