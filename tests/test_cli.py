@@ -267,6 +267,8 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --variants gqa,sqx", "'sqx' is unknown; did you mean 'sqa'"),
         ("compare tiny.toml --data nowhere", "nowhere"),
         ("compare tiny.toml --data empty", "empty"),
+        ("train tiny.toml --data=", "data must be builtin, wikipedia or the path of a file or folder, not ''"),
+        ("train tiny.toml --budget epochs=1e300", "budget: epochs must be at most 1e+06, got '1e300'"),
         ("compare tiny.toml --max-steps 5 --max-tokens 100", "give one of --budget, --max-steps and --max-tokens"),
         ("compare tiny.toml --seeds 1,1", "none of them twice"),
         ("compare tiny.toml --seeds x", "--seeds must be a number of seeds (3) or a list (0,7,9), got 'x'"),

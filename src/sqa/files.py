@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -67,6 +68,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
     with replacing(path) as temporary:
         save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of what a file holds."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -136,6 +136,8 @@ def test_bad_fractions(fractions: dict[str, float], message: str) -> None:
 
 
 def test_bad_paths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data must be builtin, wikipedia or the path of a file or folder, not ''"):
+        open_corpus("")
     with pytest.raises(ValueError, match="nowhere does not exist"):
         open_corpus(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"holds no data files \(\.parquet, \.jsonl, \.txt, \.md\)"):
@@ -165,11 +167,6 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
         documents(path)
-
-
-def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="split must be one of train, validation, not 'test'"):
-        open_corpus("builtin").documents("test")  # type: ignore[arg-type]
 
 
 def test_builtin_is_a_few_million_characters_of_distinct_files() -> None:

@@ -1,16 +1,21 @@
 import json
 import os
-import time
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sqa.data import Corpus, Tokenizer, TokenShards, default_cache_dir, load_or_encode, prepare
+from sqa.data import Corpus, Tokenizer, prepare
 from sqa.data import shards as shards_module
-from sqa.data.shards import write_shards
+from sqa.data.shards import TokenShards, load_or_encode, write_shards
 from sqa.data.tokenizer import load_or_train_tokenizer
+from sqa.files import default_cache_dir
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     write(folder, [[1, 2]])
     manifest = folder / "manifest.json"
-    for text in ("{", '{"format": 0}', "[]"):
+    for text in ("{", '{"format": 0}', "[]", "[" * 200_000):
         manifest.write_text(text)
         with pytest.raises(ValueError, match=r"manifest\.json .*: delete the folder"):
             TokenShards(folder)
@@ -126,15 +131,34 @@ def test_a_failed_encoding_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) 
     assert not list(cache.iterdir())
 
 
-def test_what_a_killed_writer_left_is_removed_after_a_day(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    now = time.time()
-    for name, age in (("killed", 25 * 3600), ("working", 3600)):
-        folder = tmp_path / f"tokens-0.{name}.tmp"
-        folder.mkdir()
-        (folder / "offsets.bin").touch()
-        os.utime(folder, (now - age, now - age))
-    load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path)
-    assert [path.name for path in tmp_path.glob("*.tmp")] == ["tokens-0.working.tmp"]
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from sqa.data import Corpus
+from sqa.data.shards import load_or_encode
+from sqa.data.tokenizer import Tokenizer
+
+def read(split):
+    yield "x" * 2**20
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache = Path(sys.argv[1])
+load_or_encode(
+    Corpus(name="x", fingerprint="0", read=read), Tokenizer.load(cache / "t.json"), split="train", cache_dir=cache
+)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    tokenizer.save(cache / "t.json")
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, cache], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = cache.glob("tokens-*.tmp")
+    load_or_encode(corpus, tokenizer, split="train", cache_dir=cache)
+    assert not left.exists()
+    assert sorted(path.name for path in cache.iterdir() if not path.name.startswith("tokens-")) == ["t.json"]
 
 
 def test_an_empty_split_is_an_error_and_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -144,15 +168,29 @@ def test_an_empty_split_is_an_error_and_leaves_nothing(tokenizer: Tokenizer, tmp
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
-    def slow() -> Iterator[list[list[int]]]:
-        yield [[1, 2]]
-        write(tmp_path / "s", [[7, 8, 9]])  # another process finishes meanwhile
-        yield [[3]]
+def test_a_second_writer_waits_and_takes_what_the_first_made(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    begun, waits = threading.Event(), threading.Event()
 
-    shards = write_shards(tmp_path / "s", slow(), vocab_size=300, origin={})
-    assert shards.document(0).tolist() == [7, 8, 9]
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    def read(split: str) -> Iterator[str]:
+        yield "one document"
+        begun.set()
+        assert waits.wait(60)
+
+    def first() -> str:
+        corpus = Corpus(name="x", fingerprint="0", read=read)
+        return load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path / "cache").fingerprint
+
+    def waiting(text: str) -> None:
+        assert f"cache is being written by process {os.getpid()}; waiting for it" in text
+        waits.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(first)
+        assert begun.wait(60)
+        never = Corpus(name="x", fingerprint="0", read=lambda split: pytest.fail("encoded again"))
+        shards = load_or_encode(never, tokenizer, split="train", cache_dir=tmp_path / "cache", progress=waiting)
+        assert shards.fingerprint == writer.result()
+    assert [path.name.endswith(".tmp") for path in (tmp_path / "cache").iterdir()] == [False]
 
 
 def test_encoding_streams(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqa.data import Corpus, Tokenizer, load_or_train_tokenizer
+from sqa.data import Corpus, Tokenizer
 from sqa.data import tokenizer as tokenizer_module
+from sqa.data.tokenizer import load_or_train_tokenizer
 
 TEXTS = [
     "plain words",
@@ -96,11 +97,13 @@ def test_cached_by_corpus_and_settings(
         load_or_train_tokenizer(make_corpus(), vocab_size=271, cache_dir=tmp_path)
     with pytest.raises(RuntimeError, match="trained"):
         load_or_train_tokenizer(make_corpus(fingerprint="beef"), vocab_size=270, cache_dir=tmp_path)
+    monkeypatch.setattr(tokenizer_module, "MAX_TRAINING_CHARACTERS", 100)
     with pytest.raises(RuntimeError, match="trained"):
-        load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path, max_characters=100)
+        load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path)
 
 
-def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path) -> None:
+def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_TRAINING_CHARACTERS", 950)
     seen = []
 
     def read(split: str) -> Iterator[str]:
@@ -110,7 +113,7 @@ def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path) -> None:
             yield "abcd" * 25
 
     corpus = Corpus(name="counted", fingerprint="c0", read=read)
-    load_or_train_tokenizer(corpus, vocab_size=260, cache_dir=tmp_path, max_characters=950)
+    load_or_train_tokenizer(corpus, vocab_size=260, cache_dir=tmp_path)
     assert len(seen) == 10
 
 

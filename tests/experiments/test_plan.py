@@ -49,6 +49,20 @@ def test_other_budgets_are_refused(text: str) -> None:
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("text", ["epochs=1e300", "steps=" + "9" * 400, "tokens=1e300T", "time=1e12h", "flops=1e31"])
+def test_budgets_that_no_machine_can_spend_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^budget: [a-z]+ must be at most 1e\+\d\d, got"):
+        Budget.parse(text)
+
+
+def test_changes_replace_fields_before_they_are_validated(tmp_path: Path) -> None:
+    path = tmp_path / "six.toml"
+    path.write_text("[model]\nnum_heads = 6\nd_model = 96\n")
+    with pytest.raises(ValueError, match="got num_heads=6"):
+        Plan.read(str(path))
+    assert Plan.read(str(path), {"variants": ("mha",)}).variants == ("mha",)
+
+
 def test_budgets_become_steps() -> None:
     plan = Plan(name="p", variants=("gqa", "sqa"), batch_size=8, context=512)
     tokens = plan.replace(budget="tokens=409600").steps(batches_per_epoch=7, step_seconds={})
@@ -75,6 +89,7 @@ def test_budgets_become_steps() -> None:
         ({"seeds": (-1,)}, "seeds must be 0 or more"),
         ({"shape": "huge"}, "preset: 'huge' is unknown"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"context": 1}, "context must be at least 2, got 1"),
         ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size must divide batch_size=6, got 4"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction must be from 0 to below 1"),

@@ -78,14 +78,24 @@ def test_rows_of_different_data_are_refused() -> None:
 
 def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    assert read_results(path) == []
+    assert read_results(path, {}) == []
     append_result(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": ')
-    assert read_results(path) == [{"a": 1}]
+    assert read_results(path, {}) == [{"a": 1}]
     append_result(path, {"a": 3})
-    assert read_results(path) == [{"a": 1}, {"a": 3}]
+    assert read_results(path, {}) == [{"a": 1}, {"a": 3}]
     for damaged in (b'{"a": ', b'{"a": "\xff"}', b"[" * 200_000):
         path.write_bytes(damaged + b"\n" + json.dumps({"a": 2}).encode() + b"\n")
         with pytest.raises(ValueError, match=r"line 1 of .*results.jsonl is damaged"):
-            read_results(path)
+            read_results(path, {})
+
+
+def test_a_row_without_its_fields_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    whole = {**row("sqa", 0, 2.0), "dtype": "float32", "device": "cpu"}
+    append_result(path, {**whole, "step_s": None})
+    assert len(read_results(path)) == 1
+    append_result(path, {**whole, "parameters": "many", "val": {"loss": 2.0}, "step_s": {}})
+    with pytest.raises(ValueError, match=r"line 2 of .* lacks parameters, val\.accuracy, step_s\.median; remove it"):
+        read_results(path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sqa import Transformer
-from sqa.data.batches import Batch, PackedBatches, PaddedBatches, evaluation_batches
+from sqa.data.batches import Batch, Batches, evaluation_batches
 from sqa.data.shards import TokenShards, write_shards
 from sqa.training.checkpoint import Checkpoints
 from sqa.training.loop import (
@@ -43,18 +43,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     return write_shards(folder, [documents], vocab_size=VOCAB, origin={"made": "here"})
 
 
-def packed(shards: TokenShards, seed: int = 0) -> PackedBatches:
-    return PackedBatches(shards, batch_size=4, context_length=16, seed=seed)
+def packed(shards: TokenShards) -> Batches:
+    return Batches(shards, layout="packed", batch_size=4, context_length=16, pad_id=1, seed=0)
 
 
-def padded(shards: TokenShards) -> PaddedBatches:
-    return PaddedBatches(shards, batch_size=6, context_length=16, pad_id=1, seed=0)
+def padded(shards: TokenShards) -> Batches:
+    return Batches(shards, layout="padded", batch_size=6, context_length=16, pad_id=1, seed=0)
 
 
 def recipe(steps: int = 12, **changes: object) -> Recipe:
     values: dict[str, object] = {
         "steps": steps,
-        "batch_size": 4,
         "micro_batch_size": 0,
         "learning_rate": 1e-2,
         "warmup_fraction": 0.25,
@@ -83,7 +82,7 @@ def test_the_loss_falls_and_a_run_leaves_a_model_and_a_curve(shards: TokenShards
     assert len(losses) == 60
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.2)  # an untrained model knows nothing
     assert losses[-1] < losses[0] - 1.5
-    assert progress.tokens == sum(packed(shards).batch(t).num_tokens for t in range(60))
+    assert progress.tokens == sum(int((packed(shards).batch(t).labels != -100).sum()) for t in range(60))
     loaded = Transformer.load(tmp_path)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
@@ -174,6 +173,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     progress = Checkpoints(tmp_path / "checkpoints").load(model, make_optimizer(model, recipe()))
     assert progress is not None
     assert progress.step == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(shards: TokenShards, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path, should_stop=lambda: True)
+    model = Transformer(CONFIG.replace(num_layers=1))
+    with pytest.raises(ValueError, match=r"step-1 is a checkpoint of another model \(num_layers: 2 there, 1 now\)"):
+        Checkpoints(tmp_path / "checkpoints").load(model, make_optimizer(model, recipe()))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_checkpoint(

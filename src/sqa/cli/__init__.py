@@ -225,7 +225,7 @@ def _compare(
     if track is not None and launcher == "ray":
         raise ValueError("--track follows runs in this process only; leave it out with --launcher ray")
     if resume is None:
-        plan = Plan.read(source or "demo").replace(**changes)
+        plan = Plan.read(source or "demo", changes)
         out = out or Path("runs") / plan.name
     else:
         # torch comes with the next import, after what the plan alone can get wrong

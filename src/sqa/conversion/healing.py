@@ -67,7 +67,6 @@ def heal(
     """
     recipe = Recipe(
         steps=len(batches),
-        batch_size=1,
         micro_batch_size=0,
         learning_rate=settings.learning_rate,
         warmup_fraction=0.1,

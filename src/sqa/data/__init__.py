@@ -9,17 +9,7 @@ from sqa.data.shards import TokenShards, load_or_encode
 from sqa.data.tokenizer import Tokenizer, check_vocab_size, load_or_train_tokenizer
 from sqa.files import default_cache_dir
 
-__all__ = [
-    "Corpus",
-    "Prepared",
-    "TokenShards",
-    "Tokenizer",
-    "default_cache_dir",
-    "load_or_encode",
-    "load_or_train_tokenizer",
-    "open_corpus",
-    "prepare",
-]
+__all__ = ["Corpus", "Prepared", "Tokenizer", "open_corpus", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)

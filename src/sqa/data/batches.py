@@ -4,10 +4,9 @@ Axes: B rows of a batch, T positions of a row (the context length). A row reads 
 that follow them, so `labels[t]` is the target of position t.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ Layout = Literal["padded", "packed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One batch of rows, on the CPU.
+    """One batch of rows, on the CPU unless taken elsewhere.
 
     input_ids             (B, T) int64
     labels                (B, T) int64, the target of each position, -100 where there is none
@@ -35,114 +34,52 @@ class Batch:
     labels_all_positions: torch.Tensor | None
     document_ids: torch.Tensor | None
 
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens: positions that have a target."""
-        return int((self.labels != IGNORE).sum())
+    def take(self, rows: slice | Sequence[int], device: torch.device | str = "cpu") -> "Batch":
+        """Some of the rows, on `device`."""
+        part: dict[str, Any] = {k: None if v is None else v[rows].to(device) for k, v in vars(self).items()}
+        return Batch(**part)
 
 
-class _Batches(ABC):
-    """Batch t as a pure function of the constructor's arguments and t.
+class Batches:
+    """Training batches: batch t is a pure function of the constructor's arguments and t.
 
-    Epoch e visits all documents in a permutation of its own, drawn from (seed, e); with seed None that is
-    the stored order. An epoch has `batches_per_epoch` whole batches; the rows left over at its end, fewer
-    than a batch, are dropped. Only the order of the epoch in use is in memory.
+    Layout "padded" has one document a row, cut after context_length + 1 tokens and padded on the right; "packed" lays
+    documents end to end and cuts that into rows, so that a document may go on in the next one: attention is to be
+    confined to `document_ids`, and the end token of a document predicts nothing.
+
+    Epoch e visits all documents in a permutation of its own, drawn from (seed, e). It has `batches_per_epoch` whole
+    batches; the rows left over at its end, fewer than a batch, are dropped. Only the order of the epoch in use is in
+    memory. Raises ValueError where the split does not fill one batch.
     """
 
     def __init__(
-        self, shards: TokenShards, *, batch_size: int, context_length: int, seed: int | None, num_rows: int
+        self, shards: TokenShards, *, layout: Layout, batch_size: int, context_length: int, pad_id: int, seed: int
     ) -> None:
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
+        packed = layout == "packed"
+        # a packed row of an epoch is full
+        num_rows = (shards.num_tokens - 1) // context_length if packed else shards.num_documents
         self.batches_per_epoch = num_rows // batch_size
-        self._shards = shards
-        self._batch_size = batch_size
-        self._context_length = context_length
-        self._seed = seed
+        if not self.batches_per_epoch:
+            needs, has = f"batch_size {batch_size} needs as many documents", shards.num_documents
+            if packed:
+                needs = f"One batch of {batch_size} rows at context_length {context_length} takes "
+                needs, has = f"{needs}{batch_size * context_length + 1} tokens", shards.num_tokens
+            raise ValueError(f"{needs}, but the corpus has only {has} in this split")
+        self._rows = _PackedRows if packed else _PaddedRows
+        self._shards, self._batch_size, self._context_length = shards, batch_size, context_length
+        self._pad_id, self._seed = pad_id, seed
         self._epoch: int | None = None
 
     def batch(self, t: int) -> Batch:
         """Batch t >= 0 of an endless sequence of epochs: (batch_size, context_length)."""
-        return self.rows(t, 0, self._batch_size)
-
-    def rows(self, t: int, start: int, stop: int) -> Batch:
-        """Rows start..stop of batch t, without reading the others: (stop - start, context_length)."""
-        if t < 0 or not 0 <= start < stop <= self._batch_size:
-            raise ValueError(f"batch {t} of {self._batch_size} rows has no rows {start}..{stop}")
         epoch, index = divmod(t, self.batches_per_epoch)
         if epoch != self._epoch:
-            self._start_epoch(_order(self._shards.num_documents, self._seed, epoch))
+            # raw bits, because numpy keeps them the same between releases and its shuffles not
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self._shards.num_documents)
+            order = np.argsort(bits, kind="stable")
+            self._source = self._rows(self._shards, order, self._context_length, self._pad_id)
             self._epoch = epoch
-        first = index * self._batch_size
-        return self._read(first + start, first + stop)
-
-    @abstractmethod
-    def _start_epoch(self, order: np.ndarray) -> None: ...
-
-    @abstractmethod
-    def _read(self, first: int, last: int) -> Batch:
-        """Rows first..last of the epoch."""
-
-
-class PaddedBatches(_Batches):
-    """One document a row, cut after context_length + 1 tokens and padded on the right.
-
-    Raises ValueError if there are fewer documents than `batch_size`, or a number is out of range.
-    """
-
-    def __init__(
-        self, shards: TokenShards, *, batch_size: int, context_length: int, pad_id: int, seed: int | None
-    ) -> None:
-        _check(batch_size, context_length)
-        if shards.num_documents < batch_size:
-            raise ValueError(
-                f"batch_size {batch_size} needs as many documents, but the corpus has only "
-                f"{shards.num_documents} in this split"
-            )
-        super().__init__(
-            shards,
-            batch_size=batch_size,
-            context_length=context_length,
-            seed=seed,
-            num_rows=shards.num_documents,
-        )
-        self._pad_id = pad_id
-
-    def _start_epoch(self, order: np.ndarray) -> None:
-        self._documents = order
-
-    def _read(self, first: int, last: int) -> Batch:
-        return _padded(self._shards, self._documents[first:last], self._context_length, self._pad_id)
-
-
-class PackedBatches(_Batches):
-    """Documents laid end to end and cut into rows; a document may go on in the next row.
-
-    Attention is to be confined to `document_ids`; the end token of a document predicts nothing. Raises
-    ValueError if there are fewer tokens than one batch takes, or a number is out of range.
-    """
-
-    def __init__(self, shards: TokenShards, *, batch_size: int, context_length: int, seed: int | None) -> None:
-        _check(batch_size, context_length)
-        if shards.num_tokens <= batch_size * context_length:
-            raise ValueError(
-                f"One batch of {batch_size} rows at context_length {context_length} takes "
-                f"{batch_size * context_length + 1} tokens, but the corpus has only {shards.num_tokens} "
-                "in this split"
-            )
-        super().__init__(
-            shards,
-            batch_size=batch_size,
-            context_length=context_length,
-            seed=seed,
-            num_rows=(shards.num_tokens - 1) // context_length,
-        )
-
-    def _start_epoch(self, order: np.ndarray) -> None:
-        self._stream = _Stream(self._shards, order)
-
-    def _read(self, first: int, last: int) -> Batch:
-        return self._stream.rows(first, last, self._context_length, fill=0)  # an epoch's rows are full
+        return self._source.read(index * self._batch_size, (index + 1) * self._batch_size)
 
 
 def evaluation_batches(
@@ -157,80 +94,58 @@ def evaluation_batches(
     """The fixed evaluation set: whole documents in stored order until they hold `max_tokens` real tokens.
 
     All documents where they hold fewer. The last batch may have fewer rows, none is empty; the last packed
-    row is filled with `pad_id`, which has no target and a document id of its own. Raises ValueError for a
-    number out of range.
+    row is filled with `pad_id`, which has no target and a document id of its own.
     """
-    _check(batch_size, context_length)
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-    targets = shards.lengths - 1
-    if layout == "padded":
-        targets = np.minimum(targets, context_length)
+    packed = layout == "packed"
+    targets = shards.lengths - 1 if packed else np.minimum(shards.lengths - 1, context_length)
     num_documents = min(int(np.searchsorted(np.cumsum(targets), max_tokens)) + 1, shards.num_documents)
-    documents = np.arange(num_documents)
-    if layout == "padded":
-        return (
-            _padded(shards, documents[i : i + batch_size], context_length, pad_id)
-            for i in range(0, num_documents, batch_size)
+    source = (_PackedRows if packed else _PaddedRows)(shards, np.arange(num_documents), context_length, pad_id)
+    return (source.read(i, min(i + batch_size, source.count)) for i in range(0, source.count, batch_size))
+
+
+class _PaddedRows:
+    """Documents of `shards` in the given order, one a row."""
+
+    def __init__(self, shards: TokenShards, order: np.ndarray, context_length: int, pad_id: int) -> None:
+        self._shards, self._order, self._context_length, self._pad_id = shards, order, context_length, pad_id
+        self.count = len(order)
+
+    def read(self, first: int, last: int) -> Batch:
+        tokens = np.full((last - first, self._context_length + 1), self._pad_id, dtype=np.int64)
+        real = np.zeros(tokens.shape, dtype=bool)
+        for row, document in enumerate(self._order[first:last]):
+            ids = self._shards.document(document)[: tokens.shape[1]]
+            tokens[row, : ids.size] = ids
+            real[row, : ids.size] = True
+        labels = tokens[:, 1:]
+        return Batch(
+            input_ids=torch.from_numpy(tokens[:, :-1].copy()),
+            labels=torch.from_numpy(np.where(real[:, 1:], labels, IGNORE)),
+            labels_all_positions=torch.from_numpy(labels.copy()),
+            document_ids=None,
         )
-    stream = _Stream(shards, documents)
-    num_rows = -(-(stream.size - 1) // context_length)
-    return (
-        stream.rows(i, min(i + batch_size, num_rows), context_length, fill=pad_id)
-        for i in range(0, num_rows, batch_size)
-    )
 
 
-def _check(batch_size: int, context_length: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if context_length < 2:
-        raise ValueError(f"context_length must be at least 2, not {context_length}")
+class _PackedRows:
+    """Documents of `shards` in the given order, end to end; positions behind their end hold `pad_id` and no target."""
 
-
-def _order(count: int, seed: int | None, epoch: int) -> np.ndarray:
-    if seed is None:
-        return np.arange(count)
-    # raw bits, because numpy keeps them the same between releases and its shuffles not
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
-def _padded(shards: TokenShards, documents: np.ndarray, context_length: int, pad_id: int) -> Batch:
-    tokens = np.full((len(documents), context_length + 1), pad_id, dtype=np.int64)
-    real = np.zeros(tokens.shape, dtype=bool)
-    for row, document in enumerate(documents):
-        ids = shards.document(document)[: context_length + 1]
-        tokens[row, : ids.size] = ids
-        real[row, : ids.size] = True
-    labels = tokens[:, 1:]
-    return Batch(
-        input_ids=torch.from_numpy(tokens[:, :-1].copy()),
-        labels=torch.from_numpy(np.where(real[:, 1:], labels, IGNORE)),
-        labels_all_positions=torch.from_numpy(labels.copy()),
-        document_ids=None,
-    )
-
-
-class _Stream:
-    """Documents of `shards` laid end to end in the given order."""
-
-    def __init__(self, shards: TokenShards, order: np.ndarray) -> None:
-        self._shards = shards
-        self._order = order
+    def __init__(self, shards: TokenShards, order: np.ndarray, context_length: int, pad_id: int) -> None:
+        self._shards, self._order, self._context_length, self._pad_id = shards, order, context_length, pad_id
         self._bounds = np.concatenate([[0], np.cumsum(shards.lengths[order])])
-        self.size = int(self._bounds[-1])
+        self._size = int(self._bounds[-1])
+        self.count = -(-(self._size - 1) // context_length)
 
-    def rows(self, first: int, last: int, context_length: int, *, fill: int) -> Batch:
-        """Rows first..last of the stream; positions behind its end hold `fill` and have no target."""
-        start, stop = first * context_length, last * context_length + 1
+    def read(self, first: int, last: int) -> Batch:
+        start, stop = first * self._context_length, last * self._context_length + 1
         positions = np.arange(start, stop)
         ranks = np.searchsorted(self._bounds, positions, side="right") - 1  # which document of the order
-        tokens = np.full(stop - start, fill, dtype=np.int64)
-        found = self._tokens(start, min(stop, self.size))
-        tokens[: found.size] = found
-        has_target = (ranks[:-1] == ranks[1:]) & (positions[1:] < self.size)
-        shape = (last - first, context_length)
+        tokens = np.full(stop - start, self._pad_id, dtype=np.int64)
+        for rank in range(ranks[0], min(ranks[-1] + 1, len(self._order))):
+            low, high = max(start, self._bounds[rank]), min(stop, self._bounds[rank + 1])
+            offset = self._shards.offsets[self._order[rank]] - self._bounds[rank]
+            tokens[low - start : high - start] = self._shards.tokens(offset + low, offset + high)
+        has_target = (ranks[:-1] == ranks[1:]) & (positions[1:] < self._size)
+        shape = (last - first, self._context_length)
         documents = ranks[:-1].reshape(shape)
         return Batch(
             input_ids=torch.from_numpy(tokens[:-1].reshape(shape).copy()),
@@ -238,14 +153,3 @@ class _Stream:
             labels_all_positions=None,
             document_ids=torch.from_numpy((documents - documents[:, :1]).astype(np.int32)),
         )
-
-    def _tokens(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self._bounds, start, side="right")) - 1
-        pieces = []
-        while start < stop:
-            document = self._order[first]
-            offset = int(self._shards.offsets[document]) - int(self._bounds[first])
-            end = min(stop, int(self._bounds[first + 1]))
-            pieces.append(self._shards.tokens(offset + start, offset + end))
-            start, first = end, first + 1
-        return np.concatenate(pieces)

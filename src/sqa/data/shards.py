@@ -1,33 +1,30 @@
 """Encoded documents on disk: token files of a fixed size, memory-mapped, with a manifest that is checked."""
 
-import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 
 from sqa.data.corpus import Corpus, Split, fingerprint_of
 from sqa.data.tokenizer import Tokenizer
+from sqa.files import LOCK, locked, sha256, sync_directory, write_json
 
 TOKENS_PER_FILE = 1 << 26
 
 _FORMAT = 1  # part of the cache key and of the manifest: raise it when the files change
 _CHARACTERS_PER_CHUNK = 1 << 20
-_ABANDONED_SECONDS = 24 * 3600.0  # a writer adds a file to its folder far more often
 
 
 class TokenShards:
     """The documents of one split as token ids, each with an end token, memory-mapped from a folder.
 
-    `num_documents`, `num_tokens` and `fingerprint` (hex, follows from the contents) are plain attributes.
+    `num_documents`, `num_tokens` and `fingerprint` (hex, follows from the contents) are plain attributes; `offsets`,
+    (num_documents + 1,) int64 and memory-mapped, says where each document starts, then `num_tokens`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,18 +32,18 @@ class TokenShards:
         advice = f"delete the folder {folder} and run again to encode it anew"
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / 'manifest.json'} cannot be read ({error}): {advice}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
             raise ValueError(f"{folder / 'manifest.json'} is not of format {_FORMAT}: {advice}")
         for name, checksum in manifest["sha256"].items():
-            if not (folder / name).is_file() or _sha256(folder / name) != checksum:
+            if not (folder / name).is_file() or sha256(folder / name) != checksum:
                 raise ValueError(f"{folder / name} is missing or does not match its checksum: {advice}")
         self.num_documents: int = manifest["num_documents"]
         self.num_tokens: int = manifest["num_tokens"]
         self.fingerprint: str = fingerprint_of("shards", json.dumps(manifest, sort_keys=True))
         self._tokens_per_file: int = manifest["tokens_per_file"]
-        self._offsets = np.memmap(folder / "offsets.bin", dtype="<i8", mode="r")
+        self.offsets: np.ndarray = np.memmap(folder / "offsets.bin", dtype="<i8", mode="r")
         self._files = [
             np.memmap(folder / name, dtype=manifest["dtype"], mode="r")
             for name in sorted(manifest["sha256"])
@@ -62,17 +59,12 @@ class TokenShards:
 
     def document(self, index: int) -> np.ndarray:
         """(length,) uint16 or uint32: the tokens of one document, the end token last."""
-        return self.tokens(int(self._offsets[index]), int(self._offsets[index + 1]))
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """(num_documents + 1,) int64: where each document starts, then `num_tokens`; memory-mapped."""
-        return self._offsets
+        return self.tokens(int(self.offsets[index]), int(self.offsets[index + 1]))
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(num_documents,) int64: tokens of each document, the end token included."""
-        return np.diff(self._offsets)
+        return np.diff(self.offsets)
 
 
 def load_or_encode(
@@ -85,17 +77,13 @@ def load_or_encode(
 ) -> TokenShards:
     """The documents of one split, encoded in parallel as they stream by, or opened where that is done.
 
-    `progress` gets a line with the counts so far after every chunk of about a million characters. Several
-    processes may do this at once: each works in a folder of its own, the first to finish provides the result.
-    Such folders that nobody has worked in for a day are removed.
+    `progress` gets a line with the counts so far after every chunk of about a million characters. One process at a
+    time encodes, and others wait for it. What one that was killed has left is removed.
 
     Raises ValueError if the split has no documents or cached files are damaged.
     """
     key = fingerprint_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, split)
     folder = cache_dir / f"tokens-{key}"
-    if folder.exists():
-        return TokenShards(folder)
-    _remove_abandoned(cache_dir)
 
     def encoded() -> Iterator[list[list[int]]]:
         num_documents = num_tokens = 0
@@ -112,8 +100,15 @@ def load_or_encode(
                 f"The {split} split of {corpus.name} has no documents: give more text or a larger {split}_fraction"
             )
 
-    origin = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "split": split}
-    return write_shards(folder, encoded(), vocab_size=tokenizer.vocab_size, origin=origin)
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with locked(cache_dir / LOCK, progress or (lambda text: None)):
+            for abandoned in cache_dir.glob("tokens-*.tmp"):
+                shutil.rmtree(abandoned)
+            if not folder.exists():
+                origin = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "split": split}
+                write_shards(folder, encoded(), vocab_size=tokenizer.vocab_size, origin=origin)
+    return TokenShards(folder)
 
 
 def write_shards(
@@ -126,15 +121,17 @@ def write_shards(
 ) -> TokenShards:
     """Write documents, given as chunks of lists of token ids below `vocab_size`, to `folder` and open it.
 
-    `origin` says in the manifest where the documents come from. `folder` appears at once and complete; if it
-    has appeared by then, what is there stays and is opened.
+    `origin` says in the manifest where the documents come from. `folder` appears at once and complete.
     """
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    temporary = folder.with_name(f"{folder.name}.{uuid4().hex}.tmp")
-    temporary.mkdir(parents=True)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary.mkdir()
     try:
         num_documents, num_tokens = _write_documents(temporary, chunks, dtype, tokens_per_file)
         files = sorted(temporary.iterdir())
+        for path in files:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         manifest = {
             "format": _FORMAT,
             **origin,
@@ -142,27 +139,14 @@ def write_shards(
             "num_documents": num_documents,
             "num_tokens": num_tokens,
             "tokens_per_file": tokens_per_file,
-            "sha256": {file.name: _sha256(file) for file in files},
+            "sha256": {path.name: sha256(path) for path in files},
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*files, temporary / "manifest.json", temporary):
-            _sync(path)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        write_json(temporary / "manifest.json", manifest)  # syncs the folder too
+        temporary.rename(folder)
+        sync_directory(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenShards(folder)
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """The folders of writers that were killed."""
-    for folder in cache_dir.glob("tokens-*.tmp"):
-        with suppress(FileNotFoundError):  # its writer has finished just now
-            if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_documents(
@@ -196,16 +180,3 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -86,23 +86,22 @@ def load_or_train_tokenizer(
     *,
     vocab_size: int,
     cache_dir: Path,
-    max_characters: int = MAX_TRAINING_CHARACTERS,
     progress: Callable[[str], None] | None = None,
 ) -> Tokenizer:
     """A tokenizer of exactly `vocab_size` entries, trained on the train documents of `corpus` or cached.
 
-    Training streams the documents and stops after `max_characters`. End and pad are ids 0 and 1.
+    Training streams the documents and stops after MAX_TRAINING_CHARACTERS. End and pad are ids 0 and 1.
     `progress` gets a line when training starts. Raises ValueError if `vocab_size` is too small to hold all
     bytes, or so large that the text does not fill it.
     """
     check_vocab_size(vocab_size)
-    key = fingerprint_of(_FORMAT, corpus.fingerprint, vocab_size, max_characters)
+    key = fingerprint_of(_FORMAT, corpus.fingerprint, vocab_size, MAX_TRAINING_CHARACTERS)
     path = cache_dir / f"tokenizer-{key}.json"
     if path.exists():
         return Tokenizer.load(path)
     if progress:
         progress(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
-    backend = _train(_first_characters(corpus.documents("train"), max_characters), vocab_size)
+    backend = _train(_first_characters(corpus.documents("train"), MAX_TRAINING_CHARACTERS), vocab_size)
     if backend.get_vocab_size() != vocab_size:
         if next(corpus.documents("train"), None) is None:
             raise ValueError(f"The train split of {corpus.name} has no documents: give more text")

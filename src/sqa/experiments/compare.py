@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from sqa.bench.timing import Timing, take_turns
 from sqa.config import ModelConfig
 from sqa.cost import parameters
 from sqa.data import Prepared, prepare
-from sqa.data.batches import PackedBatches, PaddedBatches, evaluation_batches
+from sqa.data.batches import Batches, evaluation_batches
 from sqa.experiments.directory import Directory, plan_differences
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
@@ -41,12 +41,11 @@ if TYPE_CHECKING:
     from sqa.experiments.tracking import TensorBoard
 
 
-def make_batches(plan: Plan, data: Prepared, seed: int) -> PaddedBatches | PackedBatches:
+def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
     """The training batches of a plan, the same for every variant of a seed."""
-    if plan.layout == "packed":
-        return PackedBatches(data.train, batch_size=plan.batch_size, context_length=plan.context, seed=seed)
-    return PaddedBatches(
+    return Batches(
         data.train,
+        layout=plan.layout,
         batch_size=plan.batch_size,
         context_length=plan.context,
         pad_id=data.tokenizer.pad_id,
@@ -56,19 +55,8 @@ def make_batches(plan: Plan, data: Prepared, seed: int) -> PaddedBatches | Packe
 
 def make_recipe(plan: Plan, steps: int) -> Recipe:
     """The part of a plan that the training loop needs."""
-    return Recipe(
-        steps=steps,
-        batch_size=plan.batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        learning_rate=plan.learning_rate,
-        warmup_fraction=plan.warmup_fraction,
-        weight_decay=plan.weight_decay,
-        clip_norm=plan.clip_norm,
-        padding_in_loss=plan.padding_in_loss,
-        checkpoint_seconds=plan.checkpoint_seconds,
-        activation_checkpointing=plan.activation_checkpointing,
-        sharding=plan.sharding,
-    )
+    shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
+    return Recipe(steps=steps, **shared)
 
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
@@ -153,7 +141,7 @@ def compare(
         )
     directory = Directory(out)
     cells = plan.cells if only is None else only
-    source = data_source or plan.data
+    source = plan.data if data_source is None else data_source
     failures = []
 
     def settle(shown: Display, cell: Cell, outcome: Row | NonFiniteLoss) -> None:

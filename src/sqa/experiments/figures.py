@@ -13,7 +13,7 @@ from sqa.config import ModelConfig
 from sqa.cost import attention_flops, kv_cache_bytes, train_step_flops
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
-from sqa.experiments.results import BASELINE, Row, read_results
+from sqa.experiments.results import BASELINE, CURVE_FIELDS, Row, read_results
 from sqa.variants import VARIANTS
 
 CURVE_POINTS = 300
@@ -49,7 +49,9 @@ def make_figures(
     curves = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         seeds = [row["seed"] for row in rows if row["variant"] == name]
-        runs = [run for seed in seeds if (run := read_results(held.run_folder(name, seed) / "curve.jsonl"))]
+        runs = [
+            run for seed in seeds if (run := read_results(held.run_folder(name, seed) / "curve.jsonl", CURVE_FIELDS))
+        ]
         curves += curve(VARIANTS[name].label, runs) if runs else []
     found = []
     if curves:

@@ -20,7 +20,8 @@ from sqa.variants import DEFAULT_VARIANTS, find_variant, model_config, shape
 Cell = tuple[str, int]
 """One run of a comparison: variant and seed."""
 
-BUDGET_KINDS = ("steps", "tokens", "epochs", "flops", "time")
+BUDGETS = {"steps": 1e10, "tokens": 1e16, "epochs": 1e6, "flops": 1e30, "time": 1e9}
+"""What a budget may be counted in, and the most of it: beyond that lies what no machine can do."""
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -37,13 +38,15 @@ class Budget:
     def parse(cls, text: str) -> Self:
         """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises ValueError for anything else."""
         kind, _, amount = text.partition("=")
-        if kind not in BUDGET_KINDS:
-            raise ValueError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGET_KINDS)}, got {text!r}")
+        if kind not in BUDGETS:
+            raise ValueError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {text!r}")
         units = _SECONDS if kind == "time" else _UNITS
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
-        if found is None or found[2] not in units or not 0 < float(found[1]) < math.inf:
+        if found is None or found[2] not in units or not float(found[1]) > 0:
             raise ValueError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
-        return cls(kind, float(found[1]) * units[found[2]])
+        if (count := float(found[1]) * units[found[2]]) > BUDGETS[kind]:
+            raise ValueError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {amount!r}")
+        return cls(kind, count)
 
 
 def _list(units: Mapping[str, float]) -> str:
@@ -110,9 +113,9 @@ class Plan:
                 raise ValueError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
         if self.padding_in_loss and self.layout != "padded":
             raise ValueError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
-        for name in ("context", "batch_size", "evaluation_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"plan: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("context", 2), ("batch_size", 1), ("evaluation_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"plan: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("micro_batch_size", "timing_rounds", "threads", "weight_decay", "clip_norm", "checkpoint_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"plan: {name} must be 0 or more, got {getattr(self, name)}")
@@ -164,11 +167,6 @@ class Plan:
                 raise ValueError(f"only: {name!r} is not a run of the plan ({have}){nearest(name, list(known))}")
         return [cell for name, cell in known.items() if name in {given.lower() for given in names}]
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Positions of a step, padding included."""
-        return self.batch_size * self.context
-
     def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
         """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget."""
         budget = Budget.parse(self.budget)
@@ -178,7 +176,7 @@ class Plan:
                 case "steps":
                     return budget.amount
                 case "tokens":
-                    return budget.amount / self.tokens_per_step
+                    return budget.amount / (self.batch_size * self.context)  # padding included
                 case "epochs":
                     return budget.amount * batches_per_epoch
                 case "flops":
@@ -208,8 +206,11 @@ class Plan:
         return cls(**{**values, **listed})
 
     @classmethod
-    def read(cls, source: str) -> Self:
-        """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise."""
+    def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
+        """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise.
+
+        `changes` replace fields of it before anything is validated.
+        """
         if source in preset_names():
             raw, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_bytes(), source
         elif Path(source).is_file():
@@ -221,7 +222,7 @@ class Plan:
             values = tomllib.loads(raw.decode())
         except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"plan: {source} is not TOML: {error}") from None
-        return cls.from_dict({"name": stem, **values})
+        return cls.from_dict({"name": stem, **values, **(changes or {})})
 
 
 _TYPES = typing.get_type_hints(Plan)

@@ -30,10 +30,19 @@ def append_result(path: Path, row: Row) -> None:
         os.fsync(file.fileno())
 
 
-def read_results(path: Path) -> list[Row]:
+RUN_FIELDS: dict[str, Any] = {
+    "variant": str, "seed": int, "config": dict, "parameters": int, "steps": int, "dtype": str, "device": str,
+    "data_fingerprint": str, "val": {"loss": float, "accuracy": float}, "step_s": {"median": float},
+}  # fmt: skip
+"""What tables and figures read of a run; step_s is null where steps were not timed."""
+
+CURVE_FIELDS: dict[str, Any] = {"step": int, "tokens": int, "seconds": float, "loss": float}
+
+
+def read_results(path: Path, fields: dict[str, Any] = RUN_FIELDS) -> list[Row]:
     """All whole rows; a last line torn by a crash is left out (its run is not finished).
 
-    Raises ValueError when a line inside the file is damaged.
+    Raises ValueError when a line inside the file is damaged, or lacks one of the `fields`.
     """
     if not path.exists():
         return []
@@ -42,14 +51,31 @@ def read_results(path: Path) -> list[Row]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError
-            rows.append(row)
+            what = f"lacks {', '.join(lacking)}" if (lacking := _lacking(row, fields)) else ""
         except (ValueError, RecursionError):
+            what = "is damaged"
+        if what:
             raise ValueError(
-                f"results: line {number} of {path} is damaged; remove it (a run without its result trains again)"
-            ) from None
+                f"results: line {number} of {path} {what}; remove it (a run without its result trains again)"
+            )
+        rows.append(row)
     return rows
+
+
+def _lacking(row: Any, fields: dict[str, Any], where: str = "") -> list[str]:
+    """The names of those fields that are not there, or of another type."""
+    if not isinstance(row, dict):
+        raise ValueError
+    found = []
+    for name, kind in fields.items():
+        value = row.get(name)
+        if (name, value) == ("step_s", None):
+            continue
+        if isinstance(kind, dict):
+            found += _lacking(value, kind, f"{name}.") if isinstance(value, dict) else [name]
+        elif not isinstance(value, int | float if kind is float else kind):
+            found.append(where + name)
+    return found
 
 
 def check_comparable(rows: Sequence[Row]) -> None:
@@ -72,7 +98,7 @@ def summary_rows(rows: Sequence[Row], context: int) -> list[dict[str, Any]]:
     check_comparable(rows)
     variants = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     baseline = losses_of(rows, BASELINE)
-    step = {row["variant"]: row["step_s"]["median"] for row in rows if row["step_s"]}
+    step = {row["variant"]: row["step_s"]["median"] for row in rows if row.get("step_s")}
     summary = []
     for name in variants:
         own = [row for row in rows if row["variant"] == name]
@@ -92,8 +118,8 @@ def summary_rows(rows: Sequence[Row], context: int) -> list[dict[str, Any]]:
                 "loss": summarise(list(losses.values())),
                 "difference": paired_difference(losses, baseline) if name != BASELINE else None,
                 "accuracy": summarise([row["val"]["accuracy"] for row in own]),
-                "loss_all_positions": _mean([row["val"]["loss_all_positions"] for row in own]),
-                "accuracy_all_positions": _mean([row["val"]["accuracy_all_positions"] for row in own]),
+                "loss_all_positions": _mean([row["val"].get("loss_all_positions") for row in own]),
+                "accuracy_all_positions": _mean([row["val"].get("accuracy_all_positions") for row in own]),
                 "step_s": step.get(name),
                 "speed_vs_gqa": step[BASELINE] / step[name] if {BASELINE, name} <= step.keys() else None,
                 "speed_vs_mha": step["mha"] / step[name] if {"mha", name} <= step.keys() else None,

@@ -6,7 +6,6 @@ the parts that it holds (torch.distributed.checkpoint's safetensors format); any
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sqa.config import ModelConfig
-from sqa.files import sync_directory, write_json, write_safetensors
+from sqa.files import sha256, sync_directory, write_json, write_safetensors
 from sqa.model import Transformer
 
 logger = logging.getLogger(__name__)
@@ -75,11 +74,20 @@ class Checkpoints:
             pending.result()
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Restore the last whole checkpoint; None when there is none. Damaged ones are named and passed."""
+        """Restore the last whole checkpoint; None when there is none. Damaged ones are named and passed.
+
+        Raises ValueError for a checkpoint of a model of another shape.
+        """
         found = of_main(_last_whole(self._folder) if _is_main() else None)  # all must go on from one step
         if found is None:
             return None
         path, record = found
+        if isinstance(model, Transformer) and "model" in record:
+            there, here = (c.to_dict() for c in (ModelConfig.from_dict(record["model"]), model.config))
+            if differences := [
+                f"{name}: {there[name]} there, {here[name]} now" for name in here if there[name] != here[name]
+            ]:
+                raise ValueError(f"resume: {path} is a checkpoint of another model ({'; '.join(differences)})")
         for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -105,7 +113,7 @@ class Checkpoints:
                 with _plain_errors():
                     save(tensors, storage_writer=writer, process_group=self._beside.group)
             if _is_main():  # after the last process has written
-                sums = {path.name: _sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
+                sums = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
                 write_json(temporary / "progress.json", {**record, "sha256": sums})
                 target = self._folder / f"step-{record['step']}"
                 if target.exists():
@@ -166,10 +174,10 @@ def _last_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             record: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
             for name, checksum in record["sha256"].items():
-                if _sha256(path / name) != checksum:
+                if sha256(path / name) != checksum:
                     raise ValueError(f"{name} does not match its checksum")
             return path, record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("checkpoint %s is damaged (%s); going back to the one before it", path.name, error)
     return None
 
@@ -197,8 +205,3 @@ def _plain_errors() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

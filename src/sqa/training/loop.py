@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from sqa.config import ModelConfig
-from sqa.data.batches import Batch, PackedBatches, PaddedBatches
+from sqa.data.batches import Batch, Batches
 from sqa.losses import IGNORE
 from sqa.model import Transformer
 from sqa.training.checkpoint import Checkpoints, Progress
@@ -31,13 +31,11 @@ from sqa.training.checkpoint import Checkpoints, Progress
 class Recipe:
     """How a model is trained.
 
-    batch_size rows make a step, of all processes together; micro_batch_size of them at a time go through the model,
-    on each process; clip_norm 0 is no clipping. sharding "full" gives each process its part of the parameters,
-    gradients and optimiser state, "none" all of them.
+    micro_batch_size rows of a batch at a time (0: all) go through the model, on each process; clip_norm 0 is no
+    clipping. sharding "full" gives each process its part of the parameters, gradients and optimiser state, "none" all.
     """
 
     steps: int
-    batch_size: int
     micro_batch_size: int
     learning_rate: float
     warmup_fraction: float
@@ -165,15 +163,11 @@ def train_step(
         group["lr"] = rate
     for start in range(mine.start, mine.stop, micro):
         rows = slice(start, min(start + micro, mine.stop))
+        part = batch.take(rows, accelerator.device)
+        targets = part.labels_all_positions if recipe.padding_in_loss else part.labels
         with nullcontext() if rows.stop == mine.stop else accelerator.no_sync(model):
             with accelerator.autocast():
-                output = model(
-                    batch.input_ids[rows].to(accelerator.device),
-                    labels[rows].to(accelerator.device),
-                    document_ids=None
-                    if batch.document_ids is None
-                    else batch.document_ids[rows].to(accelerator.device),
-                )
+                output = model(part.input_ids, targets, document_ids=part.document_ids)
             # processes average their gradients, hence the factor
             accelerator.backward(output.nll_sum * (accelerator.num_processes / num_targets))
             total += output.nll_sum.detach()
@@ -193,7 +187,7 @@ def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
 def train(
     config: ModelConfig,
     recipe: Recipe,
-    batches: PaddedBatches | PackedBatches,
+    batches: Batches,
     *,
     seed: int,
     folder: Path,
@@ -297,27 +291,21 @@ def evaluate(
 ) -> Evaluation:
     """Sums over all batches and processes, divided once. `token_bytes` (V,): UTF-8 bytes each token stands for."""
     model.eval()
-    device = accelerator.device
-    nll = correct = all_nll = all_correct = 0.0
-    tokens = positions = num_bytes = 0
+    sums = [(0.0, 0, 0, 0, 0.0, 0, 0)]
     padded = False
     for batch in (_share_of(batch, accelerator) for batch in batches):
         padded |= batch.labels_all_positions is not None
-        targets = batch.labels if batch.labels_all_positions is None else batch.labels_all_positions
-        documents = None if batch.document_ids is None else batch.document_ids.to(device)
+        there = batch.take(slice(None), accelerator.device)
+        targets = there.labels if there.labels_all_positions is None else there.labels_all_positions
         with accelerator.autocast():
-            losses, hits = model.token_losses(batch.input_ids.to(device), targets.to(device), document_ids=documents)
-        losses, hits = losses.double().cpu(), hits.cpu()
-        real = batch.labels != IGNORE
-        nll += float(losses[real].sum())
-        correct += int(hits[real].sum())
-        tokens += int(real.sum())
-        num_bytes += int(token_bytes[batch.labels[real]].sum())
-        all_nll += float(losses.sum())
-        all_correct += int(hits.sum())
-        positions += int((targets != IGNORE).sum())
-    sums = gather_object([(nll, correct, tokens, num_bytes, all_nll, all_correct, positions)])
-    nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*sums, strict=True))
+            losses, hits = model.token_losses(there.input_ids, targets, document_ids=there.document_ids)
+        losses, hits, real = losses.double().cpu(), hits.cpu(), batch.labels != IGNORE
+        sums.append((
+            float(losses[real].sum()), int(hits[real].sum()), int(real.sum()),
+            int(token_bytes[batch.labels[real]].sum()),
+            float(losses.sum()), int(hits.sum()), int((targets != IGNORE).sum()),
+        ))  # fmt: skip
+    nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*gather_object(sums), strict=True))
     if not num_bytes:
         raise ValueError("data: the validation split has no token to predict; give longer validation documents")
     loss = nll / tokens
@@ -334,13 +322,10 @@ def evaluate(
 
 def _share_of(batch: Batch, accelerator: Accelerator) -> Batch:
     """This process's rows of a batch; where none is left, one without targets (a sharded model runs on all or none)."""
-    if accelerator.num_processes == 1:
-        return batch
-    rows = list(range(accelerator.process_index, len(batch.labels), accelerator.num_processes))
-    share: dict[str, Any] = {
-        name: whole if whole is None else whole[rows or [0]] for name, whole in vars(batch).items()
-    }
+    rows = range(accelerator.process_index, len(batch.labels), accelerator.num_processes)
+    share = batch.take(list(rows) or [0])
     if not rows:
-        for name in ("labels", "labels_all_positions"):
-            share[name] = share[name] if share[name] is None else torch.full_like(share[name], IGNORE)
-    return Batch(**share)
+        for labels in (share.labels, share.labels_all_positions):
+            if labels is not None:
+                labels.fill_(IGNORE)
+    return share
