@@ -15,7 +15,7 @@ from sqa.conversion.subject import AttentionView, Subject
 from sqa.conversion.text import packed_batches
 from sqa.data.batches import Batch
 from sqa.interop import native
-from sqa.losses import linear_distillation, token_losses
+from sqa.losses import IGNORE, linear_distillation, token_losses
 
 
 class Decoder(Subject):
@@ -86,7 +86,7 @@ class Decoder(Subject):
             nll += float(losses.double().sum())
             if teacher is not self:
                 divergence += float(self.distance(hidden, teacher, target, batch)) * batch.input_ids.numel()
-        loss = nll / sum(batch.num_tokens for batch in batches)
+        loss = nll / sum(int((batch.labels != IGNORE).sum()) for batch in batches)
         positions = sum(batch.input_ids.numel() for batch in batches)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "kl": divergence / positions}
 
