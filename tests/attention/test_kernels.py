@@ -18,7 +18,7 @@ from sqa.variants import VARIANTS
 
 HEADS = {name: variant(name, d_model=128, num_heads=8) for name in VARIANTS}
 BLOCK_MASKS = tuple(kind for kind in MASKS if "padding" not in kind)
-FUSED_MASKS = tuple(kind for kind in BLOCK_MASKS if "sinks" not in kind)
+FUSED_MASKS = tuple(kind for kind in MASKS if "sinks" not in kind)
 GRID = [
     *(("sdpa", kind) for kind in MASKS),
     *(("blocks", kind) for kind in BLOCK_MASKS),
@@ -390,11 +390,14 @@ def case(**changes) -> Case:
         ({"window": 64, "num_sink_tokens": 2}, "fused", "our own"),
         ({"dtype": torch.float16}, "sdpa", "fused"),
         ({"dtype": torch.float16, "documents": True}, "blocks", "skips"),
-        ({"padding": True}, "sdpa", "dense mask"),
-        ({"window": 8, "padding": True}, "sdpa", "dense mask"),
+        ({"padding": True}, "fused", "our own"),
+        ({"padding": True, "head_dim": 24}, "sdpa", "dense mask"),
+        ({"window": 8, "padding": True}, "fused", "our own"),
+        ({"window": 8, "padding": True, "num_sink_tokens": 2}, "sdpa", "dense mask"),
         ({"window": 8, "cached": True, "num_queries": 3}, "fused", "our own"),
         ({"window": 8, "cached": True, "num_queries": 3, "grad": True}, "sdpa", "dense mask"),
-        ({"padding": True, "cached": True, "num_queries": 1}, "sdpa", "dense mask"),
+        ({"padding": True, "cached": True, "num_queries": 1}, "fused", "our own"),
+        ({"padding": True, "cached": True, "num_queries": 1, "window": 64}, "sdpa", "dense mask"),
         ({"cached": True, "num_queries": 1}, "fused", "our own"),
         ({"cached": True, "num_queries": 1, "num_kv_heads": 8}, "sdpa", "memory"),
         ({"cached": True, "num_queries": 1, "num_kv_heads": 8, "dtype": torch.bfloat16}, "fused", "our own"),
@@ -418,7 +421,7 @@ def test_choice(changes: dict, kernel: str, reason: str) -> None:
     ("kernel", "changes", "message"),
     [
         ("sdpaa", {}, r"kernel: 'sdpaa' is unknown; did you mean 'sdpa'\?"),
-        ("flex", {"grad": True}, "kernel: flex cannot do this call \\(no backward on CPU\\)"),
+        ("flex", {"grad": True}, "kernel: flex cannot do this call \\(no CPU backward\\)"),
         ("flex", {"head_dim": 24}, "head_dim must be a power of two from 16, got 24"),
         ("flex", {"cached": True}, "no cache"),
         ("flex", {"device": "mps"}, "not for mps"),
@@ -439,7 +442,7 @@ def test_explain_covers_the_table() -> None:
     assert list(rows) == list(KERNELS)
     assert rows["reference"] == "yes"
     assert "soft-capping" in rows["sdpa"]
-    assert rows["flex"] == "no backward on CPU"
+    assert rows["flex"] == "no CPU backward"
 
 
 def test_of_layer_is_what_attend_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,3 +478,21 @@ def test_keys_and_values_of_two_shapes() -> None:
     q, k, v = torch.zeros(2, 9, 4, 4), torch.zeros(2, 9, 2, 4), torch.zeros(2, 9, 4, 4)
     with pytest.raises(ValueError, match="k and v must have one shape"):
         attend(q, k, v, Mask())
+
+
+@given(
+    length=st.integers(1, 150),
+    window=st.none() | st.integers(1, 90),
+    causal=st.booleans(),
+    packed=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_fused_with_padding_anywhere(length: int, window: int | None, causal: bool, packed: bool, seed: int) -> None:
+    needs("fused")
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.rand(BATCH, length, generator=generator) < torch.rand(BATCH, 1, generator=generator)
+    ids = (torch.rand(BATCH, length, generator=generator) < 0.1).cumsum(1) if packed else None
+    mask = Mask(causal=causal, window=window if causal else None, padding_mask=real, document_ids=ids)
+    qkv, grad = draw(HEADS["sqa"], length)
+    got = with_gradients(attend(*qkv, mask, kernel="fused"), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, by_rule(mask, length, length)))

@@ -116,11 +116,12 @@ def _add_keys(total: Tensor, part: Tensor, b: _Blocks) -> None:
 
 
 # torch.compile's disk cache knows operators by name alone: another signature here or below needs another name here
-@torch.library.custom_op("sqa::attention_on_cpu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sqa::cpu_attention", mutates_args=(), device_types="cpu")
 def block_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    real: Tensor | None,
     document_ids: Tensor | None,
     causal: bool,
     window: int,
@@ -131,11 +132,12 @@ def block_attention(
     """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq). window=0: none.
 
     `own` takes our own kernel, which has no sinks, instead of PyTorch's on slices. It alone takes more keys than
-    queries, which are the last then, and has no gradient for that.
+    queries, which are the last then, and has no gradient for that; and padding: real (B, Tk), the keys as `real_first`
+    leaves them.
     """
     q, k, v = _dense(q, k, v)
     if own:
-        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], document_ids, causal=causal, window=window)
+        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], real, document_ids, causal=causal, window=window)
         return fused_forward(q, k, v, low, high, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -149,11 +151,11 @@ def block_attention(
 
 
 @block_attention.register_fake
-def _(q, k, v, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
+def _(q, k, v, real, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sqa::attention_on_cpu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sqa::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def block_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -161,6 +163,7 @@ def block_attention_backward(
     v: Tensor,
     out: Tensor,
     logsumexp: Tensor,
+    real: Tensor | None,
     document_ids: Tensor | None,
     causal: bool,
     window: int,
@@ -171,7 +174,7 @@ def block_attention_backward(
     """Gradients of q, k and v; blocks overlap in k and v, so those are summed in fp32."""
     grad, q, k, v = _dense(grad, q, k, v)
     if own and q.dtype in BACKWARD_DTYPES:
-        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], document_ids, causal=causal, window=window)
+        low, high = key_ranges(q.shape[0], q.shape[1], k.shape[1], real, document_ids, causal=causal, window=window)
         return fused_backward(grad, q, k, v, out, logsumexp, low, high, scale)
     if document_ids is None and window == 0:  # nothing to skip: all rows in one call
         heads = (x.transpose(1, 2) for x in (grad, q, k, v, out))
@@ -200,19 +203,19 @@ def block_attention_backward(
 
 
 @block_attention_backward.register_fake
-def _(grad, q, k, v, out, logsumexp, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, out, logsumexp, real, document_ids, causal, window, sinks, scale, own):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, document_ids, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, document_ids, *output)
+    q, k, v, real, document_ids, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, real, document_ids, *output)
 
 
 def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    q, k, v, document_ids, out, logsumexp = ctx.saved_tensors
-    dq, dk, dv = block_attention_backward(grad, q, k, v, out, logsumexp, document_ids, *ctx.options)
-    return dq, dk, dv, None, None, None, None, None, None
+    q, k, v, real, document_ids, out, logsumexp = ctx.saved_tensors
+    dq, dk, dv = block_attention_backward(grad, q, k, v, out, logsumexp, real, document_ids, *ctx.options)
+    return dq, dk, dv, *(None for _ in range(7))
 
 
 block_attention.register_autograd(_backward, setup_context=_save)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sqa.attention import fused
 from sqa.attention.blocks import block_attention
-from sqa.attention.masks import Mask, dense_mask, document_starts, sink_keys
+from sqa.attention.masks import Mask, dense_mask, document_starts, real_first, sink_keys
 from sqa.attention.reference import reference_attention
 from sqa.config import AttentionConfig, nearest
 
@@ -149,17 +149,19 @@ def _lacks_sdpa(case: Case) -> str | None:
 
 
 def _run_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
-    return _block_attention(q, k, v, mask, case, scale, own=False)
+    window = mask.window if case.windowed and mask.window is not None else 0
+    sinks = mask.num_sink_tokens if window else 0
+    return block_attention(q, k, v, None, mask.document_ids, case.causal, window, sinks, scale, False)[0]
 
 
 def _run_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, softcap: float | None) -> Tensor:
-    return _block_attention(q, k, v, mask, case, scale, own=True)
-
-
-def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float, *, own: bool) -> Tensor:
     window = mask.window if case.windowed and mask.window is not None else 0
-    sinks = mask.num_sink_tokens if window else 0
-    return block_attention(q, k, v, mask.document_ids, case.causal, window, sinks, scale, own)[0]
+    real = mask.padding_mask if mask.cached is None else mask.cached.near
+    if case.padding and real is not None:
+        k, v = real_first(real, k, v)
+    else:
+        real = None
+    return block_attention(q, k, v, real, mask.document_ids, case.causal, window, 0, scale, True)[0]
 
 
 def _lacks_blocks(case: Case) -> str | None:
@@ -177,10 +179,12 @@ def _lacks_blocks(case: Case) -> str | None:
 
 
 def _lacks_fused(case: Case) -> str | None:
-    # without gradients any number of queries will do
-    lack = _lacks_blocks(case if case.grad else replace(case, num_queries=case.num_keys))
+    # padding it can do, and without gradients any number of queries
+    lack = _lacks_blocks(replace(case, padding=False, num_queries=case.num_queries if case.grad else case.num_keys))
     if lack is not None:
         return lack
+    if case.cached and case.padding and case.window is not None:
+        return "no padding in a rolling cache"
     if case.windowed and case.num_sink_tokens:
         return "no sinks"
     if case.dtype not in fused.DTYPES:
@@ -242,7 +246,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Mask, case: Case, scale: float,
 
 def _lacks_flex(case: Case) -> str | None:
     if case.device == "cpu" and case.grad:
-        return "no backward on CPU"
+        return "no CPU backward"
     if case.cached:
         return "no cache"
     if case.head_dim < 16 or case.head_dim & (case.head_dim - 1):
@@ -266,8 +270,8 @@ KERNELS: dict[str, Kernel] = {
         dtypes="fp32, fp16, bf16", backward="yes", about="fused attention on slices; skips what a mask hides",
     ),
     "fused": Kernel(
-        run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="causal, window, documents, caches",
-        dtypes="fp32, bf16", backward="but for caches",
+        run=_run_fused, lacks=_lacks_fused, devices="cpu", masks="all but sinks",
+        dtypes="fp32, bf16", backward="not cached",
         about="our own (C++, needs a compiler), made for small heads; skips what a mask hides",
     ),
     "flex": Kernel(
