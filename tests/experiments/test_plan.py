@@ -63,6 +63,16 @@ def test_changes_replace_fields_before_they_are_validated(tmp_path: Path) -> Non
     assert Plan.read(str(path), {"variants": ("mha",)}).variants == ("mha",)
 
 
+def test_other_variants_leave_shapes_behind(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text('variants = ["gqa", "sqa"]\ncontext = 512\n[shapes.gqa]\nnum_layers = 2\n', encoding="utf-8")
+    assert Plan.read(str(path), {"variants": ("sqa",)}).shapes == {}
+    assert Plan.read(str(path), {"variants": ("gqa",)}).shapes == {"gqa": {"num_layers": 2}}
+    path.write_text('variants = ["gqa", "sqa"]\ncontext = 512\n[shapes.ssqa]\nnum_layers = 2\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="got 'ssqa'"):
+        Plan.read(str(path), {"variants": ("sqa",)})
+
+
 def test_budgets_become_steps() -> None:
     plan = Plan(name="p", variants=("gqa", "sqa"), batch_size=8, context=512)
     tokens = plan.replace(budget="tokens=409600").steps(batches_per_epoch=7, step_seconds={})

@@ -209,7 +209,8 @@ class Plan:
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
         """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise.
 
-        `changes` replace fields of it before anything is validated.
+        `changes` replace fields of it before anything is validated; other variants leave the shapes of those they
+        replace behind.
         """
         if source in preset_names():
             raw, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_bytes(), source
@@ -222,7 +223,12 @@ class Plan:
             values = tomllib.loads(raw.decode())
         except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"plan: {source} is not TOML: {error}") from None
-        return cls.from_dict({"name": stem, **values, **(changes or {})})
+        changes = changes or {}
+        replaced, shapes = values.get("variants"), values.get("shapes")
+        if "variants" in changes and isinstance(replaced, list) and isinstance(shapes, dict):
+            left = {name for name in replaced if name not in changes["variants"]}
+            values["shapes"] = {name: fields for name, fields in shapes.items() if name not in left}
+        return cls.from_dict({"name": stem, **values, **changes})
 
 
 _TYPES = typing.get_type_hints(Plan)
