@@ -249,11 +249,11 @@ def test_generation_is_repeatable_and_ignores_the_mode() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is out of range, got 0"),
-        ({"temperature": -0.5}, "temperature is out of range, got -0.5"),
-        ({"top_k": 0}, "top_k is out of range, got 0"),
-        ({"top_p": 0.0}, "top_p is out of range, got 0.0"),
-        ({"top_p": 1.5}, "top_p is out of range, got 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -0.5}, "temperature must be 0 or more, got -0.5"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"max_new_tokens": 35}, "6 prompt tokens and 35 new ones exceed max_seq_len=40"),
     ],
 )

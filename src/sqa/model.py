@@ -204,14 +204,14 @@ class Transformer(nn.Module):
 
         Raises ValueError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
-        for name, value, good in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-            ("temperature", temperature, temperature >= 0),
-            ("top_k", top_k, top_k is None or top_k >= 1),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1),
+        for name, value, wanted, good in (
+            ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
+            ("temperature", temperature, "0 or more", temperature >= 0),
+            ("top_k", top_k, "at least 1", top_k is None or top_k >= 1),
+            ("top_p", top_p, "above 0 and at most 1", top_p is None or 0 < top_p <= 1),
         ):
             if not good:
-                raise ValueError(f"generate: {name} is out of range, got {value}")
+                raise ValueError(f"generate: {name} must be {wanted}, got {value}")
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
         if padding_mask is not None and not bool(padding_mask[:, -1].all()):

@@ -208,11 +208,17 @@ def _record(row: Row, rows: list[Row], *, over_n: bool) -> Row:
     }
 
 
-def _seconds(value: float) -> str:
+def _digits(value: float) -> str:
+    """Three of them, trailing zeros too."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def seconds_text(value: float) -> str:
+    """Seconds in the unit that suits them."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
+            return f"{_digits(value * factor)} {unit}"
+    return f"{_digits(value * 1e6)} µs"
 
 
 def _time(row: Row) -> str:
@@ -221,7 +227,7 @@ def _time(row: Row) -> str:
         return f"[dim]{row['note'].split(':')[0]}[/dim]"
     seconds = row["seconds"]
     spread = max(seconds["p80"] - seconds["median"], seconds["median"] - seconds["p20"]) / seconds["median"]
-    return f"{_seconds(seconds['median'])} ±{spread:.0%}"
+    return f"{seconds_text(seconds['median'])} ±{spread:.0%}"
 
 
 def _footnotes(rows: list[Row]) -> str:
@@ -315,7 +321,7 @@ def _wide_table(rows: list[Row]) -> Group:
     facts = [f"preset {first['preset']}", f"dtype {first['dtype']}", "one sequence, last logits only"]
     table = _table_of(Column("N", justify="right"), "", *(Column(name, justify="right") for name in names))
     lines: dict[str, Callable[[Row], str]] = {
-        "seconds": lambda row: _seconds(row["seconds"]["median"]) if "seconds" in row else _time(row),
+        "seconds": lambda row: seconds_text(row["seconds"]["median"]) if "seconds" in row else _time(row),
         "ratio": lambda row: _times(row["ratio"]) if "ratio" in row else "",
         "FLOPs": lambda row: _times(row["limit"]) if "limit" in row else "",
         "preprint": lambda row: _times(row["preprint_ratio"]) if "preprint_ratio" in row else "",

@@ -274,7 +274,7 @@ def _compare(
     console.print(table(rows, plan.context, title=f"{plan.name}: {plan.budget} a run, context {plan.context}"))
     console.print(NOTES + ("\n" + NOTES_SEEDS if len(plan.seeds) > 1 else ""), style="dim", highlight=False)
     console.print(
-        f"A model that knows only how often each token occurs has {record['data']['unigram_entropy']:.4f}. "
+        f"A model that knows only how often each token occurs has {record['data']['unigram_entropy']:.4f}.\n"
         f"Rows: {out / 'results.jsonl'}",
         highlight=False,
         soft_wrap=True,
@@ -304,7 +304,7 @@ def train(
     variant: Annotated[str | None, typer.Option(help="Which variant; default sqa.")] = None,
     seed: Annotated[int | None, typer.Option(help="Initialisation and data order; default 0.")] = None,
     data: Data = None,
-    budget: Annotated[str | None, typer.Option(help="steps=, tokens=, epochs= or flops=.")] = None,
+    budget: Annotated[str | None, typer.Option(help="steps=, tokens=, epochs=, flops= or time=20m.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Short for --budget steps=.")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="Short for --budget tokens=.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
@@ -339,7 +339,9 @@ def train(
     )
     if resume is None:
         variant = variant or "sqa"
-        changes |= {"variants": (variant,), "seeds": (seed or 0,), "timing_rounds": 0}
+        changes |= {"variants": (variant,), "seeds": (seed or 0,)}
+        if not (budget or "").startswith("time="):
+            changes["timing_rounds"] = 0
         if out is None:
             out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
     elif variant is not None or seed is not None:
@@ -431,6 +433,7 @@ def kernels(
     from sqa.variants import variant as variant_config
 
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
+    dtype = long_dtype(dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if n < 1:

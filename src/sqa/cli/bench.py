@@ -72,7 +72,7 @@ def bench_step(
     peers: Peers = "",
     dtypes: Dtypes = "bf16,fp32",
     batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    length: Annotated[int, typer.Option("--length", "--n", help="Tokens a sequence.")] = 1024,
     compile: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in its own process.")] = False,
     rounds: Rounds = 10,

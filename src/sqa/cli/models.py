@@ -60,6 +60,8 @@ def export(
     """Write a model for transformers or llama.cpp."""
     from sqa import interop
 
+    if dtype is not None and format != "gguf":
+        dtype = long_dtype(dtype)
     with _model_folder(run) as folder:
         for note in interop.export(folder, out, format=format, dtype=dtype):
             print(note)
@@ -76,7 +78,7 @@ def convert(
     method: Annotated[str, typer.Option(help="Which heads stay: random, weight, l2, taylor or greedy.")] = "l2",
     pooling: Annotated[str, typer.Option(help="How KV heads are joined: aligned or mean.")] = "aligned",
     sequences: Annotated[int, typer.Option(help="Rows of calibration text.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    length: Annotated[int, typer.Option("--length", "--n", help="Tokens a row.")] = 512,
     heal: Annotated[str | None, typer.Option(help="tokens=2M trains afterwards against the original.")] = None,
     layerwise: Annotated[float, typer.Option(help="Share of these that heals layer by layer.")] = 0.2,
     train: Annotated[str, typer.Option(help="What healing trains: all or attention.")] = "all",
@@ -100,9 +102,9 @@ def convert(
     from sqa.experiments.display import make_display
     from sqa.experiments.plan import Budget
 
+    if heal is not None and not heal.startswith("tokens="):
+        raise ValueError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
     healing = None if heal is None else Budget.parse(heal)
-    if healing is not None and healing.kind != "tokens":
-        raise ValueError(f"--heal must be tokens=..., got {heal!r}")
     settings = Settings(
         query_heads=query_heads,
         kv_heads=kv_heads,

@@ -48,7 +48,7 @@ PlotPath = Annotated[
 
 def long_dtype(name: str) -> str:
     """PyTorch's name of a dtype, for its short one too."""
-    return {"fp32": "float32", "bf16": "bfloat16"}.get(name, name)
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
 
 
 def names(text: str | None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from sqa.bench.report import seconds_text
 from sqa.conversion.importance import METHODS
 from sqa.conversion.settings import Job
 from sqa.cost import attention_flops, attention_parameters
@@ -40,10 +41,15 @@ def planned(job: Job) -> Group:
     ):
         table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, job.after)))
     total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
+    healing = "healing: none"
+    if total:
+        healing = (
+            f"healing: {total:,} tokens, {first:,} of them layer by layer; each takes a forward pass of the original "
+            f"and a training step of the new model" + (", and one of the original" if settings.control else "")
+        )
     lines = (
         f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {METHODS[settings.method]}",
-        f"healing: {total:,} tokens, {first:,} of them layer by layer; each takes a forward pass of the original and "
-        f"a training step of the new model" + (", and one of the original" if settings.control else ""),
+        healing,
         f"verdict: {settings.evaluation_tokens:,} tokens at each stage; speed at {', '.join(map(str, job.speed_at))}",
     )
     return Group(table, *lines)
@@ -69,7 +75,7 @@ def speed_table(state: State) -> Group:
     """Time and size before and after."""
     speed = _table("", "N", "before", "after", "faster")
     for row in state["speed"]:
-        times = (f"{1000 * row[name]['median']:,.0f} ms" for name in ("before", "after"))
+        times = (seconds_text(row[name]["median"]) for name in ("before", "after"))
         speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
     before, after = (state["cost"][name]["parameters"] for name in ("before", "after"))
     peak = state["peak_bytes"]

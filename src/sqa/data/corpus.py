@@ -13,6 +13,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sqa.config import nearest
+
 Split = Literal["train", "validation"]
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
@@ -185,7 +187,7 @@ def _open_path(path: Path, split: _HashSplit) -> Corpus:
 
 def _data_files(path: Path) -> list[Path]:
     if not path.exists():
-        raise ValueError(f"The data path {path} does not exist")
+        raise ValueError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
     kinds = ", ".join(_SUFFIXES)
     if path.is_file():
         if path.suffix not in _SUFFIXES:

@@ -160,6 +160,7 @@ def compare(
                 directory.check_holds(_stored(plan))
             todo = of_main(directory.missing(cells))
             if directory.begun and not todo:
+                display.note(f"{out} holds this comparison, finished")
                 return directory.rows()
             if directory.begun and not resume and only is None:
                 raise ValueError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")

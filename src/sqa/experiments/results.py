@@ -145,7 +145,7 @@ def table(rows: Sequence[Row], context: int, *, title: str | None = None) -> Tab
         "Hkv",
         "params",
         "val\nloss",
-        "vs GQA",
+        "loss vs\nGQA",
         "acc.\n%",
         "ms a\nstep",
         "vs\nGQA",
@@ -186,10 +186,12 @@ def _estimate(value: Estimate, sign: str, several: bool) -> str:
 
 
 NOTES = """\
-val loss: nats a real token of the validation set (lower is better); vs GQA: the same, minus GQA's.
-ms a step, vs GQA, vs MHA: one training step, all variants in turns; more than 1x is faster.
-theory: attention FLOPs of MHA over this variant's. wide GQA: the equal-cost alternative to fewer heads."""
+val loss: nats a real token of the validation set, lower is better.
+loss vs GQA: minus the loss of GQA's runs with the same seeds.
+ms a step, vs GQA, vs MHA: training steps in turns; more than 1x is faster.
+theory: attention FLOPs of MHA over this variant's.
+wide GQA: the equal-cost alternative to fewer heads."""
 
 NOTES_SEEDS = """\
-±: 95 % interval (Student's t), of the paired difference in the second column; ?: a difference is not
-established, since its interval crosses zero or there is a single run."""
+±: 95 % interval (Student's t), under loss vs GQA that of paired differences.
+?: not established: the interval crosses zero, or there is a single run."""
