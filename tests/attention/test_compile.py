@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 LENGTHS = (40, 33, 64, 100, 41)
-BASE = variant("sqa", d_model=64, num_heads=8)
+BASE = AttentionConfig(d_model=64, num_heads=8, num_query_heads=4, num_kv_heads=2, head_dim=16)  # ours has 16
 CASES = {
     "causal": (BASE, False),
     "window": (BASE.replace(window=9), False),
@@ -58,10 +58,10 @@ def test_layer_compiles_once_for_all_lengths(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("window", [None, 5], ids=["static", "rolling"])
-def test_decode_steps_compile_once(window: int | None, padded: bool) -> None:
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (5, 0), (5, 2)], ids=["static", "rolling", "sinks"])
+def test_decode_steps_compile_once(window: int | None, sinks: int, padded: bool) -> None:
     torch.manual_seed(0)
-    config = BASE.replace(window=window, num_sink_tokens=2 if window else 0)
+    config = BASE.replace(window=window, num_sink_tokens=sinks)
     layer = SparseQueryAttention(config)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     x = torch.randn(2, 30, 64)
