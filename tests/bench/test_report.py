@@ -70,7 +70,7 @@ def test_the_table_fits_80_columns_and_loses_nothing() -> None:
     assert "preset published, batch 4, N 1,024, dtype bf16, kernel sdpa" in text
     assert "hf-llama gqa: not installed: pip install 'sparse-query-attention[hf]'" in text
     line = next(line for line in text.splitlines() if line.startswith("x-transformers"))
-    assert " ".join(line.split()) == "x-transformers wide-gqa compiled no 1 s ±20% 4,096 50% 12.34x 1.41x"
+    assert " ".join(line.split()) == "x-transformers wide-gqa compiled no 1.00 s ±20% 4,096 50% 12.34x 1.41x"
     assert "A note." in text
 
 
@@ -84,7 +84,7 @@ def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> No
     lines = printed(result(*rows)).splitlines()
     table = [line.split() for line in lines if line.strip()]
     assert ["N", "gqa", "sqa"] in table
-    assert ["1,024", "seconds", "2", "s", "1", "s"] in table
+    assert ["1,024", "seconds", "2.00", "s", "1.00", "s"] in table
     assert ["ratio", "1.00x", "2.00x"] in table
     assert ["FLOPs", "1.90x", "1.90x"] in table
     assert ["preprint", "1.37x"] in table
