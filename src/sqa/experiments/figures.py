@@ -143,7 +143,7 @@ def _pareto_figure(timed: Sequence[Row], plan: Plan, front: Sequence[str]) -> Fi
         })  # fmt: skip
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X("ms:Q", title="ms a step", scale=alt.Scale(zero=False, padding=55)),
-        y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False)),
+        y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False, padding=14)),
         color=_colour(plan, legend=None),
     )
     line = base.transform_filter("datum.front").mark_line(strokeDash=[4, 4], strokeWidth=1.2)
@@ -191,7 +191,7 @@ def _speed_figure(rows: Sequence[Row], timed: list[Row], plan: Plan) -> Figure:
         x2="max(ratio):Q",
     )
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=alt.X("ratio:Q", title="times as fast as GQA", scale=alt.Scale(zero=False, nice=True)),
+        x=alt.X("ratio:Q", title="times as fast as GQA", scale=alt.Scale(zero=False, padding=14)),
         color=alt.Color("what:N", scale=colours, legend=alt.Legend(symbolType="circle", columns=2)),
         shape=alt.Shape("what:N", scale=shapes),
         tooltip=["variant:N", "what:N", alt.Tooltip("ratio:Q", format=".2f")],
