@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from sqa.bench.peers import ours
@@ -155,10 +156,19 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
     return [replace(p, step_s=s, share=s / seconds[0]) for p, s in zip(proposals, seconds, strict=True)]
 
 
-def table(proposals: Sequence[Proposal]) -> Table:
-    """What was proposed, at most 80 columns wide."""
+def table(proposals: Sequence[Proposal]) -> Group:
+    """What was proposed and where nothing fitted, at most 80 columns wide."""
     built = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("spent on", "variant", "shape", "params", "GFLOP\na step", "ms a\nstep", "of\nall"):
+    timed = proposals[0].step_s is not None
+    for heading in (
+        "spent on",
+        "variant",
+        "shape",
+        "params",
+        "GFLOP\na step",
+        *(["ms a\nstep"] if timed else []),
+        "of\nall",
+    ):
         built.add_column(heading, justify="left" if heading in ("spent on", "variant", "shape") else "right")
     for p in proposals:
         built.add_row(
@@ -167,10 +177,16 @@ def table(proposals: Sequence[Proposal]) -> Table:
             _changed(p, proposals[0]),
             f"{p.parameters / 1e6:.2f}M",
             f"{p.flops / 1e9:,.0f}",
-            "" if p.step_s is None else f"{1000 * p.step_s:,.0f}",
+            *([] if p.step_s is None else [f"{1000 * p.step_s:,.0f}"]),
             f"{p.share:.0%}",
         )
-    return built
+    found = {(p.variant, p.way) for p in proposals[1:]}
+    variants = dict.fromkeys(p.variant for p in proposals[1:])
+    ways = WAYS[:-1] if proposals[0].budget == "equal-parameters" else WAYS
+    missing = [
+        f"{VARIANTS[v].label} {way.replace('-', ' ')}" for way in ways for v in variants if (v, way) not in found
+    ]
+    return Group(built, *([f"The next size would cost more: {', '.join(missing)}."] if missing else []))
 
 
 def _changed(p: Proposal, reference: Proposal) -> str:
