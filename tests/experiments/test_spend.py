@@ -109,6 +109,9 @@ def test_the_table_fits_80_columns(flops: list[Proposal]) -> None:
     assert "…" not in text
     assert "wider feed forward" in text
     assert "d_ff 1024" in text
+    assert "ms a" not in text  # nothing was timed
+    fitting = {(p.variant, p.way) for p in flops[1:]}
+    assert ("The next size would cost more: SQA wider model" in text) == (("sqa", "wider-model") not in fitting)
 
 
 @pytest.mark.parametrize(

@@ -463,3 +463,5 @@ def kernels(
     choice = resolve(case)
     heads = f"{config.num_query_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("There is no CUDA device here: this is what the rules say, nothing was tried.", highlight=False)

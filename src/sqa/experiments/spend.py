@@ -159,16 +159,8 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
 def table(proposals: Sequence[Proposal]) -> Group:
     """What was proposed and where nothing fitted, at most 80 columns wide."""
     built = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    timed = proposals[0].step_s is not None
-    for heading in (
-        "spent on",
-        "variant",
-        "shape",
-        "params",
-        "GFLOP\na step",
-        *(["ms a\nstep"] if timed else []),
-        "of\nall",
-    ):
+    measured = [] if proposals[0].step_s is None else ["ms a\nstep"]
+    for heading in ("spent on", "variant", "shape", "params", "GFLOP\na step", *measured, "of\nall"):
         built.add_column(heading, justify="left" if heading in ("spent on", "variant", "shape") else "right")
     for p in proposals:
         built.add_row(
@@ -183,10 +175,9 @@ def table(proposals: Sequence[Proposal]) -> Group:
     found = {(p.variant, p.way) for p in proposals[1:]}
     variants = dict.fromkeys(p.variant for p in proposals[1:])
     ways = WAYS[:-1] if proposals[0].budget == "equal-parameters" else WAYS
-    missing = [
-        f"{VARIANTS[v].label} {way.replace('-', ' ')}" for way in ways for v in variants if (v, way) not in found
-    ]
-    return Group(built, *([f"The next size would cost more: {', '.join(missing)}."] if missing else []))
+    missing = [(name, way) for way in ways for name in variants if (name, way) not in found]
+    listed = ", ".join(f"{VARIANTS[name].label} {way.replace('-', ' ')}" for name, way in missing)
+    return Group(built, *([f"The next size would cost more: {listed}."] if missing else []))
 
 
 def _changed(p: Proposal, reference: Proposal) -> str:
