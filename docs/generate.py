@@ -20,9 +20,9 @@ from sqa.bench.report import BenchResult
 from sqa.conversion.importance import METHODS
 from sqa.conversion.report import quality_table, speed_table
 from sqa.cost import attention_flops, train_step_flops
-from sqa.experiments import scale
 from sqa.experiments.directory import Directory
 from sqa.experiments.results import table as results_table
+from sqa.planning import scale
 from sqa.variants import VARIANTS, preset
 
 ROOT = Path(__file__).resolve().parents[1]

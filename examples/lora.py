@@ -10,13 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from sqa import ModelConfig, Transformer
-from sqa.interop import export
+from sqa import Transformer
+from sqa.interop import export, load_model
+from sqa.variants import preset
 
 
 def main(folder: Path, steps: int = 30) -> tuple[float, float, float]:
     """Returns the loss on one sentence before, after, and of the merged model loaded as ours."""
-    Transformer(ModelConfig.preset("demo", variant="sqa")).save(folder / "run")
+    Transformer(preset("demo", "sqa")).save(folder / "run")
     export(folder / "run", folder / "hf", format="hf")
     model = AutoModelForCausalLM.from_pretrained(folder / "hf")
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
@@ -31,7 +32,7 @@ def main(folder: Path, steps: int = 30) -> tuple[float, float, float]:
         loss.backward()
         optimizer.step()
     adapted.merge_and_unload().save_pretrained(folder / "merged")
-    ours = Transformer.load(folder / "merged")
+    ours = load_model(folder / "merged")
     labels = ids.roll(-1, dims=1)
     labels[:, -1] = -100
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sqa import AttentionConfig, ModelConfig, SparseQueryAttention, Transformer, cost, variant, window_pattern
 from sqa.attention.masks import Mask, dense_mask
-from sqa.variants import VARIANTS
+from sqa.variants import VARIANTS, preset
 
 PUBLISHED = {
     "mha": 11_966_224,
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_counts_are_exact(name: str) -> None:
-    config = ModelConfig.preset("published", variant=name)
+    config = preset("published", name)
     assert cost.parameters(config) == PUBLISHED[name]
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(config).parameters()) == PUBLISHED[name]
@@ -115,4 +115,4 @@ def test_saving_and_cache() -> None:
     saving = {name: cost.attention_saving(variant(name, d_model=256, num_heads=16), 1024) for name in PUBLISHED}
     assert saving == {"mha": 1, "gqa": 1, "mqa": 1, "sqa": 2, "ssqa": 2, "xsqa": 4, "xsmqa": 4}
     assert cost.attention_saving(variant("rsqa", d_model=256, num_heads=16), 1024) == 2
-    assert cost.kv_cache_bytes(ModelConfig.preset("published", variant="sqa")) == 2 * 8 * 4 * 16 * 2
+    assert cost.kv_cache_bytes(preset("published", "sqa")) == 2 * 8 * 4 * 16 * 2

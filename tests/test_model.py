@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sqa import KVCache, ModelConfig, SparseQueryAttention, Transformer, variant, window_pattern
 from sqa.model import sample
+from sqa.variants import preset
 
 VOCAB = 32
 
@@ -300,7 +301,7 @@ def test_temperature_zero_is_greedy() -> None:
 
 
 def test_generate_refuses_right_padding_and_empty_prompts() -> None:
-    model = Transformer(ModelConfig.preset("demo", variant="sqa"))
+    model = Transformer(preset("demo", "sqa"))
     ids = torch.ones(2, 4, dtype=torch.long)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     with pytest.raises(ValueError, match="padded on the left"):
@@ -327,7 +328,7 @@ def test_a_cache_of_another_layer_is_refused() -> None:
 
 
 def test_a_label_that_is_no_token_is_an_error_not_token_zero() -> None:
-    model = Transformer(ModelConfig.preset("demo", variant="sqa"))
+    model = Transformer(preset("demo", "sqa"))
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(RuntimeError, match="out of bounds"):
         model(ids, torch.full_like(ids, -1))

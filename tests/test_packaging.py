@@ -19,24 +19,27 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sqa"
 
 LAYERS = (
+    "errors",
     "files",
+    "progress",
     "config",
     "variants",
     "cost",
+    "storage",
     "attention",
     "losses",
     "model",
+    "measure",
     "data",
     "training",
-    "bench",
     "interop",
+    "bench",
     "conversion",
+    "planning",
     "experiments",
     "cli",
 )
 CORE = LAYERS[: LAYERS.index("model") + 1]
-# (importer, layer it may import all the same, inside a function only)
-EXCEPTIONS = {("sqa.model", "sqa.interop"), ("sqa.config", "sqa.variants")}
 NOT_IN_CORE = {"accelerate", "altair", "datasets", "transformers", "vl_convert"}
 
 
@@ -50,25 +53,18 @@ def is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield (absolute module name, whether inside a function) of every import in a file."""
-
-    def visit(node: ast.AST, in_function: bool) -> Iterator[tuple[str, bool]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                yield from ((alias.name, in_function) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                package = path.relative_to(PACKAGE.parent).parts[:-1]
-                above = package[: len(package) - child.level + 1] if child.level else ()
-                base = ".".join([*above, *([child.module] if child.module else [])])
-                for alias in child.names:
-                    submodule = f"{base}.{alias.name}"
-                    yield (submodule if is_module(submodule) else base), in_function
-            else:
-                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                yield from visit(child, in_function or function)
-
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+def imports(path: Path) -> Iterator[str]:
+    """Yield the absolute module name of every import in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(PACKAGE.parent).parts[:-1]
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                yield submodule if is_module(submodule) else base
 
 
 def rank(module: str) -> int:
@@ -91,11 +87,10 @@ def test_imports_run_one_way() -> None:
     wrong = []
     for path in sources():
         importer = module_name(path)
-        for imported, in_function in imports(path):
+        for imported in imports(path):
             if imported.split(".")[0] != "sqa":
                 continue
-            excepted = in_function and (importer, ".".join(imported.split(".")[:2])) in EXCEPTIONS
-            if rank(imported) > rank(importer) and not excepted:
+            if rank(imported) > rank(importer):
                 wrong.append(f"{importer} imports {imported}")
     assert not wrong
 
@@ -105,7 +100,7 @@ def test_core_imports_no_heavy_library() -> None:
         f"{module_name(path)} imports {imported}"
         for path in sources()
         if rank(module_name(path)) < len(CORE)
-        for imported, _ in imports(path)
+        for imported in imports(path)
         if imported.split(".")[0] in NOT_IN_CORE
     ]
     assert not wrong

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqa import ModelConfig
-from sqa.variants import DEFAULT_VARIANTS, PRESETS, PUBLISHED_VARIANTS, VARIANTS, model_config, shape, variant
+from sqa.variants import DEFAULT_VARIANTS, PRESETS, PUBLISHED_VARIANTS, VARIANTS, model_config, preset, shape, variant
 
 SIXTEEN = {
     "mha": (16, 16, 16),
@@ -105,19 +104,19 @@ def test_mistakes(name: str, changes: dict, message: str) -> None:
 def test_presets_take_every_default_variant(name: str, row: str) -> None:
     if name == "larger" and row == "wide-gqa":
         with pytest.raises(ValueError, match="got num_heads=12, 8 or 16 would fit"):
-            ModelConfig.preset(name, variant=row)
+            preset(name, row)
         return
-    config = ModelConfig.preset(name, variant=row)
+    config = preset(name, row)
     assert config == model_config(row, **shape(name))
 
 
 def test_presets_change_and_refuse() -> None:
-    config = ModelConfig.preset("published", variant="sqa", num_layers=2, window=64, num_kv_heads=2)
+    config = preset("published", "sqa", num_layers=2, window=64, num_kv_heads=2)
     assert (config.num_layers, config.layers[0].window, config.layers[0].num_kv_heads) == (2, 64, 2)
     assert config.d_ff == 768
     with pytest.raises(ValueError, match="preset: 'publshed' is unknown; did you mean 'published'"):
-        ModelConfig.preset("publshed", variant="sqa")
+        preset("publshed", "sqa")
     with pytest.raises(ValueError, match="model has no field 'dff'; did you mean 'd_ff'"):
-        ModelConfig.preset("published", variant="sqa", dff=3)
+        preset("published", "sqa", dff=3)
     with pytest.raises(ValueError, match="variant: 'nope' is unknown"):
-        ModelConfig.preset("published", variant="nope")
+        preset("published", "nope")

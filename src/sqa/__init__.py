@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from sqa._version import __version__
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling, window_pattern
-from sqa.variants import VARIANTS, variant
+from sqa.errors import InputError
+from sqa.variants import VARIANTS, preset, variant
 
 if TYPE_CHECKING:
     from sqa.attention import KVCache, SparseQueryAttention
+    from sqa.interop import load_model
     from sqa.model import Transformer
 
 __all__ = [
     "VARIANTS",
     "AttentionConfig",
+    "InputError",
     "KVCache",
     "ModelConfig",
     "Rope",
@@ -23,6 +26,8 @@ __all__ = [
     "SparseQueryAttention",
     "Transformer",
     "__version__",
+    "load_model",
+    "preset",
     "variant",
     "window_pattern",
 ]
@@ -32,6 +37,7 @@ _NEEDS_TORCH = {
     "KVCache": "sqa.attention",
     "SparseQueryAttention": "sqa.attention",
     "Transformer": "sqa.model",
+    "load_model": "sqa.interop",
 }
 
 
@@ -39,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name in _NEEDS_TORCH:
         return getattr(importlib.import_module(_NEEDS_TORCH[name]), name)
     raise AttributeError(f"module 'sqa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from sqa.errors import InputError
+
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
@@ -19,16 +21,16 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def unknown(field: str, name: str, known: Collection[str]) -> ValueError:
+def unknown(field: str, name: str, known: Collection[str]) -> InputError:
     """The error for a name that is none of `known`."""
-    return ValueError(f"{field}: {name!r} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})")
+    return InputError(f"{field}: {name!r} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})")
 
 
 def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
     """Raise ValueError for the first key of `given` that is not in `known`, with the nearest real one."""
     for name in given:
         if name not in known:
-            raise ValueError(f"{where} has no field {name!r}{nearest(name, known)} (fields: {', '.join(known)})")
+            raise InputError(f"{where} has no field {name!r}{nearest(name, known)} (fields: {', '.join(known)})")
 
 
 def _read(cls: type, values: Any, where: str) -> Any:
@@ -37,12 +39,12 @@ def _read(cls: type, values: Any, where: str) -> Any:
     Raises ValueError for what is no mapping, for keys that are no fields and for missing ones without a default.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a mapping of fields, got {values!r}")
+        raise InputError(f"{where} must be a mapping of fields, got {values!r}")
     own = dataclasses.fields(cls)
     reject_unknown(values, [f.name for f in own], where)
     needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+        raise InputError(f"{where} lacks {', '.join(missing)}")
     made = dict(values)
     for name, (inner, there) in _INSIDE.items():
         if isinstance(value := made.get(name), list | tuple):
@@ -56,7 +58,7 @@ def _positive(where: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {name} must be a positive whole number, got {value!r}")
+            raise InputError(f"{where}: {name} must be a positive whole number, got {value!r}")
 
 
 def _check_types(where: str, config: Any) -> None:
@@ -68,14 +70,14 @@ def _check_types(where: str, config: Any) -> None:
         if int in kinds or (value is None and NoneType in kinds):
             continue  # whole numbers have a range as well, and are checked with it
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: {item.name} must be a finite number, got {value!r}")
+            raise InputError(f"{where}: {item.name} must be a finite number, got {value!r}")
         known = {bool: "true or false", float: "a number"}
         wanted = [kind for kind in kinds if kind in known or dataclasses.is_dataclass(kind)]
         good = [type(value) is kind or (kind is float and type(value) is int) for kind in wanted]
         several = isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds)
         if wanted and not any(good) and not several:
             names = " or ".join(known.get(kind) or f"a {kind.__name__}" for kind in wanted)
-            raise ValueError(f"{where}: {item.name} must be {names}, got {value!r}")
+            raise InputError(f"{where}: {item.name} must be {names}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +100,11 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _check_types("rope scaling", self)
         if self.kind not in get_args(RopeKind):
-            raise ValueError(f"rope scaling: kind must be one of {', '.join(get_args(RopeKind))}, got {self.kind!r}")
+            raise InputError(f"rope scaling: kind must be one of {', '.join(get_args(RopeKind))}, got {self.kind!r}")
         if self.factor < 1:
-            raise ValueError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
+            raise InputError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
+            raise InputError(
                 f"rope scaling llama3: low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "
                 f"got {self.low_freq_factor}"
             )
@@ -124,7 +126,7 @@ class Rope:
     def __post_init__(self) -> None:
         _check_types("rope", self)
         if self.base <= 1:
-            raise ValueError(f"rope: base must be above 1, got {self.base!r}")
+            raise InputError(f"rope: base must be above 1, got {self.base!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ class AttentionConfig:
 
         _positive("attention", self, "d_model", "num_heads")
         if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"attention: num_heads must divide d_model or head_dim be given, "
                 f"got num_heads={self.num_heads} and d_model={self.d_model}"
             )
@@ -175,28 +177,28 @@ class AttentionConfig:
         _positive("attention", self, "num_query_heads", "num_kv_heads", "head_dim")
         for name in ("num_query_heads", "num_kv_heads"):
             if (count := getattr(self, name)) > self.num_heads:
-                raise ValueError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
+                raise InputError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
         more, fewer = sorted((self.num_query_heads, self.num_kv_heads), reverse=True)
         if more % fewer:
             fits = ", ".join(str(n) for n in range(1, self.num_query_heads + 1) if self.num_query_heads % n == 0)
-            raise ValueError(
+            raise InputError(
                 f"attention: num_kv_heads must divide num_query_heads={self.num_query_heads} (that allows {fits}), "
                 f"got num_kv_heads={self.num_kv_heads}"
             )
         if self.rope is not None and self.head_dim % 2:
-            raise ValueError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
+            raise InputError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
         if self.window is not None:
             _positive("attention", self, "window")
             if not self.causal:
-                raise ValueError(f"attention: window needs causal=True, got window={self.window} and causal=False")
+                raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
         if type(self.num_sink_tokens) is not int or self.num_sink_tokens < 0:
-            raise ValueError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens!r}")
+            raise InputError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens!r}")
         if self.num_sink_tokens and self.window is None:
-            raise ValueError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
+            raise InputError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
         for name in ("logit_softcap", "scale"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"attention: {name} must be above 0, got {value!r}")
+                raise InputError(f"attention: {name} must be above 0, got {value!r}")
 
     @property
     def num_output_heads(self) -> int:
@@ -238,7 +240,7 @@ def window_pattern(
 ) -> tuple[AttentionConfig, ...]:
     """One config a layer: every `full_every`-th layer (the last of each stretch) full, the others windowed."""
     if full_every < 1:
-        raise ValueError(f"window pattern: full_every must be a positive whole number, got {full_every}")
+        raise InputError(f"window pattern: full_every must be a positive whole number, got {full_every}")
     windowed = attention.replace(window=window, num_sink_tokens=num_sink_tokens)
     full = attention.replace(window=None, num_sink_tokens=0)
     return tuple(full if (i + 1) % full_every == 0 else windowed for i in range(num_layers))
@@ -267,17 +269,17 @@ class ModelConfig:
         _check_types("model", self)
         _positive("model", self, "vocab_size", "num_layers", "d_ff", "max_seq_len")
         if not self.norm_eps > 0:
-            raise ValueError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
+            raise InputError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
         if not isinstance(self.attention, AttentionConfig):
             object.__setattr__(self, "attention", tuple(self.attention))
             if len(self.layers) != self.num_layers:
-                raise ValueError(
+                raise InputError(
                     f"model: attention must have one config per layer, "
                     f"got {len(self.layers)} for num_layers={self.num_layers}"
                 )
             for name in ("d_model", "causal"):
                 if len(values := sorted({getattr(layer, name) for layer in self.layers})) > 1:
-                    raise ValueError(
+                    raise InputError(
                         f"model: every layer must have the same {name}, got {' and '.join(map(str, values))}"
                     )
 
@@ -295,16 +297,6 @@ class ModelConfig:
     @property
     def causal(self) -> bool:
         return self.layers[0].causal
-
-    @classmethod
-    def preset(cls, name: str, *, variant: str, **changes: Any) -> ModelConfig:
-        """A named shape (`published`, `demo`, `larger`) with a variant's head counts; `changes` replace fields.
-
-        Raises ValueError for an unknown preset, variant or field, or a variant that does not fit the shape.
-        """
-        from sqa.variants import preset  # the table of shapes builds on this file
-
-        return preset(name, variant, **changes)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqa.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -93,7 +95,7 @@ def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator
                 what = path.parent / path.name.removeprefix(LOCK).removeprefix("-")
                 busy = f"out: {what} is being written by process {file.read().strip() or '?'}"
                 if waiting is None:
-                    raise ValueError(busy) from None
+                    raise InputError(busy) from None
                 waiting(f"{busy}; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:

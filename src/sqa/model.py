@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sqa import storage
 from sqa.attention import KVCache, SparseQueryAttention
 from sqa.config import AttentionConfig, ModelConfig
+from sqa.errors import InputError
 from sqa.losses import IGNORE, linear_cross_entropy, token_losses
 
 
@@ -146,12 +148,12 @@ class Transformer(nn.Module):
         Raises ValueError when the tokens exceed max_seq_len or shapes do not fit.
         """
         if num_logits is not None and num_logits < 1:
-            raise ValueError(f"num_logits must be at least 1, got {num_logits}")
+            raise InputError(f"num_logits must be at least 1, got {num_logits}")
         hidden = self.hidden_states(input_ids, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
         if labels is None:
             return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
         if labels.shape != input_ids.shape:
-            raise ValueError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
+            raise InputError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
         nll_sum = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled)
         num_tokens = (labels != IGNORE).sum()
         return Output(loss=nll_sum / num_tokens, nll_sum=nll_sum, num_tokens=num_tokens)
@@ -166,10 +168,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the output head reads: (B, T, d)."""
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+            raise InputError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
         held = 0 if cache is None else cache.length
         if held + input_ids.shape[1] > self.config.max_seq_len:
-            raise ValueError(
+            raise InputError(
                 f"input_ids: {held + input_ids.shape[1]} tokens, "
                 f"but the model's max_seq_len is {self.config.max_seq_len}"
             )
@@ -211,14 +213,14 @@ class Transformer(nn.Module):
             ("top_p", top_p, "above 0 and at most 1", top_p is None or 0 < top_p <= 1),
         ):
             if not good:
-                raise ValueError(f"generate: {name} must be {wanted}, got {value}")
+                raise InputError(f"generate: {name} must be {wanted}, got {value}")
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
+            raise InputError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
         if padding_mask is not None and not bool(padding_mask[:, -1].all()):
-            raise ValueError("generate: prompts must be padded on the left, but the last token of some row is padding")
+            raise InputError("generate: prompts must be padded on the left, but the last token of some row is padding")
         batch_size, length = input_ids.shape
         if length + max_new_tokens > self.config.max_seq_len:
-            raise ValueError(
+            raise InputError(
                 f"generate: {length} prompt tokens and {max_new_tokens} new ones exceed "
                 f"max_seq_len={self.config.max_seq_len}"
             )
@@ -260,22 +262,55 @@ class Transformer(nn.Module):
             block.compile(backend=_frugal_inductor)
         self._compiled = True
 
-    def save(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, each under a temporary name first."""
-        from sqa.interop import save_model
-
-        save_model(self, Path(directory))
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights as files hold them: on the CPU, contiguous, tied ones once."""
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        return tensors
 
     @classmethod
-    def load(cls, source: str | Path) -> Transformer:
-        """Read a directory written by `save` or by transformers (Llama, Mistral, Qwen2, Qwen3), or the authors'.
+    def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
+        """A model of these weights, in the dtype of its embedding; `where` names them in errors.
 
-        Raises ValueError for a missing file, an unsupported type, and for any key that is missing, unknown or of
+        Raises ValueError naming tensors that are missing, unknown, misshapen or quantised.
+        """
+        with torch.device("meta"):  # no time spent on weights that are replaced at once
+            model = cls(config)
+        expected = model.state_dict()
+        tensors = dict(tensors)
+        if config.tie_embeddings and "model.embed_tokens.weight" in tensors:
+            tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+        storage.check_tensors(expected, tensors, where)
+        if config.tie_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+            raise InputError(f"model: {where} says tied embeddings, but lm_head.weight is another matrix")
+        model.to(tensors["model.embed_tokens.weight"].dtype).to_empty(device="cpu")
+        if config.tie_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.load_state_dict(tensors)
+        return model
+
+    def save(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, each under a temporary name first."""
+        storage.save_model(Path(directory), self.config, self.tensors())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Transformer:
+        """Read a directory written by `save`; `sqa.load_model` reads every kind.
+
+        Raises ValueError for a missing file, another kind of directory, and for any key that is missing, unknown or of
         another shape.
         """
-        from sqa.interop import load_model
-
-        return load_model(source)
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"model: {directory} is no directory; sqa.load_model reads names on the Hub as well")
+        values = storage.read_config(directory)
+        if (kind := values.get("model_type")) != storage.MODEL_TYPE:
+            raise InputError(
+                f"model: {directory} has model_type {kind!r}, and Transformer.load reads {storage.MODEL_TYPE!r} alone; "
+                f"sqa.load_model reads every kind"
+            )
+        return cls.from_tensors(storage.model_config(values), storage.read_tensors(directory), str(directory))
 
 
 def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from sqa.config import AttentionConfig, ModelConfig, reject_unknown, unknown
+from sqa.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def _heads(key: str, what: str, fraction: Fraction, num_heads: int) -> int:
         step = fraction.denominator
         below, above = num_heads // step * step, -(-num_heads // step) * step
         fits = f"{below} or {above}" if below else str(above)
-        raise ValueError(
+        raise InputError(
             f"variant {key}: {what} is {fraction} of num_heads, which needs a multiple of {step}; "
             f"got num_heads={num_heads}, {fits} would fit"
         )
@@ -112,7 +113,7 @@ def variant(
     if num_kv_heads is None or not row.kv_free:
         fixed = 1 if row.kv is None else _heads(key, "num_kv_heads", row.kv, num_heads)
         if num_kv_heads not in (None, fixed):
-            raise ValueError(
+            raise InputError(
                 f"variant {key}: num_kv_heads is {fixed} for num_heads={num_heads}, got {num_kv_heads}; "
                 "build an AttentionConfig for other counts"
             )

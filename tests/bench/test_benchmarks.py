@@ -11,11 +11,11 @@ from sqa.attention.kernels import attend
 from sqa.bench import gpu, peers, step
 from sqa.bench.attention import Setting, layer_config, refusal, run_attention
 from sqa.bench.decode import filled_cache, run_decode
-from sqa.bench.machine import find_dtype
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import Row
 from sqa.bench.step import run_step
 from sqa.config import ModelConfig, Rope
+from sqa.measure.machine import find_dtype
 from sqa.model import Transformer
 
 CPU = torch.device("cpu")

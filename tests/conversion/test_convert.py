@@ -29,12 +29,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from sqa import ModelConfig, Transformer
+from sqa import ModelConfig
 from sqa.cli import app
 from sqa.conversion import report
 from sqa.conversion.convert import convert
 from sqa.conversion.settings import Settings, prepare
-from sqa.training.loop import Interrupted, StepReport
+from sqa.interop import load_model
+from sqa.progress import Interrupted, StepReport
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
 
@@ -99,7 +100,7 @@ def test_same_kind_out_and_stock_transformers_reads_it(kind: str, hugging_face, 
     assert theirs.config.num_attention_heads == 3
     ids = torch.arange(2, 40)[None]
     torch.testing.assert_close(
-        Transformer.load(tmp_path / "out").eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4
+        load_model(tmp_path / "out").eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4
     )
     original, dropped, refitted = state["stages"]
     assert [row["stage"] for row in state["stages"]] == ["original", "dropped", "refitted"]
@@ -142,7 +143,7 @@ def test_as_many_heads_give_the_same_model(method: str, hugging_face, text: Path
     settings = Settings(query_heads=6, method=method, **SMALL)
     state = convert(prepare(str(source), tmp_path / "out", str(text), settings), Silent())
     ids = torch.arange(2, 40)[None]
-    assert torch.equal(Transformer.load(tmp_path / "out")(ids).logits, Transformer.load(source)(ids).logits)
+    assert torch.equal(load_model(tmp_path / "out")(ids).logits, load_model(source)(ids).logits)
     assert state["stages"][-1]["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_kv_heads_of_a_run_of_ours(
     run = saved(model_of(config_of(num_query_heads=8, num_kv_heads=8, bias=True, final_norm=False)))
     settings = Settings(query_heads=4, kv_heads=2, pooling=pooling, **SMALL)  # type: ignore[arg-type]
     state = convert(prepare(str(run), tmp_path / "out", str(text), settings), Silent())
-    layer = Transformer.load(tmp_path / "out").config.layers[0]
+    layer = load_model(tmp_path / "out").config.layers[0]
     assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (4, 2, 6)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     _, dropped, refitted = state["stages"]
@@ -196,7 +197,7 @@ def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) 
     resumed = convert(job, Counting())
     assert len(steps) == 10 + 10  # no step twice: healing and the control
     assert resumed["stages"] == whole["stages"]
-    weights = [Transformer.load(tmp_path / name).state_dict() for name in ("whole", "out")]
+    weights = [load_model(tmp_path / name).state_dict() for name in ("whole", "out")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert not job.work.exists()
 

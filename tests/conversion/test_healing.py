@@ -13,8 +13,8 @@ from sqa.conversion.decoder import Decoder
 from sqa.conversion.healing import distillation, heal, layerwise
 from sqa.conversion.settings import Settings
 from sqa.data.batches import Batch
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport
 from sqa.training.checkpoint import Progress
-from sqa.training.loop import Interrupted, NonFiniteLoss, StepReport
 
 Make = Callable[..., ModelConfig]
 Build = Callable[[ModelConfig], Transformer]

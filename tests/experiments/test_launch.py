@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sqa.cli.display import PlainDisplay
 from sqa.experiments import launch
 from sqa.experiments.compare import compare
-from sqa.experiments.display import PlainDisplay
 from sqa.experiments.plan import Plan
 from sqa.files import locked
 

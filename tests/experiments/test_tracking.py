@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sqa.experiments.compare import compare, make_recipe
 from sqa.experiments.plan import Plan
 from sqa.experiments.tracking import TensorBoard
-from sqa.training.loop import StepReport, learning_rate
+from sqa.progress import StepReport
+from sqa.training.loop import learning_rate
 
 STEPS = 8
 

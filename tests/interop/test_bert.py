@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 from sqa import AttentionConfig
 from sqa.interop.bert import attention_config, embed, load_bert, save_bert, with_heads
 from sqa.interop.modeling_sqa_bert import SqaBertModel
-from sqa.interop.native import new_directory
+from sqa.storage import new_directory
 
 HEADS, DIM = 6, 8
 SHAPE = {

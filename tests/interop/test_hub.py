@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from sqa import ModelConfig, Transformer
-from sqa.interop import push_to_hub
+from sqa import ModelConfig
+from sqa.interop import load_model, push_to_hub
 from sqa.interop.hub import model_card
 
 Make = Callable[..., ModelConfig]
@@ -149,7 +149,7 @@ def test_hub_names_are_downloaded(
         return str(run)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert torch.equal(Transformer.load("ReactiveAI/SQAT-m").lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load_model("ReactiveAI/SQAT-m").lm_head.weight, model.lm_head.weight)
     ((name, patterns),) = asked
     assert name == "ReactiveAI/SQAT-m"
     assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
@@ -161,9 +161,9 @@ def test_no_network_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> No
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
         with pytest.raises(ValueError, match="no local directory and could not be had from the Hub"):
-            Transformer.load("ReactiveAI/SQAT-m")
+            load_model("ReactiveAI/SQAT-m")
     with pytest.raises(ValueError, match="no directory, nor a name on the Hub"):
-        Transformer.load("no such folder/at all/here")
+        load_model("no such folder/at all/here")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"sparse-query-attention\[hub\]"):
-        Transformer.load("ReactiveAI/SQAT-m")
+        load_model("ReactiveAI/SQAT-m")

@@ -19,8 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from sqa import ModelConfig, Rope, RopeScaling, Transformer
-from sqa.interop import export, import_model, load_config
+from sqa import ModelConfig, Rope, RopeScaling
+from sqa.interop import export, import_model, load_config, load_model
 
 Make = Callable[..., ModelConfig]
 
@@ -54,7 +54,7 @@ def test_exported_model_is_a_stock_class_with_our_logits(
     generated = theirs.generate(ids, max_new_tokens=24, do_sample=False)
     assert torch.equal(generated, ours[:, : generated.shape[1]])
     # and back in: the same weights but for the order of rotary pairs, the same logits
-    again = Transformer.load(tmp_path / "out")
+    again = load_model(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     if "interleaved" not in name:
@@ -101,7 +101,7 @@ def test_dtype_of_the_export(config_of: Make, model_of, saved, tmp_path: Path) -
     export(saved(model_of(config_of())), tmp_path / "out", format="hf", dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert Transformer.load(tmp_path / "out").lm_head.weight.dtype == torch.bfloat16
+    assert load_model(tmp_path / "out").lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def theirs(request: pytest.FixtureRequest, tmp_path: Path):
 
 @pytest.mark.parametrize("theirs", IN, indirect=True)
 def test_their_directories_load_with_their_logits(theirs, ids: torch.Tensor, tmp_path: Path) -> None:
-    model = Transformer.load(tmp_path / "theirs")
+    model = load_model(tmp_path / "theirs")
     ids = ids % 120
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     assert import_model(tmp_path / "theirs", tmp_path / "ours")
     assert load_config(tmp_path / "ours") == model.config
-    again = Transformer.load(tmp_path / "ours")
+    again = load_model(tmp_path / "ours")
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
@@ -227,7 +227,7 @@ def test_config_of_transformers_4_loads(ids: torch.Tensor, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(values))
     with torch.no_grad():
         torch.testing.assert_close(
-            Transformer.load(tmp_path)(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5
+            load_model(tmp_path)(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5
         )
 
 
@@ -237,11 +237,11 @@ def test_sharded_weights_load(theirs, ids: torch.Tensor, tmp_path: Path) -> None
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     with torch.no_grad():
         torch.testing.assert_close(
-            Transformer.load(tmp_path / "shards")(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5
+            load_model(tmp_path / "shards")(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5
         )
     next((tmp_path / "shards").glob("*-00002-*")).unlink()
     with pytest.raises(ValueError, match="00002"):
-        Transformer.load(tmp_path / "shards")
+        load_model(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("theirs", ["llama mha"], indirect=True)
@@ -358,7 +358,7 @@ def test_index_may_not_point_elsewhere(config_of: Make, model_of, saved, tmp_pat
     index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.safetensors")}
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="files beside it"):
-        Transformer.load(run)
+        load_model(run)
 
 
 def test_trainer_trains_the_exported_model(config_of: Make, model_of, saved, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sqa import ModelConfig, Transformer
-from sqa.interop import import_model
+from sqa.interop import import_model, load_model
+from sqa.variants import preset
 
 D, H, FF, VOCAB, LAYERS, LENGTH = 32, 8, 24, 50, 2, 40
 KINDS = {  # att_type, att_groups, att_num_query_groups -> Hq, Hkv
@@ -124,7 +124,7 @@ def straight_line(w: dict[str, Tensor], ids: list[int], hq: int, hkv: int) -> Te
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_straight_line(kind: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "theirs", kind)
-    model = Transformer.load(folder)
+    model = load_model(folder)
     hq, hkv = KINDS[kind][3:]
     assert (model.config.layers[0].num_query_heads, model.config.layers[0].num_kv_heads) == (hq, hkv)
     ids = [7, 3, 49, 3, 0, 21, 12, 12, 30]
@@ -136,8 +136,8 @@ def test_logits_are_those_of_the_straight_line(kind: str, tmp_path: Path) -> Non
 
 def test_a_published_shape_has_the_published_count(tmp_path: Path) -> None:
     import_model(write(tmp_path / "theirs", "sqa"), tmp_path / "ours")
-    config = Transformer.load(tmp_path / "ours").config
-    published = ModelConfig.preset("published", variant="sqa")
+    config = load_model(tmp_path / "ours").config
+    published = preset("published", "sqa")
     assert (config.bias, config.final_norm, config.norm_eps) == (
         published.bias,
         published.final_norm,
@@ -148,7 +148,7 @@ def test_a_published_shape_has_the_published_count(tmp_path: Path) -> None:
 def test_flash_attention_in_the_config_is_worth_one_warning(tmp_path: Path) -> None:
     folder = write(tmp_path / "theirs", "sqa", use_flash_attention=True)
     with pytest.warns(UserWarning, match="mixed no tokens") as caught:
-        model = Transformer.load(folder)
+        model = load_model(folder)
     assert len(caught) == 1
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     changed = torch.tensor([[1, 2, 9, 4, 5]])
@@ -157,7 +157,7 @@ def test_flash_attention_in_the_config_is_worth_one_warning(tmp_path: Path) -> N
     assert differs.tolist() == [False, False, True, True, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Transformer.load(write(tmp_path / "theirs", "sqa"))
+        load_model(write(tmp_path / "theirs", "sqa"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_flash_attention_in_the_config_is_worth_one_warning(tmp_path: Path) -> N
 )
 def test_other_shapes_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        Transformer.load(write(tmp_path / "theirs", "sqa", **changes))
+        load_model(write(tmp_path / "theirs", "sqa", **changes))
 
 
 @pytest.mark.parametrize(
@@ -201,4 +201,4 @@ def test_every_key_is_accounted_for(key: str, value: Tensor | None, message: str
         tensors[key] = value
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        Transformer.load(folder)
+        load_model(folder)

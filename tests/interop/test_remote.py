@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sqa import ModelConfig, Rope, RopeScaling, Transformer
-from sqa.interop import export, load_config
+from sqa import ModelConfig, Rope, RopeScaling
+from sqa.interop import export, load_config, load_model
 
 Make = Callable[..., ModelConfig]
 
@@ -56,7 +56,7 @@ def test_logits_and_generation_are_ours(
             assert torch.equal(theirs.generate(ids, use_cache=use_cache, **options), ours)
     # the same directory is one of ours
     assert load_config(tmp_path / "out") == config
-    again = Transformer.load(tmp_path / "out")
+    again = load_model(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
@@ -68,7 +68,7 @@ def test_saved_again_by_transformers_it_is_still_both(
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     theirs.save_pretrained(tmp_path / "again")
     with torch.no_grad():
-        torch.testing.assert_close(Transformer.load(tmp_path / "again")(ids).logits, model(ids).logits)
+        torch.testing.assert_close(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
         torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from sqa.experiments.compare import Interrupted, compare, make_recipe, open_resumed
+from sqa.experiments.compare import compare, make_recipe, open_resumed
 from sqa.experiments.plan import Plan
-from sqa.training.loop import StepReport, make_accelerator, set_up
+from sqa.progress import Interrupted, StepReport
+from sqa.training.loop import make_accelerator, set_up
 
 
 @dataclass

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 from sqa import Transformer
 from sqa.cli import app
 from sqa.data.batches import Batch
-from sqa.experiments.compare import Interrupted, compare, open_resumed
+from sqa.experiments.compare import compare, open_resumed
 from sqa.experiments.plan import Plan
+from sqa.interop import load_model
+from sqa.progress import Interrupted
 from sqa.training.loop import _share_of
 
 STEPS, CONTEXT = 12, 38
@@ -189,7 +191,7 @@ def test_one_process_to_two_and_back_to_one(
     done = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "half")])  # the shards as one model
     assert done.exit_code == 0, done.output
     assert f"unfinished: the model after step {STOPPED_TOGETHER}" in done.output
-    exported = Transformer.load(tmp_path / "half")
+    exported = load_model(tmp_path / "half")
     compare(open_resumed(folder / "grown", {}), folder / "grown", SignalAt(0, 0), resume=True)
     off = (losses(folder / "grown") - losses(folder / "full-one")).abs().max()
     assert off <= 4 * noise["full"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sqa.attention.masks import CachedKeys
 from sqa.config import AttentionConfig, ModelConfig
+from sqa.errors import InputError
 
 
 class StaticLayerCache:
@@ -142,12 +143,12 @@ class KVCache:
     ) -> None:
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
             if value < 1:
-                raise ValueError(f"cache: {name} must be at least 1, got {value}")
+                raise InputError(f"cache: {name} must be at least 1, got {value}")
         layers = (config,) if isinstance(config, AttentionConfig) else config.layers
         if not layers[0].causal:
-            raise ValueError("cache: only a causal model can be decoded with a cache, got causal=False")
+            raise InputError("cache: only a causal model can be decoded with a cache, got causal=False")
         if not dtype.is_floating_point:
-            raise ValueError(f"cache: dtype must be a floating-point one, got {dtype}")
+            raise InputError(f"cache: dtype must be a floating-point one, got {dtype}")
         self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
         self.layers = [
             (StaticLayerCache if layer.window is None else RollingLayerCache)(
@@ -159,11 +160,11 @@ class KVCache:
     def check(self, layer_index: int, config: AttentionConfig) -> None:
         """Raise ValueError when the layer at `layer_index` is not the one that this cache was made for."""
         if layer_index >= len(self._configs):
-            raise ValueError(f"cache: made for {len(self._configs)} layers, got layer {layer_index}")
+            raise InputError(f"cache: made for {len(self._configs)} layers, got layer {layer_index}")
         made = self._configs[layer_index]
         for name in ("num_kv_heads", "head_dim", "window", "num_sink_tokens"):
             if getattr(made, name) != getattr(config, name):
-                raise ValueError(f"cache: made for {name}={getattr(made, name)}, got {getattr(config, name)}")
+                raise InputError(f"cache: made for {name}={getattr(made, name)}, got {getattr(config, name)}")
 
     @property
     def length(self) -> int:
@@ -184,14 +185,14 @@ class KVCache:
         """
         layer = self.layers[layer_index]
         if k.shape[0] != self.batch_size:
-            raise ValueError(f"cache: made for batch_size={self.batch_size}, got a batch of {k.shape[0]}")
+            raise InputError(f"cache: made for batch_size={self.batch_size}, got a batch of {k.shape[0]}")
         if padding_mask is not None and (padding_mask.shape != k.shape[:2] or padding_mask.dtype != torch.bool):
-            raise ValueError(
+            raise InputError(
                 f"cache: padding_mask must be bool {tuple(k.shape[:2])}, of the new tokens alone, "
                 f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
             )
         if layer.length + k.shape[1] > self.capacity:
-            raise ValueError(
+            raise InputError(
                 f"cache: capacity is {self.capacity} tokens, {layer.length} are held and {k.shape[1]} more were given"
             )
         return layer.extend(k, v, padding_mask)

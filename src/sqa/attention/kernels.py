@@ -21,6 +21,7 @@ from sqa.attention.blocks import block_attention
 from sqa.attention.masks import Mask, dense_mask, document_starts, real_first, sink_keys
 from sqa.attention.reference import reference_attention
 from sqa.config import AttentionConfig, nearest
+from sqa.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -287,12 +288,12 @@ def resolve(case: Case, kernel: str = "auto") -> Choice:
     """The kernel for a case and the reason. Raises ValueError when a kernel asked for by name cannot do it."""
     if kernel != "auto":
         if kernel not in KERNELS:
-            raise ValueError(
+            raise InputError(
                 f"kernel: {kernel!r} is unknown{nearest(kernel, list(KERNELS))} (kernels: {', '.join(KERNELS)})"
             )
         lack = KERNELS[kernel].lacks(case)
         if lack is not None:
-            raise ValueError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
+            raise InputError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
         return Choice(kernel, "asked for")
     if case.cached and case.num_queries == 1 and case.dtype == torch.float32 and not case.shared and not case.masked:
         return Choice("sdpa", "fused; for one fp32 query a KV head as fast as memory is read")
@@ -364,20 +365,20 @@ def attend(
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     """A tensor in another layout than (B, T, H, D) must not pass: the result would have the right shape."""
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"attention: q and k must be (B, T, H, D), got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise InputError(f"attention: q and k must be (B, T, H, D), got {tuple(q.shape)} and {tuple(k.shape)}")
     if k.shape != v.shape:
-        raise ValueError(f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise InputError(f"attention: k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q and k differ in batch or head_dim: {tuple(q.shape)} and {tuple(k.shape)}")
+        raise InputError(f"attention: q and k differ in batch or head_dim: {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[2] % k.shape[2] and k.shape[2] % q.shape[2]:
-        raise ValueError(f"attention: of the head counts one must divide the other, got {q.shape[2]} and {k.shape[2]}")
+        raise InputError(f"attention: of the head counts one must divide the other, got {q.shape[2]} and {k.shape[2]}")
     if mask.causal and mask.cached is None and q.shape[1] != k.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"attention: a causal mask without a cache needs as many queries as keys, got {q.shape[1]} and {k.shape[1]}"
         )
     for name, length in (("padding_mask", k.shape[1]), ("document_ids", q.shape[1])):
         given: Tensor | None = getattr(mask, name)
         if given is not None and given.shape != (q.shape[0], length):
-            raise ValueError(f"attention: {name} must be {(q.shape[0], length)}, got {tuple(given.shape)}")
+            raise InputError(f"attention: {name} must be {(q.shape[0], length)}, got {tuple(given.shape)}")
     if mask.padding_mask is not None and mask.padding_mask.dtype != torch.bool:
-        raise ValueError(f"attention: padding_mask must be bool (True = real), got {mask.padding_mask.dtype}")
+        raise InputError(f"attention: padding_mask must be bool (True = real), got {mask.padding_mask.dtype}")

@@ -9,6 +9,7 @@ from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
 from sqa.attention.rope import RotaryEmbedding
 from sqa.config import AttentionConfig
+from sqa.errors import InputError
 
 
 class SparseQueryAttention(nn.Module):
@@ -87,12 +88,12 @@ class SparseQueryAttention(nn.Module):
         d_model = self.config.d_model
         for name, tensor in (("x", x), ("context", context)):
             if tensor is not None and (tensor.ndim != 3 or tensor.shape[-1] != d_model):
-                raise ValueError(f"attention: {name} must be (B, T, {d_model}), got {tuple(tensor.shape)}")
+                raise InputError(f"attention: {name} must be (B, T, {d_model}), got {tuple(tensor.shape)}")
         if context is not None and context.shape[0] != x.shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"attention: x and context must have one batch size, got {x.shape[0]} and {context.shape[0]}"
             )
         if context is not None and (self.config.causal or cache is not None or document_ids is not None):
-            raise ValueError("attention: context needs causal=False, and neither a cache nor document_ids")
+            raise InputError("attention: context needs causal=False, and neither a cache nor document_ids")
         if cache is not None and document_ids is not None:
-            raise ValueError("attention: a cache holds one document a row; document_ids cannot be given with it")
+            raise InputError("attention: a cache holds one document a row; document_ids cannot be given with it")

@@ -20,10 +20,10 @@ from sqa.attention.kernels import KERNELS, Case, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
 from sqa.attention.reference import reference_attention
-from sqa.bench.machine import find_device, find_dtype, matmul_peak
 from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, heads, time_rows
-from sqa.bench.timing import Budget, at_least_one, first_line
 from sqa.config import AttentionConfig, unknown
+from sqa.measure.machine import find_device, find_dtype, matmul_peak
+from sqa.measure.timing import Budget, at_least_one, first_line
 from sqa.variants import variant
 
 logger = logging.getLogger(__name__)

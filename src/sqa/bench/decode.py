@@ -10,12 +10,13 @@ import torch
 from sqa import cost
 from sqa.attention.cache import KVCache
 from sqa.attention.kernels import Case, resolve
-from sqa.bench.machine import find_device, find_dtype
 from sqa.bench.peers import OURS, model_row
 from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline, timed
-from sqa.bench.timing import Budget, at_least_one, take_turns
 from sqa.config import ModelConfig
+from sqa.measure.machine import find_device, find_dtype
+from sqa.measure.timing import Budget, at_least_one, take_turns
 from sqa.model import Transformer
+from sqa.variants import preset as model_preset
 
 VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
 
@@ -63,7 +64,7 @@ def run_decode(
     for n in left.fitting(sorted(lengths), notes):
         contestants, group = {}, {}
         for name in variants:
-            config = ModelConfig.preset(preset, variant=name, max_seq_len=n + room)
+            config = model_preset(preset, name, max_seq_len=n + room)
             model = Transformer(config).to(where, torch_dtype).eval()
             cache = filled_cache(config, n, batch_size=batch_size, room=room, dtype=torch_dtype, device=where)
             contestants[name] = _decode(model, cache, torch.zeros(batch_size, 1, dtype=torch.long, device=where), steps)

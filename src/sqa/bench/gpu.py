@@ -10,12 +10,12 @@ import torch
 
 from sqa.bench.attention import run_attention
 from sqa.bench.decode import run_decode
-from sqa.bench.machine import find_device
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import BenchResult, Row
 from sqa.bench.step import run_step
-from sqa.bench.timing import Budget, first_line
 from sqa.config import unknown
+from sqa.measure.machine import find_device
+from sqa.measure.timing import Budget, first_line
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from sqa.attention.kernels import Case, resolve
-from sqa.bench.machine import find_dtype
 from sqa.bench.report import Row, add_ratios, choose_baseline, heads, time_rows
-from sqa.bench.timing import Budget
 from sqa.config import ModelConfig, unknown
 from sqa.losses import IGNORE
+from sqa.measure.machine import find_dtype
+from sqa.measure.timing import Budget
 from sqa.model import Transformer
+from sqa.variants import preset as model_preset
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def shapes(preset: str, variants: Sequence[str], peers: Sequence[str], *, length
     for name in peers:
         if name not in PEERS:
             raise unknown("peer", name, PEERS)
-    configs = {name: ModelConfig.preset(preset, variant=name) for name in variants}
+    configs = {name: model_preset(preset, name) for name in variants}
     changes = {"bias": False, "final_norm": True} if peers else {}
     return {
         name: config.replace(max_seq_len=max(config.max_seq_len, length), **changes) for name, config in configs.items()

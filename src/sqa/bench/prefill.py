@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from sqa import cost
-from sqa.bench.machine import find_device, find_dtype
 from sqa.bench.peers import OURS, Runner, line_up, measure, shapes
 from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
-from sqa.bench.timing import Budget, at_least_one
+from sqa.measure.machine import find_device, find_dtype
+from sqa.measure.timing import Budget, at_least_one
 
 PREPRINT_SECONDS: dict[int, dict[str, float]] = {
     1_024: {"xsqa": 0.0570, "sqa": 0.0642, "ssqa": 0.0669, "mqa": 0.0760, "gqa": 0.0785, "mha": 0.0869},

@@ -14,10 +14,11 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sqa.bench.machine import git_revision, machine, versions
-from sqa.bench.timing import Budget, Timing, failure, take_turns
 from sqa.config import AttentionConfig
+from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing, write_text
+from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.timing import Budget, Timing, failure, take_turns
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -121,7 +122,7 @@ class BenchResult:
             if header["kind"] != "header":
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"benchmark: {path.name} is no file written by sqa bench --json") from None
+            raise InputError(f"benchmark: {path.name} is no file written by sqa bench --json") from None
         return cls(header=header, rows=rows)
 
     @property
@@ -149,7 +150,7 @@ class BenchResult:
     def plot(self, path: Path) -> None:
         """One chart under another: .svg, .png, .html or .json. Raises ImportError without the extra `report`."""
         if path.suffix not in (".svg", ".png", ".html", ".json"):
-            raise ValueError(f"plot: {path.name!r} must end in .svg, .png, .html or .json")
+            raise InputError(f"plot: {path.name!r} must end in .svg, .png, .html or .json")
         chart = self.chart()
         with replacing(path) as temporary:
             chart.save(str(temporary), format=path.suffix[1:])
@@ -159,7 +160,7 @@ class BenchResult:
         try:
             import altair as alt
         except ImportError:
-            raise ImportError("plots need altair: pip install 'sparse-query-attention[report]'") from None
+            raise MissingExtraError("plots need altair: pip install 'sparse-query-attention[report]'") from None
         charts = []
         for kind in self.kinds:
             rows = [row for row in self.rows if row["kind"] == kind and "seconds" in row]
@@ -189,7 +190,7 @@ class BenchResult:
                 dashed = base.mark_line(strokeDash=[4, 3], opacity=0.6).encode(y=f"{limit}:Q")
                 charts.append(alt.layer(measured, dashed).facet(alt.Facet("panel:N", title=kind), columns=2))
         if not charts:
-            raise ValueError("plot: there is no timed row to draw")
+            raise InputError("plot: there is no timed row to draw")
         return alt.vconcat(*charts).resolve_scale(color="independent")
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sqa import cost
-from sqa.bench.machine import find_device, find_dtype, matmul_peak
 from sqa.bench.peers import OURS, Entrant, Runner, build, compiled, line_up, measure, shapes
 from sqa.bench.report import VARIANTS, BenchResult, Row
-from sqa.bench.timing import Budget, at_least_one
 from sqa.config import ModelConfig
+from sqa.errors import InputError
+from sqa.measure.machine import find_device, find_dtype, matmul_peak
+from sqa.measure.timing import Budget, at_least_one
 
 
 def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch: Tensor) -> Callable[[], None]:
@@ -57,7 +58,7 @@ def run_step(
     """
     at_least_one(variants=len(variants), dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
     if "fp16" in dtypes:
-        raise ValueError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
+        raise InputError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
     where, left = find_device(device), Budget(seconds=budget)
     torch_dtypes = {name: find_dtype(name) for name in dtypes}
     configs = shapes(preset, variants, peers, length=length)

@@ -12,6 +12,7 @@ from sqa._version import __version__
 from sqa.cli import models
 from sqa.cli.bench import bench
 from sqa.cli.options import JsonPath, is_main, long_dtype, make_console, names, numbers, save_json
+from sqa.errors import InputError, MissingExtraError
 
 app = typer.Typer(
     help="Sparse Query Attention: fewer query heads, cheaper training and prefill.",
@@ -27,7 +28,7 @@ def main() -> None:
     """Entry point of the `sqa` command."""
     try:
         app()
-    except (ValueError, ImportError, OSError) as error:
+    except (InputError, MissingExtraError, OSError) as error:
         _fail(str(error), 2)
     except MemoryError:
         _fail("out of memory", 1)
@@ -35,7 +36,7 @@ def main() -> None:
         # torch raises RuntimeError too: only what a run reports of itself, and want of memory, is one sentence
         from torch import OutOfMemoryError
 
-        from sqa.training.loop import Interrupted, NonFiniteLoss
+        from sqa.progress import Interrupted, NonFiniteLoss
 
         if isinstance(error, Interrupted | NonFiniteLoss):
             if not is_main():
@@ -71,13 +72,13 @@ def variants(
     from sqa.variants import preset as model_preset
 
     if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+        raise InputError(f"--n must be at least 1, got {n}")
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     for name in VARIANTS if all_variants else PUBLISHED_VARIANTS:
         try:
             config = model_preset(preset, name)
-        except ValueError as error:
+        except InputError as error:
             shape(preset)  # an unknown preset is an error, a rule that does not fit it a note
             left_out.append(str(error))
             continue
@@ -141,12 +142,12 @@ def _overrides(**given: Any) -> dict[str, Any]:
         changes["dtype"] = long_dtype(changes["dtype"])
     limits = [name for name in ("budget", "max_steps", "max_tokens") if name in changes]
     if len(limits) > 1:
-        raise ValueError(f"budget: give one of --budget, --max-steps and --max-tokens, got {len(limits)}")
+        raise InputError(f"budget: give one of --budget, --max-steps and --max-tokens, got {len(limits)}")
     for name, kind in (("max_steps", "steps"), ("max_tokens", "tokens")):
         if name in changes:
             changes["budget"] = f"{kind}={changes.pop(name)}"
     if "context" in changes and changes["context"] < 2:
-        raise ValueError(f"--context must be at least 2, got {changes['context']}")
+        raise InputError(f"--context must be at least 2, got {changes['context']}")
     return changes
 
 
@@ -154,11 +155,11 @@ def _seeds(text: str) -> tuple[int, ...]:
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--seeds must be a number of seeds (3) or a list (0,7,9), got {text!r}") from None
+        raise InputError(f"--seeds must be a number of seeds (3) or a list (0,7,9), got {text!r}") from None
     if "," in text:
         return tuple(numbers)
     if not numbers or numbers[0] < 1:
-        raise ValueError(f"--seeds must be at least 1, got {text!r}")
+        raise InputError(f"--seeds must be at least 1, got {text!r}")
     return tuple(range(numbers[0]))
 
 
@@ -219,11 +220,11 @@ def _compare(
     from sqa.experiments.plan import Plan
 
     if track not in (None, "tensorboard"):
-        raise ValueError(f"--track must be tensorboard, got {track!r}")
+        raise InputError(f"--track must be tensorboard, got {track!r}")
     if launcher not in ("local", "ray"):
-        raise ValueError(f"--launcher must be local or ray, got {launcher!r}")
+        raise InputError(f"--launcher must be local or ray, got {launcher!r}")
     if track is not None and launcher == "ray":
-        raise ValueError("--track follows runs in this process only; leave it out with --launcher ray")
+        raise InputError("--track follows runs in this process only; leave it out with --launcher ray")
     if resume is None:
         plan = Plan.read(source or "demo", changes)
         out = out or Path("runs") / plan.name
@@ -232,17 +233,18 @@ def _compare(
         from sqa.experiments.compare import open_resumed
 
         if source is not None:
-            raise ValueError(f"--resume goes on with the plan in its directory; leave out {source!r}")
+            raise InputError(f"--resume goes on with the plan in its directory; leave out {source!r}")
         if out not in (None, resume):
-            raise ValueError(f"--resume names the directory already, got --out {out} as well")
+            raise InputError(f"--resume names the directory already, got --out {out} as well")
         out, plan = resume, open_resumed(resume, changes)
     cells = None if only is None else plan.find_cells(names(only))
     import torch
 
+    from sqa.cli.display import make_display
     from sqa.experiments import compare as comparison
     from sqa.experiments.directory import Directory
-    from sqa.experiments.display import make_display
     from sqa.experiments.results import NOTES, NOTES_SEEDS, summary_rows, table
+    from sqa.progress import Interrupted
 
     tracker = None
     if track is not None:
@@ -261,9 +263,9 @@ def _compare(
             launcher="ray" if launcher == "ray" else "local",
             tracker=tracker,
         )
-    except comparison.Interrupted as error:
+    except Interrupted as error:
         same = (f" --only {only}" if only else "") + (" --launcher ray" if launcher == "ray" else "")
-        raise comparison.Interrupted(f"{error}; go on with: sqa compare --resume {out}{same}") from None
+        raise Interrupted(f"{error}; go on with: sqa compare --resume {out}{same}") from None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not is_main():
@@ -345,7 +347,7 @@ def train(
         if out is None:
             out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
     elif variant is not None or seed is not None:
-        raise ValueError("--resume goes on with the run as it was begun; leave out --variant and --seed")
+        raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
     _compare(plan, changes, out, resume, track, None)
 
 
@@ -374,7 +376,7 @@ def plan_spending(
     out: Annotated[Path | None, typer.Option(help="Write a plan for sqa compare here for each way.")] = None,
 ) -> None:
     """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
-    from sqa.experiments import spend
+    from sqa.planning import spend
 
     proposals = spend.propose(like, preset, budget, names(variants) or spend.SPENDERS, n, batch_size)
     make_console().print(spend.table(proposals))
@@ -393,7 +395,7 @@ def scale(
     """What training a large model would take on many GPUs, on paper: FLOPs, memory, links, time."""
     from dataclasses import asdict
 
-    from sqa.experiments import scale as paper
+    from sqa.planning import scale as paper
 
     chosen, lengths = names(variants) or paper.SCALE_VARIANTS, numbers(n, "--n")
     estimates = [
@@ -435,11 +437,11 @@ def kernels(
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
     dtype = long_dtype(dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+        raise InputError(f"--n must be at least 1, got {n}")
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+        raise InputError(f"--device must be cpu or cuda, got {device!r}")
     import torch
     from rich.table import Table
 

@@ -177,8 +177,8 @@ def bench_all(
         """GQA and SQA on the built-in text, each for a third of the time; the rest is for timing and evaluation."""
         import tempfile
 
+        from sqa.cli.display import make_display
         from sqa.experiments import compare as comparison
-        from sqa.experiments.display import make_display
         from sqa.experiments.plan import Plan
 
         plan = Plan.read("demo").replace(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sqa.cli.options import JsonPath, PlotPath, long_dtype, make_console, numbers, save_json
+from sqa.errors import InputError
 
 app = typer.Typer()
 
@@ -29,13 +30,13 @@ def generate(
     import torch
 
     from sqa.data import Tokenizer
-    from sqa.model import Transformer
+    from sqa.interop import load_model
 
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    model = Transformer.load(folder).eval()
+    model = load_model(folder).eval()
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError("--prompt must not be empty")
+        raise InputError("--prompt must not be empty")
     tokens = model.generate(
         torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
@@ -95,15 +96,15 @@ def convert(
     plot_path: PlotPath = None,
 ) -> None:
     """Give a pretrained model fewer query heads, and say what that cost."""
+    from sqa.cli.display import make_display
     from sqa.conversion import report
     from sqa.conversion.convert import convert as run
     from sqa.conversion.settings import Settings, prepare
-    from sqa.experiments.compare import stop_flag
-    from sqa.experiments.display import make_display
     from sqa.experiments.plan import Budget
+    from sqa.progress import stop_flag
 
     if heal is not None and not heal.startswith("tokens="):
-        raise ValueError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
+        raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
     healing = None if heal is None else Budget.parse(heal)
     settings = Settings(
         query_heads=query_heads,
@@ -159,7 +160,7 @@ def _model_folder(run: Path) -> Iterator[Path]:
         return
     import tempfile
 
-    from sqa.interop.native import copy_tokenizer
+    from sqa.storage import copy_tokenizer
     from sqa.training.checkpoint import read_model
 
     model, step = read_model(run / "checkpoints")
@@ -178,5 +179,5 @@ def _run_folder(path: Path) -> Path:
     if len(inside) == 1:
         return inside[0]
     if inside:
-        raise ValueError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
-    raise ValueError(f"run: {path} holds no finished run (no model.safetensors)")
+        raise InputError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
+    raise InputError(f"run: {path} holds no finished run (no model.safetensors)")

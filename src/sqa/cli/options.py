@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqa.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,7 +38,7 @@ def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuses what could not be written to, before figures are measured that would be lost."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ValueError(f"{param.opts[0]} {path} {what}; name a file")
+        raise InputError(f"{param.opts[0]} {path} {what}; name a file")
     return path
 
 
@@ -61,7 +63,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(name) for name in names(text))
     except ValueError:
-        raise ValueError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+        raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
 
 
 def seconds(text: str | None) -> float | None:

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from sqa.bench.machine import git_revision, machine, versions
-from sqa.bench.timing import take_turns
+from sqa import storage
 from sqa.conversion.healing import Objective, distillation, heal, layerwise
 from sqa.conversion.operation import operate
 from sqa.conversion.settings import Job, subject_class
 from sqa.conversion.subject import Subject
 from sqa.data import open_corpus
+from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
-from sqa.interop import native
-from sqa.training.loop import Display, StepReport
+from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.timing import take_turns
+from sqa.progress import Display, StepReport
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs
 
@@ -71,7 +72,7 @@ def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> Sta
         dropped, refitted, state["layers"] = operate(job, original, fit, held_out, display)
         record("dropped", dropped)
         record("refitted", refitted)
-        with native.new_directory(job.work / "refitted") as folder:
+        with storage.new_directory(job.work / "refitted") as folder:
             refitted.save(folder, job.source, torch.float32)
         del dropped, refitted
     student = kind.load(job.work / "refitted")
@@ -121,7 +122,7 @@ def _convert(job: Job, display: Display, should_stop: Callable[[], bool]) -> Sta
         "versions": versions(),
         "git": git_revision(),
     }
-    with native.new_directory(job.out) as folder:
+    with storage.new_directory(job.out) as folder:
         student.save(folder, job.source, original.dtype)
         write_json(folder / "conversion.json", state)
     shutil.rmtree(job.work)
@@ -135,7 +136,7 @@ def _begin(job: Job) -> State:
     path = job.work / "state.json"
     if not path.is_file():
         return {"settings": settings, "stages": [], "layers": []}
-    state = native.read_json(path)
+    state = storage.read_json(path)
     held = state.get("settings", {})
     changed = [
         f"{name}: {held.get(name)!r} there, {settings.get(name)!r} now"
@@ -143,7 +144,7 @@ def _begin(job: Job) -> State:
         if held.get(name) != settings.get(name)
     ]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"output: {job.work} holds an unfinished conversion with other settings ({'; '.join(changed)}); "
             f"give those, or delete the folder"
         )

@@ -14,8 +14,8 @@ from sqa.config import AttentionConfig
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.conversion.text import packed_batches
 from sqa.data.batches import Batch
-from sqa.interop import native
 from sqa.losses import IGNORE, linear_distillation, token_losses
+from sqa.model import Transformer
 
 
 class Decoder(Subject):
@@ -96,7 +96,7 @@ class Decoder(Subject):
         for i, layer in enumerate(weights):
             for name, tensor in layer.items():
                 tensors[f"model.layers.{i}.self_attn.{name[0]}_proj{name[1:]}"] = tensor.float()
-        return Decoder(native.build(config, tensors, "the converted model"))
+        return Decoder(Transformer.from_tensors(config, tensors, "the converted model"))
 
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
         interop.write_like(self.model.to(dtype), folder, source)

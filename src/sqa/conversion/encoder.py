@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sqa.config import AttentionConfig
 from sqa.conversion.subject import AttentionView, Subject
+from sqa.errors import InputError
 from sqa.interop import bert
 
 NEIGHBOURS = 10  # of a passage, in the retrieval that is compared
@@ -52,7 +53,7 @@ class Encoder(Subject):
         tokenizer.enable_padding(pad_id=self.model.config.pad_token_id or 0)
         texts = list(islice(documents, rows))
         if len(texts) < rows:
-            raise ValueError(
+            raise InputError(
                 f"text: {rows} passages are asked for, but only {len(texts)} documents are left in this split; "
                 f"give more documents, or ask for fewer passages"
             )

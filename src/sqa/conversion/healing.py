@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sqa.conversion.settings import Settings
 from sqa.conversion.subject import Subject
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport
 from sqa.training.checkpoint import Checkpoints, Progress
-from sqa.training.loop import Interrupted, NonFiniteLoss, Recipe, StepReport, make_optimizer
+from sqa.training.loop import Recipe, make_optimizer
 from sqa.training.loop import learning_rate as rate_at
 
 Objective = Callable[[Any], Tensor]

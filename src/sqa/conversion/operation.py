@@ -12,7 +12,7 @@ from sqa.conversion import importance, surgery
 from sqa.conversion.moments import Moments
 from sqa.conversion.settings import Job
 from sqa.conversion.subject import Subject, watched
-from sqa.training.loop import Display
+from sqa.progress import Display
 
 
 def operate(

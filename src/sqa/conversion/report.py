@@ -12,6 +12,7 @@ from sqa.bench.report import seconds_text
 from sqa.conversion.importance import METHODS
 from sqa.conversion.settings import Job
 from sqa.cost import attention_flops, attention_parameters
+from sqa.errors import MissingExtraError
 from sqa.files import replacing
 
 State = dict[str, Any]
@@ -91,7 +92,7 @@ def plot(state: State, path: Path) -> None:
     try:
         import altair as alt
     except ImportError:
-        raise ImportError("plots need altair: pip install 'sparse-query-attention[report]'") from None
+        raise MissingExtraError("plots need altair: pip install 'sparse-query-attention[report]'") from None
     rows = [row for row in state["stages"] if row["stage"] not in ("original", "dropped")]
     measured = "loss" if "loss" in rows[0] else "cosine"
     original = next(row for row in state["stages"] if row["stage"] == "original")

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sqa import storage
 from sqa.config import AttentionConfig, nearest
 from sqa.conversion import importance, surgery
 from sqa.conversion.decoder import Decoder
 from sqa.conversion.subject import Subject
 from sqa.data import open_corpus
-from sqa.interop import check_like, load_config, native
+from sqa.errors import InputError
+from sqa.interop import check_like, load_config
 from sqa.interop.hub import local_directory
 
 
@@ -56,21 +58,21 @@ class Settings:
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(
+                raise InputError(
                     f"convert: {name} must be one of {', '.join(known)}, got {value!r}{nearest(value, list(known))}"
                 )
         for name, least in (("sequences", 8), ("length", 2), ("batch_size", 1), ("evaluation_tokens", self.length)):
             if getattr(self, name) < least:
-                raise ValueError(f"convert: {name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"convert: {name} must be at least {least}, got {getattr(self, name)}")
         if self.heal_tokens and self.heal_tokens < self.batch_size * self.length:
-            raise ValueError(
+            raise InputError(
                 f"convert: heal must be 0 or at least one step of {self.batch_size * self.length} tokens, "
                 f"got {self.heal_tokens}"
             )
         if not 0 <= self.layerwise <= 1:
-            raise ValueError(f"convert: layerwise must be a share from 0 to 1, got {self.layerwise}")
+            raise InputError(f"convert: layerwise must be a share from 0 to 1, got {self.layerwise}")
         if not self.learning_rate > 0:
-            raise ValueError(f"convert: learning_rate must be above 0, got {self.learning_rate}")
+            raise InputError(f"convert: learning_rate must be above 0, got {self.learning_rate}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -89,7 +91,7 @@ class Settings:
 
 def subject_class(directory: Path) -> type[Subject]:
     """Decoder or Encoder, by the model_type of the directory."""
-    if native.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
+    if storage.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
         from sqa.conversion.encoder import Encoder
 
         return Encoder
@@ -118,9 +120,9 @@ class Job:
 def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job:
     """Check all that can be checked without reading a weight. Raises ValueError; nothing is written."""
     directory = local_directory(source)
-    native.refuse_existing(out)
+    storage.refuse_existing(out)
     if directory.resolve() in out.resolve().parents:
-        raise ValueError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
+        raise InputError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
     subject = subject_class(directory)
     before, longest = subject.shape(directory)
     planned = (surgery.plan_heads(layer, settings.query_heads, settings.kv_heads) for layer in before)
@@ -128,9 +130,9 @@ def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job
     if subject is Decoder:
         check_like(load_config(directory).replace(attention=after), directory)
     if settings.length > longest:
-        raise ValueError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
+        raise InputError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
     if subject is not Decoder and (settings.method == "taylor" or settings.control):
-        raise ValueError("convert: method taylor and control need a loss, which an encoder has not; leave them out")
+        raise InputError("convert: method taylor and control need a loss, which an encoder has not; leave them out")
     open_corpus(calibration)
     speed_at = subject.default_speed_at if settings.speed_at is None else settings.speed_at
     return Job(

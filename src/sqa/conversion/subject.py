@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from sqa import storage
 from sqa.config import AttentionConfig
-from sqa.interop import native
+from sqa.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,9 @@ class Subject(ABC):
 
     def tokenizer(self, directory: Path) -> Any:
         """The `tokenizers.Tokenizer` of a model directory. Raises ValueError without one."""
-        tokenizer = native.read_tokenizer(directory, self.model.config.vocab_size)
+        tokenizer = storage.read_tokenizer(directory, self.model.config.vocab_size)
         if tokenizer is None:
-            raise ValueError(f"model: {directory} has no tokenizer.json, which the calibration text is encoded with")
+            raise InputError(f"model: {directory} has no tokenizer.json, which the calibration text is encoded with")
         return tokenizer
 
     def row(self, n: int) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sqa.config import AttentionConfig
 from sqa.conversion.moments import Moments
 from sqa.conversion.subject import AttentionView
+from sqa.errors import InputError
 
 DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 """Shares of the mean of the diagonal that are tried as ridge penalty."""
@@ -29,18 +30,18 @@ def plan_heads(
     """
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     if heads < kv_heads:
-        raise ValueError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
+        raise InputError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
     multi_head = heads == kv_heads
     kept_kv = num_kv_heads or (num_query_heads if multi_head else kv_heads)
     one_pool = multi_head and kept_kv == num_query_heads
     if one_pool and not 1 <= num_query_heads <= heads:
-        raise ValueError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
+        raise InputError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
     if not one_pool and (kept_kv < 1 or kv_heads % kept_kv):
         fits = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
-        raise ValueError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {kept_kv}")
+        raise InputError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {kept_kv}")
     if num_query_heads % kept_kv or not 1 <= num_query_heads <= heads:
         fits = ", ".join(str(n) for n in range(kept_kv, heads + 1, kept_kv))
-        raise ValueError(
+        raise InputError(
             f"convert: query_heads must be a multiple of {kept_kv} KV heads, at most {heads} ({fits}), "
             f"got {num_query_heads}"
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sqa.data.batches import Batch
+from sqa.errors import InputError
 from sqa.losses import IGNORE
 
 
@@ -24,7 +25,7 @@ def packed_batches(documents: Iterator[list[int]], *, rows: int, length: int, ba
     while count < needed:
         ids = next(documents, None)
         if ids is None:
-            raise ValueError(
+            raise InputError(
                 f"text: {rows} rows of {length} tokens take {needed:,} tokens, but only {count:,} are left in this "
                 f"split; give more documents, or ask for fewer or shorter rows"
             )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sqa.data.shards import TokenShards
+from sqa.errors import InputError
 from sqa.losses import IGNORE
 
 Layout = Literal["padded", "packed"]
@@ -64,7 +65,7 @@ class Batches:
             if packed:
                 needs = f"One batch of {batch_size} rows at context_length {context_length} takes "
                 needs, has = f"{needs}{batch_size * context_length + 1} tokens", shards.num_tokens
-            raise ValueError(f"{needs}, but the corpus has only {has} in this split")
+            raise InputError(f"{needs}, but the corpus has only {has} in this split")
         self._rows = _PackedRows if packed else _PaddedRows
         self._shards, self._batch_size, self._context_length = shards, batch_size, context_length
         self._pad_id, self._seed = pad_id, seed

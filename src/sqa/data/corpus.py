@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sqa.config import nearest
+from sqa.errors import InputError, MissingExtraError
 
 Split = Literal["train", "validation"]
 
@@ -62,13 +63,13 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
     """
     for name, fraction in (("train_fraction", train_fraction), ("validation_fraction", validation_fraction)):
         if not 0 < fraction <= 1:
-            raise ValueError(f"{name} must lie in (0, 1], not {fraction}")
+            raise InputError(f"{name} must lie in (0, 1], not {fraction}")
     if train_fraction + validation_fraction > 1 + 1e-9:
-        raise ValueError(
+        raise InputError(
             f"train_fraction {train_fraction} and validation_fraction {validation_fraction} must not exceed 1 together"
         )
     if not source:
-        raise ValueError("data must be builtin, wikipedia or the path of a file or folder, not ''")
+        raise InputError("data must be builtin, wikipedia or the path of a file or folder, not ''")
     split = _HashSplit(train_fraction, validation_fraction)
     if source == "builtin":
         return _open_builtin(split)
@@ -115,7 +116,7 @@ def _open_builtin(split: _HashSplit) -> Corpus:
         if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
     )
     if not files:
-        raise ValueError("This Python has no standard-library sources for the builtin corpus: give a path")
+        raise InputError("This Python has no standard-library sources for the builtin corpus: give a path")
     digest = hashlib.blake2b(digest_size=16)
     for text in _read_builtin(files):
         digest.update(hashlib.blake2b(text.encode()).digest())
@@ -142,7 +143,7 @@ def _read_wikipedia() -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtraError(
             "Reading 'wikipedia' needs the package datasets: pip install 'sparse-query-attention[hub]'"
         ) from error
     path, name, revision = _WIKIPEDIA
@@ -151,7 +152,7 @@ def _read_wikipedia() -> Iterator[str]:
         for row in rows.select_columns(["text"]):
             yield row["text"]
     except OSError as error:  # includes ConnectionError, which datasets raises for everything out of reach
-        raise ValueError(
+        raise InputError(
             f"The Hugging Face Hub cannot be reached for {path} ({error}): "
             "give a file or folder of your own with --data PATH"
         ) from error
@@ -187,11 +188,11 @@ def _open_path(path: Path, split: _HashSplit) -> Corpus:
 
 def _data_files(path: Path) -> list[Path]:
     if not path.exists():
-        raise ValueError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
+        raise InputError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
     kinds = ", ".join(_SUFFIXES)
     if path.is_file():
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"The data file {path} must be one of {kinds}")
+            raise InputError(f"The data file {path} must be one of {kinds}")
         return [path]
     files = sorted(
         file
@@ -201,7 +202,7 @@ def _data_files(path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
-        raise ValueError(f"The data folder {path} holds no data files ({kinds})")
+        raise InputError(f"The data folder {path} holds no data files ({kinds})")
     return files
 
 
@@ -228,12 +229,12 @@ def _check_parquet(path: Path) -> None:
     try:
         schema = pq.read_schema(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file ({error})") from error
+        raise InputError(f"{path} is not a Parquet file ({error})") from error
     if "text" not in schema.names:
-        raise ValueError(f"{path} has no column 'text', only: {', '.join(schema.names)}")
+        raise InputError(f"{path} has no column 'text', only: {', '.join(schema.names)}")
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise ValueError(f"The column 'text' of {path} must hold strings, not {kind}")
+        raise InputError(f"The column 'text' of {path} must hold strings, not {kind}")
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -252,7 +253,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 text = json.loads(line)["text"]
                 text = "" if text is None else text.encode(errors="replace").decode()  # no lone surrogates
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"Line {number} of {path} must be a JSON object with a string field 'text'") from error
+                raise InputError(f"Line {number} of {path} must be a JSON object with a string field 'text'") from error
             yield text
 
 
@@ -260,4 +261,4 @@ def _read_text(path: Path) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error

@@ -12,6 +12,7 @@ import numpy as np
 
 from sqa.data.corpus import Corpus, Split, fingerprint_of
 from sqa.data.tokenizer import Tokenizer
+from sqa.errors import InputError
 from sqa.files import LOCK, locked, sha256, sync_directory, write_json
 
 TOKENS_PER_FILE = 1 << 26
@@ -33,12 +34,12 @@ class TokenShards:
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{folder / 'manifest.json'} cannot be read ({error}): {advice}") from error
+            raise InputError(f"{folder / 'manifest.json'} cannot be read ({error}): {advice}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            raise ValueError(f"{folder / 'manifest.json'} is not of format {_FORMAT}: {advice}")
+            raise InputError(f"{folder / 'manifest.json'} is not of format {_FORMAT}: {advice}")
         for name, checksum in manifest["sha256"].items():
             if not (folder / name).is_file() or sha256(folder / name) != checksum:
-                raise ValueError(f"{folder / name} is missing or does not match its checksum: {advice}")
+                raise InputError(f"{folder / name} is missing or does not match its checksum: {advice}")
         self.num_documents: int = manifest["num_documents"]
         self.num_tokens: int = manifest["num_tokens"]
         self.fingerprint: str = fingerprint_of("shards", json.dumps(manifest, sort_keys=True))
@@ -96,7 +97,7 @@ def load_or_encode(
                 counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
                 progress(f"Encoding {corpus.name} ({split}): {counts}")
         if not num_documents:
-            raise ValueError(
+            raise InputError(
                 f"The {split} split of {corpus.name} has no documents: give more text or a larger {split}_fraction"
             )
 

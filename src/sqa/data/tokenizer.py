@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sqa.data.corpus import Corpus, fingerprint_of
+from sqa.errors import InputError
 from sqa.files import write_text
 
 END_TOKEN = "<|endoftext|>"
@@ -28,7 +29,7 @@ class Tokenizer:
         """Wrap `backend`; ValueError if it lacks the two special tokens."""
         end_id, pad_id = backend.token_to_id(END_TOKEN), backend.token_to_id(PAD_TOKEN)
         if end_id is None or pad_id is None:
-            raise ValueError(f"A tokenizer must have the special tokens {END_TOKEN} and {PAD_TOKEN}")
+            raise InputError(f"A tokenizer must have the special tokens {END_TOKEN} and {PAD_TOKEN}")
         backend.encode_special_tokens = True
         self._backend = backend
         self.end_id: int = end_id
@@ -65,18 +66,18 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read what `save` wrote; ValueError if there is no such file or it holds no tokenizer."""
         if not path.is_file():
-            raise ValueError(f"The tokenizer file {path} does not exist")
+            raise InputError(f"The tokenizer file {path} does not exist")
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"The tokenizer file {path} is damaged ({error}): delete it") from error
+            raise InputError(f"The tokenizer file {path} is damaged ({error}): delete it") from error
         return cls(backend)
 
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raise ValueError if `vocab_size` is too small to hold every byte."""
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(
+        raise InputError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 2 special tokens), not {vocab_size}"
         )
 
@@ -104,8 +105,8 @@ def load_or_train_tokenizer(
     backend = _train(_first_characters(corpus.documents("train"), MAX_TRAINING_CHARACTERS), vocab_size)
     if backend.get_vocab_size() != vocab_size:
         if next(corpus.documents("train"), None) is None:
-            raise ValueError(f"The train split of {corpus.name} has no documents: give more text")
-        raise ValueError(
+            raise InputError(f"The train split of {corpus.name} has no documents: give more text")
+        raise InputError(
             f"vocab_size {vocab_size} is more than the corpus {corpus.name} fills: its train documents give "
             f"{backend.get_vocab_size()} entries; give more text or a smaller vocab_size"
         )

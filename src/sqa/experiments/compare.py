@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,22 +13,20 @@ import torch
 from accelerate import Accelerator
 
 from sqa.attention.kernels import Case, resolve
-from sqa.bench.machine import git_revision, machine, versions
-from sqa.bench.timing import Timing, take_turns
 from sqa.config import ModelConfig
 from sqa.cost import parameters
 from sqa.data import Prepared, prepare
 from sqa.data.batches import Batches, evaluation_batches
+from sqa.errors import InputError
 from sqa.experiments.directory import Directory, plan_differences
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
+from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.timing import Timing, take_turns
+from sqa.progress import Display, NonFiniteLoss, StepReport, StopFlag, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import (
-    Display,
-    Interrupted,
-    NonFiniteLoss,
     Recipe,
-    StepReport,
     evaluate,
     make_accelerator,
     set_up,
@@ -132,11 +129,11 @@ def compare(
     accelerator = make_accelerator(plan.device, plan.dtype)
     main = accelerator.is_main_process
     if plan.batch_size % accelerator.num_processes:
-        raise ValueError(
+        raise InputError(
             f"plan: batch_size must be a multiple of the {accelerator.num_processes} processes, got {plan.batch_size}"
         )
     if launcher == "ray" and accelerator.num_processes > 1:
-        raise ValueError(
+        raise InputError(
             f"launcher: a run under ray has one process, got {accelerator.num_processes}; leave out torchrun"
         )
     directory = Directory(out)
@@ -163,7 +160,7 @@ def compare(
                 display.note(f"{out} holds this comparison, finished")
                 return directory.rows()
             if directory.begun and not resume and only is None:
-                raise ValueError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")
+                raise InputError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")
             if launcher == "ray":
                 session.enter_context(launch.cluster(plan, accelerator.device.type, len(todo)))
             stop = session.enter_context(stop_flag())  # after Ray, which sets a handler of its own
@@ -258,7 +255,7 @@ def check_same_data(record: dict[str, Any], data: Prepared) -> None:
     """Raise ValueError when the comparison was begun on other text."""
     held = record["data"]["fingerprint"]
     if held != data.fingerprint:
-        raise ValueError(
+        raise InputError(
             f"data: the comparison was begun on other text (fingerprint {held[:12]}, now {data.fingerprint[:12]})"
         )
 
@@ -344,31 +341,5 @@ def open_resumed(path: Path, overrides: dict[str, Any]) -> Plan:
     changed = {name: value for name, value in overrides.items() if name != "data"}
     differences = plan_differences(plan, plan.replace(**changed))
     if differences:
-        raise ValueError(f"resume: {path} was begun with another plan ({'; '.join(differences)})")
+        raise InputError(f"resume: {path} was begun with another plan ({'; '.join(differences)})")
     return plan
-
-
-class StopFlag:
-    """Set by SIGTERM or Ctrl-C; the run in progress saves and ends."""
-
-    signal: int | None = None
-
-    def __call__(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step to end
-        self.signal = number
-
-
-@contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and Ctrl-C set inside the block."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-__all__ = ["Interrupted", "NonFiniteLoss", "compare", "open_resumed"]

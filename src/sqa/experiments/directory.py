@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row, append_result, read_results
 from sqa.files import LOCK, locked, write_json
@@ -45,12 +46,12 @@ class Directory:
         """plan.json. Raises ValueError when there is none or it is damaged."""
         path = self.path / "plan.json"
         if not path.is_file():
-            raise ValueError(f"directory: {self.path} holds no comparison (no plan.json)")
+            raise InputError(f"directory: {self.path} holds no comparison (no plan.json)")
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             Plan.from_dict(record["plan"])
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-            raise ValueError(f"directory: {path} is damaged: {error}") from None
+            raise InputError(f"directory: {path} is damaged: {error}") from None
         return record
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -67,10 +68,10 @@ class Directory:
         if all(entry.name.startswith(LOCK) for entry in self.path.iterdir()):
             return
         if not self.begun:
-            raise ValueError(f"out: {self.path} already holds other files; give another --out")
+            raise InputError(f"out: {self.path} already holds other files; give another --out")
         differences = plan_differences(Plan.from_dict(self.record()["plan"]), plan)
         if differences:
-            raise ValueError(
+            raise InputError(
                 f"out: {self.path} already holds another comparison ({'; '.join(differences)}); give another --out"
             )
 

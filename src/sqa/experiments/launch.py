@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from sqa.experiments.compare import StopFlag, check_same_data, label, prepare_data, run, stop_flag
+from sqa.errors import InputError, MissingExtraError
+from sqa.experiments.compare import check_same_data, label, prepare_data, run
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.experiments.results import Row
 from sqa.files import locked
-from sqa.training.loop import Display, Interrupted, NonFiniteLoss, StepReport, make_accelerator
+from sqa.progress import Display, Interrupted, NonFiniteLoss, StepReport, StopFlag, stop_flag
+from sqa.training.loop import make_accelerator
 
 _RETRIES = 3
 _POLL_SECONDS = 0.5
@@ -44,7 +46,7 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ImportError("--launcher ray needs Ray: pip install 'sparse-query-attention[ray]'") from None
+        raise MissingExtraError("--launcher ray needs Ray: pip install 'sparse-query-attention[ray]'") from None
     joining = not ray.is_initialized()
     if joining:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -54,9 +56,9 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
         room = max(min(int(has.get(kind, 0) // count) for kind, count in wanted.items()) for has in machines)
         if not room:
             needs = " and ".join(f"{count} {kind}" for kind, count in wanted.items())
-            raise ValueError(f"launcher: a run needs {needs}, which no machine of the Ray cluster has; see --threads")
+            raise InputError(f"launcher: a run needs {needs}, which no machine of the Ray cluster has; see --threads")
         if Budget.parse(plan.budget).kind == "time" and device == "cpu" and min(room, num_runs) > 1:
-            raise ValueError(
+            raise InputError(
                 f"launcher: with budget {plan.budget} each run needs a machine alone, but {room} would share one; "
                 f"give --threads its cores, or a budget in steps"
             )
@@ -153,7 +155,7 @@ def _task(
             data = prepare_data(plan, source)
             check_same_data(record, data)
             return run(plan, record, directory, data, make_accelerator(device, plan.dtype), cell, stop)
-    except (Interrupted, NonFiniteLoss, ValueError, ImportError, OSError) as error:
+    except (Interrupted, NonFiniteLoss, InputError, MissingExtraError, OSError) as error:
         return error
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from sqa.config import ModelConfig, nearest, reject_unknown
 from sqa.cost import train_step_flops
+from sqa.errors import InputError
 from sqa.variants import DEFAULT_VARIANTS, find_variant, model_config, shape
 
 Cell = tuple[str, int]
@@ -39,13 +40,13 @@ class Budget:
         """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises ValueError for anything else."""
         kind, _, amount = text.partition("=")
         if kind not in BUDGETS:
-            raise ValueError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {text!r}")
+            raise InputError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {text!r}")
         units = _SECONDS if kind == "time" else _UNITS
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
         if found is None or found[2] not in units or not float(found[1]) > 0:
-            raise ValueError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
+            raise InputError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
         if (count := float(found[1]) * units[found[2]]) > BUDGETS[kind]:
-            raise ValueError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {amount!r}")
+            raise InputError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {amount!r}")
         return cls(kind, count)
 
 
@@ -103,48 +104,48 @@ class Plan:
             value = getattr(self, item.name)
             _check_type(item.name, value, _TYPES[item.name])
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"plan: {item.name} must be a finite number, got {value}")
+                raise InputError(f"plan: {item.name} must be a finite number, got {value}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"plan: name must be letters, digits, '.', '_' and '-', got {self.name!r}")
+            raise InputError(f"plan: name must be letters, digits, '.', '_' and '-', got {self.name!r}")
         object.__setattr__(self, "variants", tuple(find_variant(name)[0] for name in self.variants))
         for name in ("variants", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise ValueError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
+                raise InputError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
         if self.padding_in_loss and self.layout != "padded":
-            raise ValueError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
+            raise InputError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
         for name, least in (("context", 2), ("batch_size", 1), ("evaluation_tokens", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"plan: {name} must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"plan: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("micro_batch_size", "timing_rounds", "threads", "weight_decay", "clip_norm", "checkpoint_seconds"):
             if getattr(self, name) < 0:
-                raise ValueError(f"plan: {name} must be 0 or more, got {getattr(self, name)}")
+                raise InputError(f"plan: {name} must be 0 or more, got {getattr(self, name)}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            raise InputError(
                 f"plan: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
             )
         if not self.learning_rate > 0:
-            raise ValueError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
+            raise InputError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
+            raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise ValueError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
+            raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
         if self.threads > 1024:
-            raise ValueError(f"plan: threads must be at most 1024, got {self.threads}")
+            raise InputError(f"plan: threads must be at most 1024, got {self.threads}")
         budget = Budget.parse(self.budget)
         if budget.kind == "time" and not self.timing_rounds:
-            raise ValueError("plan: a time budget needs timing_rounds of at least 1, got 0")
+            raise InputError("plan: a time budget needs timing_rounds of at least 1, got 0")
         for name, fields in self.shapes.items():
             if name not in self.variants or not isinstance(fields, dict):
-                raise ValueError(f"plan: shapes must hold a table for a variant of {list(self.variants)}, got {name!r}")
+                raise InputError(f"plan: shapes must hold a table for a variant of {list(self.variants)}, got {name!r}")
             if "vocab_size" in fields:
-                raise ValueError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
+                raise InputError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
         for name in self.variants:
             if not self.model_config(name).causal:
-                raise ValueError("plan: causal must be true, or a model trained on the next token would see it")
+                raise InputError("plan: causal must be true, or a model trained on the next token would see it")
             longest = self.model_config(name).max_seq_len
             if self.context > longest:
-                raise ValueError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
+                raise InputError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
 
     def model_config(self, variant_name: str) -> ModelConfig:
         """The model of one variant. Raises ValueError for a field or a head count that does not fit."""
@@ -164,7 +165,7 @@ class Plan:
         for name in names:
             if name.lower() not in known:
                 have = f"variants {', '.join(self.variants)}; seeds {', '.join(map(str, self.seeds))}"
-                raise ValueError(f"only: {name!r} is not a run of the plan ({have}){nearest(name, list(known))}")
+                raise InputError(f"only: {name!r} is not a run of the plan ({have}){nearest(name, list(known))}")
         return [cell for name, cell in known.items() if name in {given.lower() for given in names}]
 
     def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
@@ -187,7 +188,7 @@ class Plan:
         counts = {name: round(of(name)) for name in self.variants}
         for name, count in counts.items():
             if count < 1:
-                raise ValueError(f"plan: budget {self.budget} is less than one step of {name}")
+                raise InputError(f"plan: budget {self.budget} is less than one step of {name}")
         return counts
 
     def replace(self, **changes: Any) -> Self:
@@ -218,11 +219,11 @@ class Plan:
             raw, stem = Path(source).read_bytes(), Path(source).stem
         else:
             hint = nearest(source, preset_names())
-            raise ValueError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
+            raise InputError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
         try:
             values = tomllib.loads(raw.decode())
         except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ValueError(f"plan: {source} is not TOML: {error}") from None
+            raise InputError(f"plan: {source} is not TOML: {error}") from None
         changes = changes or {}
         replaced, shapes = values.get("variants"), values.get("shapes")
         if "variants" in changes and isinstance(replaced, list) and isinstance(shapes, dict):
@@ -250,7 +251,7 @@ def _check_type(name: str, value: object, expected: Any) -> None:
         good = type(value) is expected
         wanted = {int: "a whole number", str: "text", bool: "true or false"}[expected]
     if not good:
-        raise ValueError(f"plan: {name} must be {wanted}, got {value!r}")
+        raise InputError(f"plan: {name} must be {wanted}, got {value!r}")
 
 
 def preset_names() -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
 from sqa.experiments.results import BASELINE, Row, summary_rows
@@ -44,7 +45,7 @@ def write_report(directory: Path, out: Path | None = None) -> list[Path]:
     record, rows = held.record(), held.rows()
     plan = Plan.from_dict(record["plan"])
     if not rows:
-        raise ValueError(f"report: no run of {directory} has finished yet")
+        raise InputError(f"report: no run of {directory} has finished yet")
     summary = summary_rows(rows, plan.context)
     try:
         import altair as alt
@@ -52,7 +53,7 @@ def write_report(directory: Path, out: Path | None = None) -> list[Path]:
 
         from sqa.experiments.figures import for_page, laid_out, make_figures
     except ImportError:
-        raise ImportError("reports need altair: pip install 'sparse-query-attention[report]'") from None
+        raise MissingExtraError("reports need altair: pip install 'sparse-query-attention[report]'") from None
     front = pareto_front({row["variant"]: (row["step_s"], row["loss"].mean) for row in summary if row["step_s"]})
     figures = make_figures(held, rows, summary, plan, front)
     page = Template((files("sqa.experiments") / "report.html").read_text(encoding="utf-8")).substitute(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sqa.config import ModelConfig
 from sqa.cost import attention_saving
+from sqa.errors import InputError
 from sqa.experiments.statistics import Estimate, paired_difference, summarise
 from sqa.variants import VARIANTS
 
@@ -55,7 +56,7 @@ def read_results(path: Path, fields: dict[str, Any] = RUN_FIELDS) -> list[Row]:
         except (ValueError, RecursionError):
             what = "is damaged"
         if what:
-            raise ValueError(
+            raise InputError(
                 f"results: line {number} of {path} {what}; remove it (a run without its result trains again)"
             )
         rows.append(row)
@@ -82,7 +83,7 @@ def check_comparable(rows: Sequence[Row]) -> None:
     """Raise ValueError when rows come from different data: their losses cannot stand in one table."""
     fingerprints = sorted({row["data_fingerprint"] for row in rows})
     if len(fingerprints) > 1:
-        raise ValueError(
+        raise InputError(
             f"results: rows come from different data (fingerprints {', '.join(f[:12] for f in fingerprints)}); "
             f"compare runs on one data set"
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from sqa.training.loop import Recipe, StepReport, learning_rate
+from sqa.errors import MissingExtraError
+from sqa.progress import StepReport
+from sqa.training.loop import Recipe, learning_rate
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 except ImportError:
-    raise ImportError("--track needs tensorboard: pip install 'sparse-query-attention[track]'") from None
+    raise MissingExtraError("--track needs tensorboard: pip install 'sparse-query-attention[track]'") from None
 
 
 class TensorBoard:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqa import storage
 from sqa.config import ModelConfig
+from sqa.errors import InputError, MissingExtraError
 from sqa.files import write_json, write_safetensors
-from sqa.interop import llama, native, reactive
+from sqa.interop import llama, reactive
 from sqa.interop.hub import local_directory, push_to_hub
-from sqa.interop.native import save_model
 from sqa.interop.replace import Replacement, replace_attention
 from sqa.model import Transformer
 
@@ -29,7 +30,6 @@ __all__ = [
     "load_model",
     "push_to_hub",
     "replace_attention",
-    "save_model",
     "write_like",
 ]
 
@@ -49,36 +49,36 @@ def load_model(source: str | Path) -> Transformer:
     """
     directory = local_directory(source)
     config, to_ours = _read_config(directory)
-    return native.build(config, to_ours(native.read_tensors(directory)), str(directory))
+    return Transformer.from_tensors(config, to_ours(storage.read_tensors(directory)), str(directory))
 
 
 def _read_config(directory: Path) -> tuple[ModelConfig, Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
     """The config of a model directory, and what makes our tensors of those in its files."""
-    values = native.read_config(directory)
+    values = storage.read_config(directory)
     kind = values.get("model_type")
-    if kind == native.MODEL_TYPE:
-        return native.model_config(values), dict
+    if kind == storage.MODEL_TYPE:
+        return storage.model_config(values), dict
     if kind in llama.MODEL_TYPES:
         config = llama.model_config(values)
         return config, partial(llama.state_from_stock, config=config, values=values)
     if reactive.is_reactive(values):
         config = reactive.model_config(values)
         return config, partial(reactive.state_from_reactive, config=config)
-    raise ValueError(
-        f"model: config.json has model_type {kind!r}; supported: {native.MODEL_TYPE}, {', '.join(llama.MODEL_TYPES)} "
+    raise InputError(
+        f"model: config.json has model_type {kind!r}; supported: {storage.MODEL_TYPE}, {', '.join(llama.MODEL_TYPES)} "
         f"and ReactiveAI's SQAT format"
     )
 
 
 def import_model(source: str | Path, out: Path) -> list[str]:
     """Read a model of any kind and write it as our own directory, with its tokenizer; returns notes to print."""
-    native.refuse_existing(out)
+    storage.refuse_existing(out)
     directory = local_directory(source)
     model = load_model(directory)
-    tokenizer = native.read_tokenizer(directory, model.config.vocab_size)
-    with native.new_directory(out) as folder:
-        save_model(model, folder)
-        native.copy_tokenizer(directory, folder)
+    tokenizer = storage.read_tokenizer(directory, model.config.vocab_size)
+    with storage.new_directory(out) as folder:
+        model.save(folder)
+        storage.copy_tokenizer(directory, folder)
     return _notes(directory, tokenizer)
 
 
@@ -92,9 +92,9 @@ def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None
     Raises ValueError when `out` exists, when the format cannot hold the model (with what to change), and for anything
     `load_model` refuses. Nothing is left half-written.
     """
-    native.refuse_existing(out)
+    storage.refuse_existing(out)
     config = load_config(source_dir)
-    tokenizer = native.read_tokenizer(source_dir, config.vocab_size)
+    tokenizer = storage.read_tokenizer(source_dir, config.vocab_size)
     # what a format cannot hold is refused before the weights are read
     if format == "gguf":
         from sqa.interop.gguf import check_gguf, write_gguf
@@ -105,33 +105,33 @@ def export(source_dir: Path, out: Path, *, format: str, dtype: str | None = None
     if format == "hf":
         llama.stock_config(config)
     elif format != "hf-remote":
-        raise ValueError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
+        raise InputError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
     elif not config.causal:
-        raise ValueError("export: an encoder (causal=False) is no causal language model; nothing to export")
+        raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     model = load_model(source_dir)
     if dtype is not None:
         model.to(_DTYPES[dtype])
-    with native.new_directory(out) as folder:
+    with storage.new_directory(out) as folder:
         _write_hugging_face(model, folder, source_dir, tokenizer, stock=format == "hf")
     return _notes(source_dir, tokenizer)
 
 
 def check_like(config: ModelConfig, source: Path) -> None:
     """Raise ValueError when a model of this config cannot be written as the kind of directory that `source` is."""
-    if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
+    if storage.read_config(source).get("model_type") in llama.MODEL_TYPES:
         llama.stock_config(config)
 
 
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
     """Write the kind of directory that `source` is: a stock Hugging Face one, else ours; with its tokenizer."""
-    if native.read_config(source).get("model_type") in llama.MODEL_TYPES:
-        tokenizer = native.read_tokenizer(source, model.config.vocab_size)
+    if storage.read_config(source).get("model_type") in llama.MODEL_TYPES:
+        tokenizer = storage.read_tokenizer(source, model.config.vocab_size)
         _write_hugging_face(model, folder, source, tokenizer, stock=True)
     else:
-        save_model(model, folder)
-        native.copy_tokenizer(source, folder)
+        model.save(folder)
+        storage.copy_tokenizer(source, folder)
 
 
 def end_token(source: Path, tokenizer: Any) -> int | None:
@@ -139,7 +139,7 @@ def end_token(source: Path, tokenizer: Any) -> int | None:
     from sqa.data.tokenizer import END_TOKEN
 
     own: int | None = tokenizer.token_to_id(END_TOKEN)
-    given = native.read_config(source).get("eos_token_id") if own is None else own
+    given = storage.read_config(source).get("eos_token_id") if own is None else own
     return given[0] if isinstance(given, list) else given
 
 
@@ -148,12 +148,12 @@ def _notes(source: Path, tokenizer: Any) -> list[str]:
 
 
 def _write_hugging_face(model: Transformer, folder: Path, source: Path, tokenizer: Any, *, stock: bool) -> None:
-    tensors = native.state_dict(model)
+    tensors = model.tensors()
     if stock:
         values = llama.stock_config(model.config)
         tensors = llama.stock_state(tensors, model.config)
     else:
-        values = {"model_type": native.MODEL_TYPE, **model.config.to_dict()} | {
+        values = {"model_type": storage.MODEL_TYPE, **model.config.to_dict()} | {
             "architectures": ["SqaForCausalLM"],
             "auto_map": {
                 "AutoConfig": "modeling_sqa.SqaConfig",
@@ -172,15 +172,15 @@ def _write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: ModelCo
     if tokenizer is None:
         return ids
     if (source / "tokenizer_config.json").is_file():  # it came with an imported model
-        native.copy_tokenizer(source, folder)
+        storage.copy_tokenizer(source, folder)
         if (source / "generation_config.json").is_file():
-            kept = native.read_json(source / "generation_config.json")
+            kept = storage.read_json(source / "generation_config.json")
             ids |= {name: kept.get(name) for name in ids}
         return ids
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        raise ImportError(
+        raise MissingExtraError(
             "exporting a tokenizer needs transformers: pip install 'sparse-query-attention[hf]'"
         ) from None
     from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from sqa import storage
 from sqa.config import AttentionConfig
+from sqa.errors import InputError, MissingExtraError
 from sqa.files import write_json, write_safetensors
-from sqa.interop import native
 
 try:
     from transformers import BertConfig, BertModel
 
     from sqa.interop.modeling_sqa_bert import SqaBertConfig, SqaBertModel
 except ImportError:
-    raise ImportError("BERT models need transformers: pip install 'sparse-query-attention[hf]'") from None
+    raise MissingExtraError("BERT models need transformers: pip install 'sparse-query-attention[hf]'") from None
 
 MODEL_TYPES = {"bert": (BertConfig, BertModel), "sqa_bert": (SqaBertConfig, SqaBertModel)}
 SENTENCE_FILES = ("vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -30,10 +31,10 @@ _BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|ou
 
 def load_config(directory: Path) -> BertConfig:
     """The config of a directory that `load_bert` reads. Raises ValueError as that does."""
-    values = native.read_config(directory)
+    values = storage.read_config(directory)
     kind = values.get("model_type")
     if kind not in tuple(MODEL_TYPES):
-        raise ValueError(f"model: config.json has model_type {kind!r}; supported here: {', '.join(MODEL_TYPES)}")
+        raise InputError(f"model: config.json has model_type {kind!r}; supported here: {', '.join(MODEL_TYPES)}")
     for name, plain in (
         ("is_decoder", False),
         ("add_cross_attention", False),
@@ -41,9 +42,9 @@ def load_config(directory: Path) -> BertConfig:
         ("quantization_config", None),
     ):
         if (value := values.get(name, plain)) != plain:
-            raise ValueError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
+            raise InputError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
     counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    native.require_counts(values, *(name for name in counts if name in values))
+    storage.require_counts(values, *(name for name in counts if name in values))
     with _plain_errors(directory):
         return MODEL_TYPES[kind][0].from_dict(values)
 
@@ -54,7 +55,7 @@ def _plain_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
+        raise InputError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
 
 
 def load_bert(directory: Path) -> BertModel:
@@ -64,18 +65,18 @@ def load_bert(directory: Path) -> BertModel:
     missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
     """
     config = load_config(directory)
-    tensors = {key.removeprefix("bert."): value for key, value in native.read_tensors(directory).items()}
+    tensors = {key.removeprefix("bert."): value for key, value in storage.read_tensors(directory).items()}
     for buffer in ("position_ids", "token_type_ids"):  # older files store them
         tensors.pop(f"embeddings.{buffer}", None)
     if heads := [key for key in tensors if key.startswith(("cls.", "classifier.", "qa_outputs."))]:
-        raise ValueError(
+        raise InputError(
             f"model: {directory} has a task's head ({heads[0]}), which an encoder has no place for; write one without: "
             f"AutoModel.from_pretrained(IN).save_pretrained(OUT)"
         )
     model_class = MODEL_TYPES[config.model_type][1]
     with _plain_errors(directory):
         model = model_class(config, add_pooling_layer="pooler.dense.weight" in tensors)
-    native.check_tensors(model.state_dict(), tensors, str(directory))
+    storage.check_tensors(model.state_dict(), tensors, str(directory))
     model.to(tensors["embeddings.word_embeddings.weight"].dtype).load_state_dict(tensors)
     return model.eval()
 
@@ -109,7 +110,7 @@ def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> 
 
 
 def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
-    """Write `model` into `folder`, one of `native.new_directory`, for AutoModel with trust_remote_code.
+    """Write `model` into `folder`, one of `storage.new_directory`, for AutoModel with trust_remote_code.
 
     Beside the weights: the code, and of `source` the tokenizer and what sentence-transformers reads (its JSON files,
     and the folders of its further modules such as 1_Pooling).
@@ -132,7 +133,7 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     )
     write_json(folder / "config.json", values)
     shutil.copyfile(Path(__file__).with_name("modeling_sqa_bert.py"), folder / "modeling_sqa_bert.py")
-    native.copy_tokenizer(source, folder)
+    storage.copy_tokenizer(source, folder)
     for name in SENTENCE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from sqa.config import ModelConfig
 from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
+from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
 from sqa.interop.llama import repaired, stock_config, stock_state
-from sqa.interop.native import state_dict
 from sqa.model import Transformer
 
 try:
     import gguf
 except ImportError:
-    raise ImportError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
+    raise MissingExtraError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
 
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -27,22 +27,22 @@ _DTYPES = ("f32", "f16", "bf16", "q8_0")
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
     """Raise ValueError for what a GGUF file of the llama or qwen3 architecture cannot hold, and what to change."""
     if out.suffix != ".gguf":
-        raise ValueError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
+        raise InputError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
     if dtype not in _DTYPES:
-        raise ValueError(f"export: dtype must be one of {', '.join(_DTYPES)} for gguf, got {dtype!r}")
+        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)} for gguf, got {dtype!r}")
     stock_config(config)
     layer = config.layers[0]
     if any(each.window is not None for each in config.layers):
-        raise ValueError(
+        raise InputError(
             "export: llama.cpp's llama architecture has no sliding window, got window on some layer; export as hf"
         )
     elsewhere = "export as hf, then use llama.cpp's convert_hf_to_gguf.py"
     if layer.qkv_bias:
-        raise ValueError(f"export: gguf is written without q/k/v bias, got qkv_bias=True; {elsewhere}")
+        raise InputError(f"export: gguf is written without q/k/v bias, got qkv_bias=True; {elsewhere}")
     if layer.rope is not None and layer.rope.scaling is not None:
-        raise ValueError(f"export: gguf is written without rope scaling, got {layer.rope.scaling.kind}; {elsewhere}")
+        raise InputError(f"export: gguf is written without rope scaling, got {layer.rope.scaling.kind}; {elsewhere}")
     if tokenizer is not None and not _is_gpt2_bpe(json.loads(tokenizer.to_str())):
-        raise ValueError(
+        raise InputError(
             f"export: gguf is written for tokenizers that split text as GPT-2's does, this one does not; {elsewhere}"
         )
 
@@ -62,7 +62,7 @@ def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> Non
     """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
     config, layer = model.config, model.config.layers[0]
     arch = gguf.MODEL_ARCH.QWEN3 if layer.qk_norm else gguf.MODEL_ARCH.LLAMA
-    tensors = stock_state(state_dict(model.float()), config)
+    tensors = stock_state(model.float().tensors(), config)
     if arch == gguf.MODEL_ARCH.LLAMA:  # llama.cpp pairs (2j, 2j+1) there, and (j, j + head_dim/2) for qwen3
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
     names = gguf.get_tensor_name_map(arch, config.num_layers)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqa import cost
 from sqa.config import ModelConfig
+from sqa.errors import InputError, MissingExtraError
 from sqa.variants import VARIANTS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -25,14 +26,14 @@ def local_directory(source: str | Path) -> Path:
     if directory.is_dir():
         return directory
     if not _HUB_NAME.fullmatch(str(source)):
-        raise ValueError(f"model: {source} is no directory, nor a name on the Hub (owner/name)")
+        raise InputError(f"model: {source} is no directory, nor a name on the Hub (owner/name)")
     hub = _hub()
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
         return Path(hub.snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # network, missing name and missing permission have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"model: {source} is no local directory and could not be had from the Hub: {reason}"
         ) from error
 
@@ -41,7 +42,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise ImportError("the Hub needs huggingface-hub: pip install 'sparse-query-attention[hub]'") from None
+        raise MissingExtraError("the Hub needs huggingface-hub: pip install 'sparse-query-attention[hub]'") from None
     return huggingface_hub
 
 
@@ -103,9 +104,9 @@ def push_to_hub(
     from sqa.interop import export, load_config
 
     if format not in ("hf", "hf-remote"):
-        raise ValueError(f"push: format must be one of hf, hf-remote, got {format!r}")
+        raise InputError(f"push: format must be one of hf, hf-remote, got {format!r}")
     if not _HUB_NAME.fullmatch(repo_id):
-        raise ValueError(f"push: repo_id must be owner/name, got {repo_id!r}")
+        raise InputError(f"push: repo_id must be owner/name, got {repo_id!r}")
     hub = _hub()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"

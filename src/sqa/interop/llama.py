@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
-from sqa.interop.native import require_counts
+from sqa.errors import InputError
+from sqa.storage import require_counts
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
@@ -42,7 +43,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     )
     for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
         if values.get(name, allowed) != allowed:
-            raise ValueError(f"model: {name} must be {allowed!r} to be read here, got {values[name]!r}")
+            raise InputError(f"model: {name} must be {allowed!r} to be read here, got {values[name]!r}")
     d_model, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or d_model // heads
     attention_bias = bool(values.get("attention_bias")) and kind in ("llama", "qwen3")
@@ -83,7 +84,7 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
     ]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
-        raise ValueError(f"model: layer_types must be {count} of full_attention and sliding_attention, got {types}")
+        raise InputError(f"model: layer_types must be {count} of full_attention and sliding_attention, got {types}")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
@@ -92,29 +93,29 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
     given: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # transformers lets the older name win
         if not isinstance(values.get(name) or {}, dict):
-            raise ValueError(f"model: {name} must be a JSON object, got {values[name]!r}")
+            raise InputError(f"model: {name} must be a JSON object, got {values[name]!r}")
         given |= {key: value for key, value in (values.get(name) or {}).items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     kind = given.pop("type", "default")
     kind = given.pop("rope_type", kind)
     partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
-        raise ValueError(
+        raise InputError(
             f"model: partial_rotary_factor must be 1, got {partial}; rotating part of a head is not supported"
         )
     if kind == "default":
         return Rope(base=base)
     if kind not in tuple(_SCALING_FIELDS):
-        raise ValueError(
+        raise InputError(
             f"model: rope type must be default, {', '.join(_SCALING_FIELDS)} to be read here, got {kind!r}"
         )
     length = given.pop("original_max_position_embeddings", values["max_position_embeddings"])
     if kind != "linear":
         given["original_max_seq_len"] = length
     if unknown := set(given) - set(_SCALING_FIELDS[kind]):
-        raise ValueError(f"model: rope type {kind} has fields not read here: {', '.join(sorted(unknown))}")
+        raise InputError(f"model: rope type {kind} has fields not read here: {', '.join(sorted(unknown))}")
     if "factor" not in given:
-        raise ValueError(f"model: rope type {kind} lacks factor")
+        raise InputError(f"model: rope type {kind} lacks factor")
     return Rope(base=base, scaling=RopeScaling(kind=kind, **given))
 
 
@@ -153,7 +154,7 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
     if kind in ("llama", "mistral") and len(set(windows)) > 1:
         reasons.append("windows on some layers only (without QK-norm; use one window on all layers)")
     if reasons:
-        raise ValueError(
+        raise InputError(
             f"export: no stock Hugging Face class holds {'; nor '.join(reasons)}; "
             f"train without it, or export with format 'hf-remote', which ships the class"
         )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sqa.attention.rope import inverse_frequencies
 from sqa.config import AttentionConfig, ModelConfig, Rope
-from sqa.interop.native import require_counts
+from sqa.errors import InputError
+from sqa.storage import require_counts
 
 # fields that change the computation, and the value that this reader implements
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -46,21 +47,21 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read their config.json. Raises ValueError for mixtures of experts and other shapes that are not published."""
     require_counts(values, "num_layers", "vocab_size", "embed_dim", "ff_dim", "att_heads", "seq_len")
     if values.get("use_moe_ff") or values.get("use_moe_att"):
-        raise ValueError(
+        raise InputError(
             "model: this ReactiveAI checkpoint is a mixture of experts, which is not supported; "
             "the dense ones are (SQAT-m, sSQAT-m, xSQAT-m, xSMQAT-m and their MHA, GQA and MQA references)"
         )
     for name, allowed in _FIXED.items():
         if values.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"model: {name} must be {allowed[0]!r} to be read here, got {values[name]!r}")
+            raise InputError(f"model: {name} must be {allowed[0]!r} to be read here, got {values[name]!r}")
     heads, kind = values["att_heads"], values["att_type"]
     groups, queries = values.get("att_groups"), values.get("att_num_query_groups")
     counts = {"mha": (heads, heads), "gqa": (heads, groups), "mqa": (heads, 1), "sqa": (queries, groups)}
     if kind not in tuple(counts):
-        raise ValueError(f"model: att_type must be one of {', '.join(counts)}, got {kind!r}")
+        raise InputError(f"model: att_type must be one of {', '.join(counts)}, got {kind!r}")
     num_query_heads, num_kv_heads = counts[kind]
     if num_query_heads is None or num_kv_heads is None:
-        raise ValueError(f"model: att_type {kind} needs att_groups{' and att_num_query_groups' * (kind == 'sqa')}")
+        raise InputError(f"model: att_type {kind} needs att_groups{' and att_num_query_groups' * (kind == 'sqa')}")
     if values.get("use_flash_attention"):
         warnings.warn(
             "use_flash_attention is set in this checkpoint's config: that path of the authors' library attended across "
@@ -97,13 +98,13 @@ def state_from_reactive(tensors: Mapping[str, Tensor], config: ModelConfig) -> d
         layer, found, kind = key.partition(".ff.fc1.linear.")
         if found:
             if value.ndim == 0 or value.shape[0] != 2 * config.d_ff:
-                raise ValueError(
+                raise InputError(
                     f"model: {key} is {tuple(value.shape)}, expected {2 * config.d_ff} rows (twice ff_dim)"
                 )
             result[f"{layer}.mlp.up_proj.{kind}"], result[f"{layer}.mlp.gate_proj.{kind}"] = value.chunk(2)
         elif key.endswith(".attention.rope.inv_freq"):
             if value.shape != frequencies.shape or not torch.allclose(value.float(), frequencies, rtol=1e-2):
-                raise ValueError(f"model: {key} is not the rotary table of base 10,000 and head_dim {head_dim}")
+                raise InputError(f"model: {key} is not the rotary table of base 10,000 and head_dim {head_dim}")
         elif not key.endswith(".attention.rope.cache"):  # cos and sin of the same frequencies
             for theirs, ours in _NAMES.items():
                 key = key.replace(theirs, ours)

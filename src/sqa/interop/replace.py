@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sqa import cost
 from sqa.attention import SparseQueryAttention
 from sqa.config import AttentionConfig
+from sqa.errors import InputError
 from sqa.model import Transformer
 from sqa.variants import variant as variant_config
 
@@ -79,14 +80,14 @@ class MultiheadSparseQueryAttention(nn.Module):
         """
         causal = self.config.causal
         if value is not key:
-            raise ValueError("attention: key and value must be the same tensor")
+            raise InputError("attention: key and value must be the same tensor")
         if (is_causal or attn_mask is not None) != causal or (attn_mask is not None and not is_causal):
-            raise ValueError(
+            raise InputError(
                 f"attention: made with causal={causal}, but called with is_causal={is_causal} and "
                 f"{'an' if attn_mask is not None else 'no'} attn_mask; other masks are not supported"
             )
         if query.ndim != 3:
-            raise ValueError(f"attention: query must have three axes, got {tuple(query.shape)}")
+            raise InputError(f"attention: query must have three axes, got {tuple(query.shape)}")
         x, context = query, None if key is query else key
         if not self.batch_first:
             x, context = x.transpose(0, 1), None if context is None else context.transpose(0, 1)
@@ -121,7 +122,7 @@ def replace_attention(
             if module.dropout:
                 notes.append(f"{name}: attention dropout {module.dropout} is left out")
     if not new:
-        raise ValueError(
+        raise InputError(
             f"replace_attention: {type(model).__name__} holds no attention layer that can be replaced "
             f"(SparseQueryAttention or nn.MultiheadAttention inside it)"
         )
@@ -164,7 +165,7 @@ def _from_multihead(
     name: str, old: nn.MultiheadAttention, variant: str, num_kv_heads: int | None, causal: bool
 ) -> tuple[AttentionConfig, MultiheadSparseQueryAttention]:
     if not old._qkv_same_embed_dim or old.bias_k is not None or old.add_zero_attn:
-        raise ValueError(
+        raise InputError(
             f"replace_attention: {name} uses kdim, vdim, add_bias_kv or add_zero_attn, which are not supported"
         )
     bias = old.in_proj_bias is not None

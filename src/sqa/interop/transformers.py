@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
 from sqa.attention.reference import reference_attention
+from sqa.errors import InputError
 from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
 
 
@@ -81,7 +82,7 @@ def sqa_attention(
         ("position_bias", rest.get("position_bias") is not None),
     ):
         if used:
-            raise ValueError(f"attention 'sqa' has no {name}; use attn_implementation='eager' or set it to nothing")
+            raise InputError(f"attention 'sqa' has no {name}; use attn_implementation='eager' or set it to nothing")
     if attention_mask is not None and attention_mask.ndim == 4:
         if softcap is None:
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sqa.config import ModelConfig
+from sqa.errors import InputError
 from sqa.files import sha256, sync_directory, write_json, write_safetensors
 from sqa.model import Transformer
 
@@ -87,7 +88,7 @@ class Checkpoints:
             if differences := [
                 f"{name}: {there[name]} there, {here[name]} now" for name in here if there[name] != here[name]
             ]:
-                raise ValueError(f"resume: {path} is a checkpoint of another model ({'; '.join(differences)})")
+                raise InputError(f"resume: {path} is a checkpoint of another model ({'; '.join(differences)})")
         for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -138,7 +139,7 @@ def read_model(folder: Path) -> tuple[Transformer, int]:
     """The model of the last whole checkpoint in `folder`, on the CPU, and its step. Raises ValueError without one."""
     found = _last_whole(folder)
     if found is None or "model" not in found[1]:
-        raise ValueError(f"run: {folder} holds no whole checkpoint of a model of ours")
+        raise InputError(f"run: {folder} holds no whole checkpoint of a model of ours")
     path, record = found
     model = Transformer(ModelConfig.from_dict(record["model"]))
     _read(path, {name: parameter.detach() for name, parameter in model.named_parameters()})
@@ -175,7 +176,7 @@ def _last_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             record: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
             for name, checksum in record["sha256"].items():
                 if sha256(path / name) != checksum:
-                    raise ValueError(f"{name} does not match its checksum")
+                    raise InputError(f"{name} does not match its checksum")
             return path, record
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("checkpoint %s is damaged (%s); going back to the one before it", path.name, error)

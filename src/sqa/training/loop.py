@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -22,8 +22,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from sqa.config import ModelConfig
 from sqa.data.batches import Batch, Batches
+from sqa.errors import InputError
 from sqa.losses import IGNORE
 from sqa.model import Transformer
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport
 from sqa.training.checkpoint import Checkpoints, Progress
 
 
@@ -47,43 +49,6 @@ class Recipe:
     sharding: Literal["none", "full"] = "none"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What a progress display is told after each step. `tokens` and `seconds` count the whole run so far."""
-
-    step: int
-    loss: float
-    tokens: int
-    seconds: float
-
-
-class Display(Protocol):
-    """What a long job tells while it runs, a phase at a time."""
-
-    def note(self, text: str) -> None:
-        """One line of what is being done."""
-
-    def start(self, label: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def step(self, report: StepReport | None) -> None:
-        """A step of the phase is done; no report where nothing is trained."""
-
-    def finish(self, text: str) -> None:
-        """The phase is over."""
-
-    def beside(self) -> Display:
-        """A display for another phase at the same time, in the same view."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became nan or infinite; the run stops here, others may go on."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop and has saved a checkpoint."""
-
-
 def make_accelerator(device: str, dtype: str) -> Accelerator:
     """An Accelerator for `device` ("auto", "cpu", "cuda") with autocast for dtype bfloat16.
 
@@ -91,7 +56,7 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
     and when the launcher asks accelerate to shard.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("plan: device is 'cuda', but PyTorch sees none here; use 'auto' or 'cpu'")
+        raise InputError("plan: device is 'cuda', but PyTorch sees none here; use 'auto' or 'cpu'")
     AcceleratorState._reset_state()  # accelerate keeps the first precision of a process for ever
     accelerator = Accelerator(
         cpu=device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins CPU processes only when told
@@ -99,7 +64,7 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
+        raise InputError(
             f"launcher: accelerate must not shard, got {accelerator.distributed_type.value}; use sharding = 'full'"
         )
     return accelerator
@@ -307,7 +272,7 @@ def evaluate(
         ))  # fmt: skip
     nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*gather_object(sums), strict=True))
     if not num_bytes:
-        raise ValueError("data: the validation split has no token to predict; give longer validation documents")
+        raise InputError("data: the validation split has no token to predict; give longer validation documents")
     loss = nll / tokens
     return Evaluation(
         loss=loss,

@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 
 from sqa.cost import parameters
-from sqa.experiments.scale import (
+from sqa.model import Transformer
+from sqa.planning.scale import (
     ASSUMPTIONS,
     H100,
     SCALE_VARIANTS,
@@ -20,7 +21,6 @@ from sqa.experiments.scale import (
     saving,
     steps_table,
 )
-from sqa.model import Transformer
 from sqa.variants import preset
 
 LLAMA_3_8B = 8_030_261_248

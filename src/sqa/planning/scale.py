@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sqa.config import ModelConfig
 from sqa.cost import attention_flops, forward_flops, parameters, train_step_flops
+from sqa.errors import InputError
 from sqa.losses import CHUNK_ELEMENTS
 from sqa.variants import VARIANTS, find_variant, preset
 
@@ -131,7 +132,7 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
     """
     for name, value in (("n", n), ("gpus", gpus), ("tokens", tokens)):
         if value < 1:
-            raise ValueError(f"scale: {name} must be at least 1, got {value}")
+            raise InputError(f"scale: {name} must be at least 1, got {value}")
     config = preset(shape, variant, max_seq_len=n)
     rows = max(1, tokens // n)
     sent, seconds = communication(parameters(config), gpus, H100)

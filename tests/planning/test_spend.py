@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from sqa.cost import parameters, train_step_flops
-from sqa.experiments import spend
 from sqa.experiments.plan import Plan
-from sqa.experiments.spend import Proposal, propose, table, write_plans
+from sqa.planning import spend
+from sqa.planning.spend import Proposal, propose, table, write_plans
 from sqa.variants import preset
 
 GQA_FLOPS = train_step_flops(preset("published", "gqa"), 1024, 8)

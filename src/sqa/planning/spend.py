@@ -14,10 +14,11 @@ from rich.table import Table
 
 from sqa.bench.peers import ours
 from sqa.bench.step import training_step
-from sqa.bench.timing import take_turns
 from sqa.config import ModelConfig
 from sqa.cost import parameters, train_step_flops
+from sqa.errors import InputError
 from sqa.files import write_text
+from sqa.measure.timing import take_turns
 from sqa.variants import VARIANTS, find_variant, model_config, shape
 
 BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
@@ -79,10 +80,10 @@ def propose(
     equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises ValueError for bad options.
     """
     if budget not in BUDGETS:
-        raise ValueError(f"budget: must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {budget!r}")
     for name, value in (("n", n), ("batch", batch), ("rounds", rounds)):
         if value < 1:
-            raise ValueError(f"plan: {name} must be at least 1, got {value}")
+            raise InputError(f"plan: {name} must be at least 1, got {value}")
     reference, *starts = (
         Proposal(preset=preset, budget=budget, variant=find_variant(name)[0], model={}, context=n, batch_size=batch)
         for name in (like, *(name for name in variants if name.lower() != like.lower()))
@@ -137,7 +138,7 @@ def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
         grown = replace(start, model={**start.model, **changes})
         try:
             _ = grown.config
-        except ValueError:
+        except InputError:
             continue  # the variant's rule wants another multiple of heads
         yield grown
 

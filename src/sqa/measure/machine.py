@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from sqa.bench.timing import take_turns
 from sqa.config import unknown
+from sqa.errors import InputError
+from sqa.measure.timing import take_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,7 +57,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
 
 

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from sqa.bench.machine import find_device, find_dtype, matmul_peak
-from sqa.bench.timing import Budget, Timing, at_least_one, failure, take_turns
+from sqa.measure.machine import find_device, find_dtype, matmul_peak
+from sqa.measure.timing import Budget, Timing, at_least_one, failure, take_turns
 
 
 def test_everybody_is_warm_before_anybody_is_timed_and_rounds_alternate() -> None:

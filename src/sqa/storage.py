@@ -1,4 +1,4 @@
-"""Model directories: config.json and safetensors, read strictly, written whole or not at all."""
+"""Model directories as functions of (config, tensors): read strictly, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sqa.config import ModelConfig
+from sqa.errors import InputError
 from sqa.files import sync_directory, write_json, write_safetensors
-from sqa.model import Transformer
 
 MODEL_TYPE = "sqa"
 TOKENIZER_FILES = (
@@ -35,16 +34,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"model: {path} is not JSON: {error}") from None
+        raise InputError(f"model: {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"model: {path} must hold a JSON object")
+        raise InputError(f"model: {path} must hold a JSON object")
     return value
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises ValueError when it is missing or no JSON object."""
     if not (directory / "config.json").is_file():
-        raise ValueError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
+        raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
     return read_json(directory / "config.json")
 
 
@@ -56,38 +55,38 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if not index.is_file():
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         if pickles:
-            raise ValueError(
+            raise InputError(
                 f"model: {directory} holds its weights as a pickle ({pickles[0]}), which can run code when read and is "
                 f"refused; convert it where you trust it: AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
             )
-        raise ValueError(f"model: {directory} has no model.safetensors")
+        raise InputError(f"model: {directory} has no model.safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
-        raise ValueError(f"model: {index} must map tensor names to files beside it, under weight_map")
+        raise InputError(f"model: {index} must map tensor names to files beside it, under weight_map")
     tensors = {}
     for name in sorted(set(weight_map.values())):
         tensors.update(_read_file(directory / name))
     if absent := sorted(set(weight_map) - set(tensors)):
-        raise ValueError(f"model: {index} names tensors that its files lack: {', '.join(absent[:5])}")
+        raise InputError(f"model: {index} names tensors that its files lack: {', '.join(absent[:5])}")
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"model: {path.parent} has no {path.name}")
+        raise InputError(f"model: {path.parent} has no {path.name}")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"model: {path} is damaged or incomplete: {error}") from None
+        raise InputError(f"model: {path} is damaged or incomplete: {error}") from None
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of our own config.json; what transformers adds to an hf-remote one is left aside."""
     values = {key: value for key, value in values.items() if key != "model_type"}
     if not isinstance(values.get("attention", {}), dict | list):
-        raise ValueError(
+        raise InputError(
             f"model: attention in config.json must be one object or a list of them, got {values['attention']!r}"
         )
     if "auto_map" in values:
@@ -99,10 +98,10 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 def require_counts(values: Mapping[str, Any], *names: str) -> None:
     """Raise ValueError unless these fields of a config.json are there and whole numbers above 0."""
     if absent := [name for name in names if values.get(name) is None]:
-        raise ValueError(f"model: config.json lacks {', '.join(absent)}")
+        raise InputError(f"model: config.json lacks {', '.join(absent)}")
     for name in names:
         if type(values[name]) is not int or values[name] < 1:
-            raise ValueError(f"model: {name} in config.json must be a whole number above 0, got {values[name]!r}")
+            raise InputError(f"model: {name} in config.json must be a whole number above 0, got {values[name]!r}")
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -121,49 +120,20 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
     ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"model: {where} does not fit its config: {shown}")
+        raise InputError(f"model: {where} does not fit its config: {shown}")
 
 
-def build(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
-    """A model of these weights, in the dtype of its embedding.
-
-    Raises ValueError naming tensors that are missing, unknown, misshapen or quantised.
-    """
-    with torch.device("meta"):  # no time spent on weights that are replaced at once
-        model = Transformer(config)
-    expected = model.state_dict()
-    tensors = dict(tensors)
-    if config.tie_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    check_tensors(expected, tensors, where)
-    if config.tie_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-        raise ValueError(f"model: {where} says tied embeddings, but lm_head.weight is another matrix")
-    model.to(tensors["model.embed_tokens.weight"].dtype).to_empty(device="cpu")
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.load_state_dict(tensors)
-    return model
-
-
-def state_dict(model: Transformer) -> dict[str, Tensor]:
-    """The weights as files hold them: on the CPU, contiguous, tied ones once."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
-
-
-def save_model(model: Transformer, directory: Path) -> None:
+def save_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors into `directory`, made if missing."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", state_dict(model))
-    write_json(directory / "config.json", {"model_type": MODEL_TYPE, **model.config.to_dict()})
+    write_safetensors(directory / "model.safetensors", tensors)
+    write_json(directory / "config.json", {"model_type": MODEL_TYPE, **config.to_dict()})
 
 
 def refuse_existing(out: Path) -> None:
     """Raise ValueError when `out` exists."""
     if out.exists():
-        raise ValueError(f"output: {out} exists; name a new one, nothing is overwritten")
+        raise InputError(f"output: {out} exists; name a new one, nothing is overwritten")
 
 
 @contextmanager
@@ -192,9 +162,9 @@ def read_tokenizer(directory: Path, vocab_size: int) -> Any:
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"tokenizer: {path} is damaged: {error}") from None
+        raise InputError(f"tokenizer: {path} is damaged: {error}") from None
     if (size := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
-        raise ValueError(
+        raise InputError(
             f"tokenizer: {path} has {size} entries, but the model's vocab_size is only {vocab_size}; "
             f"put the tokenizer it was trained with there"
         )

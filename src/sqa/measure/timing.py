@@ -11,6 +11,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from sqa.errors import InputError
+
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -43,7 +45,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"budget: seconds must be above 0, got {self.seconds}")
+            raise InputError(f"budget: seconds must be above 0, got {self.seconds}")
 
     @property
     def left(self) -> float:
@@ -66,7 +68,7 @@ def at_least_one(**values: int) -> None:
     """Raise ValueError for the first option that is below 1."""
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"benchmark: {name} must be at least 1, got {value}")
+            raise InputError(f"benchmark: {name} must be at least 1, got {value}")
 
 
 def synchronize(device: torch.device | str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sqa.training.loop import StepReport
+from sqa.progress import StepReport
 
 
 class LiveDisplay:
