@@ -78,7 +78,7 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
     (row,) = compare(plan, out, Watcher(out), resume=True, tracker=TensorBoard)
     assert len(list((out / "tensorboard" / "sqa-3").iterdir())) == 2
     lines = curve(out)
-    recipe = make_recipe(plan, STEPS)
+    recipe = make_recipe(plan, "sqa", STEPS)
     rates = [(step, learning_rate(recipe, step - 1)) for step in range(1, STEPS + 1)]
     speeds = [
         (here["step"], (here["tokens"] - before["tokens"]) / (here["seconds"] - before["seconds"]))

@@ -37,7 +37,7 @@ class SignalAt:
 def shards(plan: Plan) -> dict[str, Any]:
     """How many elements of each parameter this process holds, and of how many."""
     model, _, _ = set_up(
-        plan.model_config("sqa"), make_recipe(plan, 1), make_accelerator("cpu", "float32"), compile=False
+        plan.model_config("sqa"), make_recipe(plan, "sqa", 1), make_accelerator("cpu", "float32"), compile=False
     )
     return {
         name: [isinstance(p, DTensor), p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()]

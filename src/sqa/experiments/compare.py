@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -21,10 +22,12 @@ from sqa.errors import InputError
 from sqa.experiments.directory import Directory, plan_differences
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Row
+from sqa.files import write_text
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import Timing, take_turns
+from sqa.model import Transformer
 from sqa.progress import Display, NonFiniteLoss, StepReport, StopFlag, stop_flag
-from sqa.training.checkpoint import of_main
+from sqa.training.checkpoint import Progress, of_main
 from sqa.training.loop import (
     Recipe,
     evaluate,
@@ -33,6 +36,7 @@ from sqa.training.loop import (
     train,
     train_step,
 )
+from sqa.training.probes import Prober, probe_steps
 
 if TYPE_CHECKING:
     from sqa.experiments.tracking import TensorBoard
@@ -50,10 +54,10 @@ def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
     )
 
 
-def make_recipe(plan: Plan, steps: int) -> Recipe:
-    """The part of a plan that the training loop needs."""
+def make_recipe(plan: Plan, name: str, steps: int) -> Recipe:
+    """The part of a plan that the training loop needs for one variant."""
     shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
-    return Recipe(steps=steps, **shared)
+    return Recipe(steps=steps, **shared | {"learning_rate": plan.learning_rates.get(name, plan.learning_rate)})
 
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
@@ -80,12 +84,12 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     warmup = 2
     display.start("timing all variants in turns", (plan.timing_rounds + warmup) * len(plan.variants))
     batches = make_batches(plan, data, plan.seeds[0])
-    recipe = make_recipe(plan, plan.timing_rounds)
     contestants = {}
     for name in plan.variants:
+        recipe = make_recipe(plan, name, plan.timing_rounds)
         _, called, optimizer = set_up(plan.model_config(name), recipe, accelerator, compile=plan.compile)
 
-        def step(model: Any = called, optimizer: Any = optimizer) -> None:
+        def step(model: Any = called, optimizer: Any = optimizer, recipe: Recipe = recipe) -> None:
             # always batch 0: each contestant does the same work
             train_step(model, optimizer, accelerator, recipe, batches.batch(0), recipe.learning_rate)
 
@@ -277,7 +281,7 @@ def run(
     config = plan.model_config(name)
     folder = directory.run_folder(name, seed)
     steps = record["steps"][name]
-    recipe = make_recipe(plan, steps)
+    recipe = make_recipe(plan, name, steps)
     curves = tracker(directory.path / "tensorboard" / folder.name, recipe) if tracker is not None and main else None
 
     if main:
@@ -289,6 +293,7 @@ def run(
         if curves is not None:
             curves.step(report)
 
+    probe = _make_probe(plan, data, folder / "probes.jsonl", config.vocab_size, steps, accelerator)
     model, progress = train(
         config,
         recipe,
@@ -298,6 +303,7 @@ def run(
         accelerator=accelerator,
         compile=plan.compile,
         on_step=on_step,
+        probe=probe,
         should_stop=lambda: stop.signal is not None,
     )
     evaluation = evaluate(
@@ -333,6 +339,29 @@ def run(
         "git": record["git"],
         "data_fingerprint": record["data"]["fingerprint"],
     }
+
+
+def _make_probe(
+    plan: Plan, data: Prepared, path: Path, vocab_size: int, steps: int, accelerator: Accelerator
+) -> Callable[[Transformer, Progress], None]:
+    """What writes a line of `path` after each of the plan's probes; a step that is trained again replaces its line."""
+    due = probe_steps(steps, plan.probes)
+    prober = (
+        Prober(data.validation, context_length=plan.context, vocab_size=vocab_size, batch_size=plan.batch_size)
+        if due
+        else None
+    )
+
+    def probe(model: Transformer, progress: Progress) -> None:
+        if prober is None or progress.step not in due:
+            return
+        found = prober.measure(model, accelerator, step=progress.step, tokens=progress.tokens)
+        if accelerator.is_main_process:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] < progress.step]
+            write_text(path, "".join(line + "\n" for line in [*kept, json.dumps(asdict(found))]))
+
+    return probe
 
 
 def open_resumed(path: Path, overrides: dict[str, Any]) -> Plan:

@@ -61,11 +61,13 @@ class Plan:
     `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
     single variants. `context` is the tokens a row is trained at. `batch_size` rows make a step, of all processes
     together, taken `micro_batch_size` at a time on each (0: at once). `budget` is text as Budget.parse reads it.
-    `padding_in_loss` trains on padding too, as the published experiment did (padded layout only). `evaluation_tokens`
-    bounds the real tokens of the validation set. `dtype` bfloat16 means autocast. `activation_checkpointing` runs each
-    block again for its gradient: less memory, slower. `sharding` "full" gives each of several processes its part of
-    the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own number. `timing_rounds` 0 skips the phase
-    that times all variants in turns.
+    `learning_rates` holds a rate of its own for single variants. `padding_in_loss` trains on padding too, as the
+    published experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of the validation set.
+    `probes` is how often a model is asked whether it uses its context while it trains (`sqa.training.probes`), at
+    steps evenly spaced in log from a hundredth of the run to its end. `dtype` bfloat16 means autocast.
+    `activation_checkpointing` runs each block again for its gradient: less memory, slower. `sharding` "full" gives
+    each of several processes its part of the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own
+    number. `timing_rounds` 0 skips the phase that times all variants in turns.
 
     Raises ValueError, naming the field, for anything that cannot be run.
     """
@@ -86,10 +88,12 @@ class Plan:
     micro_batch_size: int = 0
     budget: str = "epochs=1"
     learning_rate: float = 5e-4
+    learning_rates: dict[str, Any] = field(default_factory=dict)
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     clip_norm: float = 0.0
     evaluation_tokens: int = 100_000
+    probes: int = 0
     timing_rounds: int = 9
     checkpoint_seconds: float = 300.0
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -126,6 +130,14 @@ class Plan:
             )
         if not self.learning_rate > 0:
             raise InputError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
+        for name, rate in self.learning_rates.items():
+            if name not in self.variants or type(rate) not in (int, float) or not 0 < rate < math.inf:
+                raise InputError(
+                    f"plan: learning_rates must hold a number above 0 for a variant of {list(self.variants)}, "
+                    f"got {name} = {rate!r}"
+                )
+        if not 0 <= self.probes <= 1000:
+            raise InputError(f"plan: probes must be from 0 to 1000, got {self.probes}")
         if not 0 <= self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
@@ -210,8 +222,8 @@ class Plan:
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
         """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise.
 
-        `changes` replace fields of it before anything is validated; other variants leave the shapes of those they
-        replace behind.
+        `changes` replace fields of it before anything is validated; other variants leave the shapes and rates of
+        those they replace behind.
         """
         if source in preset_names():
             raw, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_bytes(), source
@@ -225,10 +237,12 @@ class Plan:
         except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"plan: {source} is not TOML: {error}") from None
         changes = changes or {}
-        replaced, shapes = values.get("variants"), values.get("shapes")
-        if "variants" in changes and isinstance(replaced, list) and isinstance(shapes, dict):
+        replaced = values.get("variants")
+        if "variants" in changes and isinstance(replaced, list):
             left = {name for name in replaced if name not in changes["variants"]}
-            values["shapes"] = {name: fields for name, fields in shapes.items() if name not in left}
+            for table in ("shapes", "learning_rates"):
+                if isinstance(values.get(table), dict):
+                    values[table] = {name: value for name, value in values[table].items() if name not in left}
         return cls.from_dict({"name": stem, **values, **changes})
 
 

@@ -159,11 +159,13 @@ def train(
     accelerator: Accelerator,
     compile: bool = False,
     on_step: Callable[[StepReport], None] = lambda report: None,
+    probe: Callable[[Transformer, Progress], None] = lambda model, progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Transformer, Progress]:
     """Train to the end, or on from the last checkpoint in `folder`; the model is saved there when done.
 
     `folder` gets config.json, model.safetensors, curve.jsonl (one object a step) and, while running, checkpoints.
+    `probe` may look at the model after each step and must leave it as it was.
     Raises NonFiniteLoss, and Interrupted after saving when `should_stop` says so.
     """
     main = accelerator.is_main_process
@@ -197,6 +199,7 @@ def train(
             report = StepReport(step=step + 1, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
             curve.write(json.dumps(vars(report)) + "\n")
             on_step(report)
+            probe(model, progress)
             due = time.monotonic() - last_saved > recipe.checkpoint_seconds
             stop, due = _any(accelerator, should_stop(), due)
             if stop or due:
