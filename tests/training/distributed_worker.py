@@ -12,10 +12,10 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from sqa.experiments.compare import compare, make_recipe, open_resumed
+from sqa.experiments.compare import compare, make_learner, make_recipe, open_resumed
 from sqa.experiments.plan import Plan
 from sqa.progress import Interrupted, StepReport
-from sqa.training.loop import make_accelerator, set_up
+from sqa.training.loop import make_accelerator
 
 
 @dataclass
@@ -36,9 +36,7 @@ class SignalAt:
 
 def shards(plan: Plan) -> dict[str, Any]:
     """How many elements of each parameter this process holds, and of how many."""
-    model, _, _ = set_up(
-        plan.model_config("sqa"), make_recipe(plan, "sqa", 1), make_accelerator("cpu", "float32"), compile=False
-    )
+    model = make_learner(plan, "sqa", make_recipe(plan, "sqa", 1), make_accelerator("cpu", "float32")).model
     return {
         name: [isinstance(p, DTensor), p.to_local().numel() if isinstance(p, DTensor) else p.numel(), p.numel()]
         for name, p in model.named_parameters()

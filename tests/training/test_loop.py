@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 
-from sqa import Transformer
+from sqa import ModelConfig, Transformer
 from sqa.data.batches import Batch, Batches, evaluation_batches
 from sqa.data.shards import TokenShards, write_shards
-from sqa.training.checkpoint import Checkpoints
+from sqa.progress import Interrupted, NonFiniteLoss
+from sqa.training.checkpoint import Checkpoints, Progress
 from sqa.training.loop import (
-    Interrupted,
-    NonFiniteLoss,
+    Hooks,
+    Learner,
+    NextToken,
     Recipe,
     evaluate,
     learning_rate,
     make_accelerator,
     make_optimizer,
+    save_model,
     set_up,
     train,
     train_step,
@@ -59,30 +63,33 @@ def recipe(steps: int = 12, **changes: object) -> Recipe:
         "warmup_fraction": 0.25,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
-        "padding_in_loss": False,
         "checkpoint_seconds": 1e9,
     }
     return Recipe(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def run(shards: TokenShards, folder: Path, **options: object) -> tuple[Transformer, object]:
-    settings = {"recipe": recipe(), "seed": 3, **options}
-    return train(
-        CONFIG,
-        batches=packed(shards),
-        folder=folder,
-        accelerator=make_accelerator("cpu", "float32"),
-        **settings,  # type: ignore[arg-type]
-    )
+def learner(settings: Recipe, config: ModelConfig = CONFIG, *, seed: int = 3) -> Learner[Transformer]:
+    torch.manual_seed(seed)
+    return set_up(Transformer(config), settings, make_accelerator("cpu", "float32"))
+
+
+def run(
+    shards: TokenShards, folder: Path, settings: Recipe | None = None, *, seed: int = 3, **hooks: object
+) -> tuple[Transformer, Progress]:
+    settings = settings or recipe()
+    student = learner(settings, seed=seed)
+    progress = train(student, NextToken(), packed(shards).batch, settings, folder, Hooks(**hooks))  # type: ignore[arg-type]
+    return student.model, progress
 
 
 def test_the_loss_falls_and_a_run_leaves_a_model_and_a_curve(shards: TokenShards, tmp_path: Path) -> None:
-    model, progress = run(shards, tmp_path, recipe=recipe(steps=60))
+    model, progress = run(shards, tmp_path, recipe(steps=60))
     losses = [eval_line["loss"] for eval_line in read_curve(tmp_path)]
     assert len(losses) == 60
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.2)  # an untrained model knows nothing
     assert losses[-1] < losses[0] - 1.5
     assert progress.tokens == sum(int((packed(shards).batch(t).labels != -100).sum()) for t in range(60))
+    save_model(model, tmp_path, make_accelerator("cpu", "float32"))
     loaded = Transformer.load(tmp_path)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)
@@ -126,6 +133,49 @@ def test_a_stopped_run_goes_on_bitwise_as_if_never_stopped(
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+class Distillation:
+    """KL to a teacher, for a model of which one part is frozen and another has no gradient."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(9)
+        self.teacher = Transformer(CONFIG)
+
+    def count(self, batch: Batch) -> int:
+        return batch.input_ids.numel()
+
+    def loss_sum(self, model: torch.nn.Module, part: Batch) -> torch.Tensor:
+        own, other = (each(part.input_ids).logits.log_softmax(-1) for each in (model, self.teacher))
+        return torch.nn.functional.kl_div(own, other.detach(), log_target=True, reduction="sum")
+
+
+def distil(shards: TokenShards, folder: Path, micro: int = 0, **hooks: object) -> tuple[list[float], Transformer]:
+    settings = recipe(micro_batch_size=micro)
+    torch.manual_seed(3)
+    model = Transformer(CONFIG)
+    model.unused = torch.nn.Linear(2, 2)
+    model.lm_head.requires_grad_(False)
+    student = set_up(model, settings, make_accelerator("cpu", "float32"))
+    train(student, Distillation(), packed(shards).batch, settings, folder, Hooks(**hooks))  # type: ignore[arg-type]
+    return [line["loss"] for line in read_curve(folder)], model
+
+
+def test_another_task_is_trained_by_the_same_loop(shards: TokenShards, tmp_path: Path) -> None:
+    """Frozen parameters stay, those without a gradient do not keep the run from going on, and parts weigh alike."""
+    losses, model = distil(shards, tmp_path / "whole")
+    assert losses[-1] < losses[0] / 2
+    torch.manual_seed(3)
+    assert torch.equal(model.lm_head.weight, Transformer(CONFIG).lm_head.weight)
+    steps = iter(range(1, 13))
+    with pytest.raises(Interrupted, match="after step 5 of 12"):
+        distil(shards, tmp_path / "parts", should_stop=lambda: next(steps) == 5)
+    assert distil(shards, tmp_path / "parts")[0] == losses
+    seen: list[object] = []
+    assert distil(shards, tmp_path / "parts", on_step=seen.append)[0] == losses
+    assert not seen  # it was over
+    in_parts, _ = distil(shards, tmp_path / "micro", micro=1)
+    assert in_parts == pytest.approx(losses, rel=1e-4)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         return seen == 6
 
     with pytest.raises(Interrupted):
-        run(shards, tmp_path / "parts", recipe=recipe(checkpoint_seconds=0.0), should_stop=stop)
+        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), should_stop=stop)
     checkpoints = tmp_path / "parts" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
     victim = checkpoints / "step-6" / "tensors.safetensors"
@@ -166,7 +216,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
 
     monkeypatch.setattr(module, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
-        run(shards, tmp_path, recipe=recipe(checkpoint_seconds=0.0))
+        run(shards, tmp_path, recipe(checkpoint_seconds=0.0))
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
     model = Transformer(CONFIG)
@@ -187,7 +237,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_checkpoint(
     shards: TokenShards, tmp_path: Path
 ) -> None:
     with pytest.raises(NonFiniteLoss, match=r"loss was nan at step \d+; last good checkpoint: (step-\d+|none)"):
-        run(shards, tmp_path, recipe=recipe(steps=40, learning_rate=1e30, clip_norm=0.0))
+        run(shards, tmp_path, recipe(steps=40, learning_rate=1e30, clip_norm=0.0))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 6])
@@ -197,14 +247,13 @@ def test_micro_batches_weigh_every_target_alike(shards: TokenShards, micro: int,
     gradients = []
     batch = padded(shards).batch(0)
     labels = batch.labels_all_positions if padding_in_loss else batch.labels
-    accelerator = make_accelerator("cpu", "float32")
     for size in (0, micro):
-        torch.manual_seed(0)
-        model = Transformer(CONFIG)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        settings = recipe(micro_batch_size=size, clip_norm=0.0)
+        student = learner(settings, seed=0)
+        model = student.model
+        student = replace(student, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        settings = recipe(micro_batch_size=size, padding_in_loss=padding_in_loss, clip_norm=0.0)
-        loss, targets = train_step(model, optimizer, accelerator, settings, batch, rate=1.0)
+        loss, targets = train_step(student, NextToken(padding_in_loss), batch, settings, rate=1.0)
         gradients.append({name: before[name] - p.detach() for name, p in model.named_parameters()})
         assert targets == int((labels != -100).sum())
         torch.manual_seed(0)
@@ -225,8 +274,9 @@ def test_activation_checkpointing_changes_memory_alone(shards: TokenShards, comp
     results = []
     for again in (False, True):
         torch.manual_seed(0)
-        settings = recipe(activation_checkpointing=again)
-        model, called, _ = set_up(CONFIG, settings, make_accelerator("cpu", "float32"), compile=compile)
+        model = Transformer(CONFIG)
+        model.model.activation_checkpointing = again
+        called = set_up(model, recipe(), make_accelerator("cpu", "float32"), compile=compile).called
         saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(partial(keep, saved), lambda x: x):
             loss = called(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss

@@ -73,7 +73,6 @@ def heal(
         warmup_fraction=0.1,
         weight_decay=0.0,
         clip_norm=1.0,
-        padding_in_loss=False,
         checkpoint_seconds=120.0,
     )
     model.requires_grad_(False)

@@ -35,6 +35,10 @@ class Batch:
     labels_all_positions: torch.Tensor | None
     document_ids: torch.Tensor | None
 
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.labels)
+
     def take(self, rows: slice | Sequence[int], device: torch.device | str = "cpu") -> "Batch":
         """Some of the rows, on `device`."""
         part: dict[str, Any] = {k: None if v is None else v[rows].to(device) for k, v in vars(self).items()}

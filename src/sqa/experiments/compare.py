@@ -27,11 +27,15 @@ from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import Timing, take_turns
 from sqa.model import Transformer
 from sqa.progress import Display, NonFiniteLoss, StepReport, StopFlag, stop_flag
-from sqa.training.checkpoint import Progress, of_main
+from sqa.training.checkpoint import of_main
 from sqa.training.loop import (
+    Hooks,
+    Learner,
+    NextToken,
     Recipe,
     evaluate,
     make_accelerator,
+    save_model,
     set_up,
     train,
     train_step,
@@ -58,6 +62,13 @@ def make_recipe(plan: Plan, name: str, steps: int) -> Recipe:
     """The part of a plan that the training loop needs for one variant."""
     shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
     return Recipe(steps=steps, **shared | {"learning_rate": plan.learning_rates.get(name, plan.learning_rate)})
+
+
+def make_learner(plan: Plan, variant: str, recipe: Recipe, accelerator: Accelerator) -> Learner[Transformer]:
+    """A new model of a variant, ready to be trained as the plan says."""
+    model = Transformer(plan.model_config(variant))
+    model.model.activation_checkpointing = plan.activation_checkpointing
+    return set_up(model, recipe, accelerator, compile=plan.compile)
 
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
@@ -87,11 +98,11 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     contestants = {}
     for name in plan.variants:
         recipe = make_recipe(plan, name, plan.timing_rounds)
-        _, called, optimizer = set_up(plan.model_config(name), recipe, accelerator, compile=plan.compile)
+        learner = make_learner(plan, name, recipe, accelerator)
 
-        def step(model: Any = called, optimizer: Any = optimizer, recipe: Recipe = recipe) -> None:
+        def step(learner: Learner[Transformer] = learner, recipe: Recipe = recipe) -> None:
             # always batch 0: each contestant does the same work
-            train_step(model, optimizer, accelerator, recipe, batches.batch(0), recipe.learning_rate)
+            train_step(learner, NextToken(plan.padding_in_loss), batches.batch(0), recipe, recipe.learning_rate)
 
         contestants[name] = step
     timings = take_turns(
@@ -288,26 +299,27 @@ def run(
         folder.mkdir(exist_ok=True)
         data.tokenizer.save(folder / "tokenizer.json")
 
+    torch.manual_seed(seed)
+    learner = make_learner(plan, name, recipe, accelerator)
+    probe = _make_probe(plan, data, folder / "probes.jsonl", steps, learner)
+
     def on_step(report: StepReport) -> None:
         show(report)
         if curves is not None:
             curves.step(report)
+        probe(report)
 
-    probe = _make_probe(plan, data, folder / "probes.jsonl", config.vocab_size, steps, accelerator)
-    model, progress = train(
-        config,
+    progress = train(
+        learner,
+        NextToken(plan.padding_in_loss),
+        make_batches(plan, data, seed).batch,
         recipe,
-        make_batches(plan, data, seed),
-        seed=seed,
-        folder=folder,
-        accelerator=accelerator,
-        compile=plan.compile,
-        on_step=on_step,
-        probe=probe,
-        should_stop=lambda: stop.signal is not None,
+        folder,
+        Hooks(on_step, lambda: stop.signal is not None),
     )
+    save_model(learner.model, folder, accelerator)
     evaluation = evaluate(
-        model,
+        learner.model,
         evaluation_batches(
             data.validation,
             layout=plan.layout,
@@ -342,23 +354,27 @@ def run(
 
 
 def _make_probe(
-    plan: Plan, data: Prepared, path: Path, vocab_size: int, steps: int, accelerator: Accelerator
-) -> Callable[[Transformer, Progress], None]:
+    plan: Plan, data: Prepared, path: Path, steps: int, learner: Learner[Transformer]
+) -> Callable[[StepReport], None]:
     """What writes a line of `path` after each of the plan's probes; a step that is trained again replaces its line."""
+    model, accelerator = learner.model, learner.accelerator
     due = probe_steps(steps, plan.probes)
-    prober = (
-        Prober(data.validation, context_length=plan.context, vocab_size=vocab_size, batch_size=plan.batch_size)
-        if due
-        else None
+    if not due:
+        return lambda report: None
+    prober = Prober(
+        data.validation,
+        context_length=plan.context,
+        vocab_size=model.config.vocab_size,
+        batch_size=plan.batch_size,
     )
 
-    def probe(model: Transformer, progress: Progress) -> None:
-        if prober is None or progress.step not in due:
+    def probe(report: StepReport) -> None:
+        if report.step not in due:
             return
-        found = prober.measure(model, accelerator, step=progress.step, tokens=progress.tokens)
+        found = prober.measure(model, accelerator, step=report.step, tokens=report.tokens)
         if accelerator.is_main_process:
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] < progress.step]
+            kept = [line for line in lines if json.loads(line)["step"] < report.step]
             write_text(path, "".join(line + "\n" for line in [*kept, json.dumps(asdict(found))]))
 
     return probe

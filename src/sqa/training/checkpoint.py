@@ -89,7 +89,10 @@ class Checkpoints:
                 f"{name}: {there[name]} there, {here[name]} now" for name in here if there[name] != here[name]
             ]:
                 raise InputError(f"resume: {path} is a checkpoint of another model ({'; '.join(differences)})")
-        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        for name, parameter in model.named_parameters():
+            if f"{name}.exp_avg" not in held:  # it never had a gradient
+                continue
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),

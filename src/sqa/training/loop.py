@@ -1,4 +1,7 @@
-"""One model trained once: batches that are a function of the step, losses weighted by tokens, exact resumption."""
+"""One model trained once: batches that are a function of the step, losses weighted by tokens, exact resumption.
+
+What is minimised is a `Task`, so that training on next tokens and distillation share this loop.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from sqa.config import ModelConfig
-from sqa.data.batches import Batch, Batches
+from sqa.data.batches import Batch
 from sqa.errors import InputError
 from sqa.losses import IGNORE
 from sqa.model import Transformer
@@ -34,7 +37,8 @@ class Recipe:
     """How a model is trained.
 
     micro_batch_size rows of a batch at a time (0: all) go through the model, on each process; clip_norm 0 is no
-    clipping. sharding "full" gives each process its part of the parameters, gradients and optimiser state, "none" all.
+    clipping. sharding "full", for a Transformer, gives each process its part of the parameters, gradients and optimiser
+    state, "none" all. A checkpoint is written every checkpoint_seconds.
     """
 
     steps: int
@@ -43,10 +47,77 @@ class Recipe:
     warmup_fraction: float
     weight_decay: float
     clip_norm: float
-    padding_in_loss: bool
     checkpoint_seconds: float
-    activation_checkpointing: bool = False
     sharding: Literal["none", "full"] = "none"
+
+
+class Rows(Protocol):
+    """A batch, of whatever kind: rows that can be taken apart."""
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+
+    def take(self, rows: slice, device: torch.device, /) -> Self:
+        """Some of the rows, on `device`."""
+
+
+B = TypeVar("B", bound=Rows)
+B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
+
+
+class Task(Protocol[B_contra]):
+    """What a step minimises: the sum of `loss_sum` over the parts of a batch, divided by its `count`."""
+
+    def count(self, batch: B_contra, /) -> int:
+        """How many tokens of a whole batch are learnt from. The run counts them."""
+
+    def loss_sum(self, model: nn.Module, part: B_contra, /) -> Tensor:
+        """The loss of some of the rows, as a scalar that can be differentiated: its mean over tokens times their count.
+
+        `model` is to be called as a function: it may be wrapped, and shares gradients with other processes.
+        """
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the next token; with `padding_in_loss`, padding is a target too (the published convention)."""
+
+    padding_in_loss: bool = False
+
+    def _labels(self, batch: Batch) -> Tensor:
+        labels = batch.labels_all_positions if self.padding_in_loss else batch.labels
+        assert labels is not None  # padding_in_loss needs padded batches, which have them
+        return labels
+
+    def count(self, batch: Batch) -> int:
+        """The targets."""
+        return int((self._labels(batch) != IGNORE).sum())
+
+    def loss_sum(self, model: nn.Module, part: Batch) -> Tensor:
+        """Nats, fp32."""
+        total: Tensor = model(part.input_ids, self._labels(part), document_ids=part.document_ids).nll_sum
+        return total
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Learner(Generic[M]):
+    """A model with all that a step needs. `called` is the model as a task calls it, shared between processes."""
+
+    model: M
+    called: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """`on_step` is told of each step; `should_stop` is asked after each. A step's time has neither in it."""
+
+    on_step: Callable[[StepReport], None] = lambda report: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
 def make_accelerator(device: str, dtype: str) -> Accelerator:
@@ -79,68 +150,57 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW in its fused form: one pass over each parameter."""
     return torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
-def set_up(
-    config: ModelConfig, recipe: Recipe, accelerator: Accelerator, *, compile: bool
-) -> tuple[Transformer, torch.nn.Module, torch.optim.Optimizer]:
-    """A new model; the module to call, which shares gradients with the other processes; and the optimiser.
+def set_up(model: M, recipe: Recipe, accelerator: Accelerator, *, compile: bool = False) -> Learner[M]:
+    """A model ready to be trained, on the accelerator's device; `compile` calls the model's own `compile`.
 
-    Processes that start from the same random state have the same model.
+    Its parameters that require gradients are trained. Every process must give the same model.
     """
-    model = Transformer(config)
-    model.model.activation_checkpointing = recipe.activation_checkpointing
+    called: nn.Module = model
     if recipe.sharding == "full" and accelerator.num_processes > 1:
+        assert isinstance(model, Transformer)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh)
         register_fsdp_forward_method(model, "token_losses")
-        called, optimizer = model, accelerator.prepare(make_optimizer(model, recipe))
+        optimizer = accelerator.prepare(make_optimizer(model, recipe))
     else:
         called, optimizer = accelerator.prepare(model, make_optimizer(model, recipe))
     if compile:
         model.compile()
-    return model, called, optimizer
+    return Learner(model, called, optimizer, accelerator)
 
 
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    recipe: Recipe,
-    batch: Batch,
-    rate: float,
-) -> tuple[float, int]:
-    """One optimiser step on one batch. Returns the mean loss over its targets, and how many those are.
+def train_step(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe, rate: float) -> tuple[float, int]:
+    """One optimiser step on one batch. Returns the mean loss over the tokens that the task counts, and that count.
 
-    Every target of the batch weighs the same, however the rows are split over micro-batches and processes.
+    Every token of the batch weighs the same, however the rows are split over micro-batches and processes.
     """
-    labels = batch.labels_all_positions if recipe.padding_in_loss else batch.labels
-    assert labels is not None  # padding_in_loss needs padded batches, which have them
-    num_targets = int((labels != IGNORE).sum())
-    mine = _rows_of(accelerator, labels.shape[0])
-    micro = recipe.micro_batch_size or labels.shape[0]
+    accelerator, optimizer = learner.accelerator, learner.optimizer
+    count = task.count(batch)
+    mine = _rows_of(accelerator, len(batch))
+    micro = recipe.micro_batch_size or len(batch)
     total = torch.zeros((), device=accelerator.device)
     for group in optimizer.param_groups:
         group["lr"] = rate
     for start in range(mine.start, mine.stop, micro):
         rows = slice(start, min(start + micro, mine.stop))
         part = batch.take(rows, accelerator.device)
-        targets = part.labels_all_positions if recipe.padding_in_loss else part.labels
-        with nullcontext() if rows.stop == mine.stop else accelerator.no_sync(model):
+        with nullcontext() if rows.stop == mine.stop else accelerator.no_sync(learner.called):
             with accelerator.autocast():
-                output = model(part.input_ids, targets, document_ids=part.document_ids)
+                loss_sum = task.loss_sum(learner.called, part)
             # processes average their gradients, hence the factor
-            accelerator.backward(output.nll_sum * (accelerator.num_processes / num_targets))
-            total += output.nll_sum.detach()
+            accelerator.backward(loss_sum * (accelerator.num_processes / count))
+            total += loss_sum.detach()
     if recipe.clip_norm:
-        accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        accelerator.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(accelerator.reduce(total, "sum")) / num_targets, num_targets
+    return float(accelerator.reduce(total, "sum")) / count, count
 
 
 def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
@@ -150,44 +210,36 @@ def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
 
 
 def train(
-    config: ModelConfig,
+    learner: Learner[M],
+    task: Task[B],
+    batch_at: Callable[[int], B],
     recipe: Recipe,
-    batches: Batches,
-    *,
-    seed: int,
     folder: Path,
-    accelerator: Accelerator,
-    compile: bool = False,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    probe: Callable[[Transformer, Progress], None] = lambda model, progress: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[Transformer, Progress]:
-    """Train to the end, or on from the last checkpoint in `folder`; the model is saved there when done.
+    hooks: Hooks = Hooks(),
+) -> Progress:
+    """Train to the end, or on from the last checkpoint in `folder`. Step t takes `batch_at(t)`, 0 <= t < recipe.steps.
 
-    `folder` gets config.json, model.safetensors, curve.jsonl (one object a step) and, while running, checkpoints.
-    `probe` may look at the model after each step and must leave it as it was.
-    Raises NonFiniteLoss, and Interrupted after saving when `should_stop` says so.
+    `folder` gets curve.jsonl (a StepReport a line) and checkpoints. The last step has one, so that a run which is over
+    is not trained again. The model stays in its mode (train or eval).
+
+    Raises NonFiniteLoss, and Interrupted after saving when `hooks.should_stop` says so.
     """
-    main = accelerator.is_main_process
-    torch.manual_seed(seed)
-    model, called, optimizer = set_up(config, recipe, accelerator, compile=compile)
+    accelerator = learner.accelerator
     checkpoints = Checkpoints(folder / "checkpoints")
-    progress = checkpoints.load(model, optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
-    curve_path = folder / "curve.jsonl" if main else Path(os.devnull)
-    if main:
+    progress = checkpoints.load(learner.model, learner.optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
+    curve_path = folder / "curve.jsonl" if accelerator.is_main_process else Path(os.devnull)
+    if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         _cut_curve(curve_path, progress.step)
-    model.train()
     last_saved = time.monotonic()
-    with open(curve_path, "a", encoding="utf-8", buffering=1) as curve:  # for who reads along
+    with open(curve_path, "a", encoding="utf-8", buffering=1) as curve:  # a line at a time: others read it meanwhile
         while progress.step < recipe.steps:
             step = progress.step
             start = time.perf_counter()
-            rate = learning_rate(recipe, step)
-            loss, targets = train_step(called, optimizer, accelerator, recipe, batches.batch(step), rate)
+            loss, count = train_step(learner, task, batch_at(step), recipe, learning_rate(recipe, step))
             progress = Progress(
                 step=step + 1,
-                tokens=progress.tokens + targets,
+                tokens=progress.tokens + count,
                 wall_s=progress.wall_s + time.perf_counter() - start,
             )
             if not math.isfinite(loss):
@@ -198,19 +250,17 @@ def train(
                 )
             report = StepReport(step=step + 1, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
             curve.write(json.dumps(vars(report)) + "\n")
-            on_step(report)
-            probe(model, progress)
+            hooks.on_step(report)
             due = time.monotonic() - last_saved > recipe.checkpoint_seconds
-            stop, due = _any(accelerator, should_stop(), due)
-            if stop or due:
-                checkpoints.save(model, optimizer, progress)
+            stop, due = _any(accelerator, hooks.should_stop(), due)
+            if stop or due or progress.step == recipe.steps:
+                checkpoints.save(learner.model, learner.optimizer, progress)
                 last_saved = time.monotonic()
             if stop:
                 checkpoints.wait()
                 raise Interrupted(f"stopped after step {step + 1} of {recipe.steps}")
     checkpoints.wait()
-    _save_whole(model, folder, main)
-    return model, progress
+    return progress
 
 
 def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -221,15 +271,15 @@ def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return [bool(flag) for flag in accelerator.reduce(given, "sum").tolist()]
 
 
-def _save_whole(model: Transformer, folder: Path, main: bool) -> None:
+def save_model(model: Transformer, folder: Path, accelerator: Accelerator) -> None:
     """Write config.json and model.safetensors; a sharded model is gathered on process 0 for it."""
     if isinstance(model, FSDPModule):
         tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         with torch.device("meta"):
             model = Transformer(model.config)
-        if main:
+        if accelerator.is_main_process:
             model.load_state_dict(tensors, assign=True)
-    if main:
+    if accelerator.is_main_process:
         model.save(folder)
 
 
@@ -254,9 +304,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer, batches: Iterable[Batch], token_bytes: torch.Tensor, accelerator: Accelerator
-) -> Evaluation:
+def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, accelerator: Accelerator) -> Evaluation:
     """Sums over all batches and processes, divided once. `token_bytes` (V,): UTF-8 bytes each token stands for."""
     model.eval()
     sums = [(0.0, 0, 0, 0, 0.0, 0, 0)]
@@ -267,7 +315,7 @@ def evaluate(
         targets = there.labels if there.labels_all_positions is None else there.labels_all_positions
         with accelerator.autocast():
             losses, hits = model.token_losses(there.input_ids, targets, document_ids=there.document_ids)
-        losses, hits, real = losses.double().cpu(), hits.cpu(), batch.labels != IGNORE
+        losses, hits, real = losses.cpu().double(), hits.cpu(), batch.labels != IGNORE
         sums.append((
             float(losses[real].sum()), int(hits[real].sum()), int(real.sum()),
             int(token_bytes[batch.labels[real]].sum()),
