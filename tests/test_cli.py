@@ -318,6 +318,7 @@ def test_want_of_memory_is_one_sentence(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.articles
 def test_sample_articles_train(articles: Path, tmp_path: Path) -> None:
     """The published recipe, cut to a few small steps, on real articles."""
     options = "--max-steps 8 --batch-size 2 --micro-batch-size 1 --context 128 --variants sqa --no-compile"

@@ -1,6 +1,5 @@
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -26,11 +25,3 @@ def make_corpus() -> Callable[..., Corpus]:
         return Corpus(name="memory", fingerprint=fingerprint, read=lambda split: iter(texts[split]))
 
     return make
-
-
-@pytest.fixture
-def articles() -> Path:
-    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "wikipedia-en"
-    if not folder.is_dir():
-        pytest.skip("the articles are not at ../shared/data/wikipedia-en")
-    return folder

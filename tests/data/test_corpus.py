@@ -220,6 +220,7 @@ def test_wikipedia_without_datasets_names_the_extra(monkeypatch: pytest.MonkeyPa
         next(open_corpus("wikipedia").documents("train"))
 
 
+@pytest.mark.articles
 def test_the_articles(articles: Path) -> None:
     sample = open_corpus(str(articles / "sample.parquet"))
     train, validation = list(sample.documents("train")), list(sample.documents("validation"))

@@ -251,6 +251,7 @@ def test_prepare_checks_the_numbers_before_the_data(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.articles
 def test_the_articles_sample(articles: Path, tmp_path: Path) -> None:
     prepared = prepare(str(articles / "sample.parquet"), vocab_size=2000, cache_dir=tmp_path)
     assert prepared.train.num_documents + prepared.validation.num_documents == 1000
