@@ -273,6 +273,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --seeds 1,1", "none of them twice"),
         ("compare tiny.toml --seeds x", "--seeds must be a number of seeds (3) or a list (0,7,9), got 'x'"),
         ("compare tiny.toml --context 30000", "30000"),
+        ("compare tiny.toml --context 1", "plan: context must be at least 2, got 1"),
         ("compare tiny.toml --dtype float8", "dtype must be one of 'float32', 'bfloat16', got 'float8'"),
         ("compare tiny.toml --out taken", "taken already holds other files"),
         ("compare --resume empty", "empty holds no comparison"),
@@ -289,7 +290,11 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("bench step --budget 3d", "budget: time needs a number above 0"),
         ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
         ("plan --budget equal-fun", "budget: must be one of"),
-        ("scale --n 0", "scale: n must be at least 1, got 0"),
+        ("scale --n 0", "--n must be numbers of at least 1, got '0'"),
+        ("scale --gpus 8,-1", "--gpus must be numbers of at least 1, got '8,-1'"),
+        ("variants --n 0", "--n must be at least 1, got 0"),
+        ("compare tiny.toml --seeds 999999999", "--seeds must be from 1 to 1000 seeds, got '999999999'"),
+        ("convert model out --query-heads 2 --calibration builtin --speed-at=-1", "--speed-at must be numbers of at"),
         ("scale --preset 9b", "preset: '9b' is unknown (presets: "),
         ("compare tiny.toml --only sqa:7", "only: 'sqa:7' is not a run of the plan (variants gqa, sqa; seeds 0)"),
         ("compare tiny.toml --launcher slurm", "--launcher must be local or ray, got 'slurm'"),
@@ -309,6 +314,94 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny: Path, arguments: str, m
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert sorted(str(path) for path in tiny.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "convert"])
+@pytest.mark.parametrize("threads", ["-1", "100000"])
+def test_a_thread_count_is_bounded_wherever_it_is_an_option(tmp_path: Path, command: str, threads: str) -> None:
+    others = ["m", "o", "--query-heads", "2", "--calibration", "builtin"] if command == "convert" else ["demo"]
+    done = sqa(command, *others, "--threads", threads, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Invalid value for '--threads'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", ["ValueError('inner')", "ImportError('inner')", "OSError(5, 'inner')"])
+def test_a_bug_shows_its_traceback_and_says_so(tmp_path: Path, error: str) -> None:
+    code = (
+        "import sys, sqa.cli, sqa.cost\n"
+        f"def broken(*arguments): raise {error}\n"
+        "sqa.cost.variant_costs = broken\n"
+        "sys.argv = ['sqa', 'variants']\n"
+        "sqa.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "inner" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("sqa: this is a bug in sqa ")
+
+
+def test_a_missing_extra_is_one_sentence_that_works_from_a_clone(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['altair'] = None\n"
+        "sys.argv = 'sqa bench attention --n 16 --variants 2/1x16 --rounds 1 --plot x.svg'.split()\n"
+        "from sqa.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = "sqa: plots need altair; run in a clone of the repository: pip install -c constraints.txt -e '.[report]'"
+    assert done.stderr.splitlines() == [message]
+
+
+def test_a_closed_pipe_ends_with_a_word_and_the_comparison_goes_on(tiny: Path) -> None:
+    (tiny / "tiny.toml").write_text(TINY.format(layout="packed", rounds=0), encoding="utf-8")
+    command = [sys.executable, "-m", "sqa", "compare", "tiny.toml", "--out", "out"]
+    process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 141
+    assert errors == "sqa: standard output was closed by its reader; go on with: sqa compare --resume out\n"
+    sqa("compare", "--resume", "out", cwd=tiny)
+    assert len(rows_in(tiny / "out")) == 2
+
+
+@pytest.mark.parametrize("columns", ["20", "60"])
+def test_a_narrow_terminal_cuts_no_figure(tmp_path: Path, columns: str) -> None:
+    shown = []
+    for width in (columns, "80"):
+        environment = {**os.environ, "COLUMNS": width}
+        command = [sys.executable, "-m", "sqa", "variants", "--preset", "8b"]
+        shown.append(subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout)
+    assert shown[0] == shown[1]
+    assert "8,835,567,616" in shown[1]
+    assert "…" not in shown[1]
+    assert max(map(len, shown[1].splitlines())) <= 80
+
+
+def test_help_groups_the_commands_by_purpose(tmp_path: Path) -> None:
+    lines = sqa("--help", cwd=tmp_path).stdout.splitlines()
+    panels = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert panels == ["Options", "Train and compare", "Models", "What a shape costs", "Measure"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("sqa tr", ["train"]),
+        ("sqa variants --preset de", ["demo"]),
+        ("sqa compare --variants gqa,xs", ["gqa,xsqa", "gqa,xsmqa"]),
+    ],
+)
+def test_the_shell_completes_commands_presets_and_variants(tmp_path: Path, typed: str, offered: list[str]) -> None:
+    words = len(typed.split())
+    environment = {**os.environ, "_SQA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(words - 1)}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['sqa']; from sqa.cli import main; main()"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == offered
 
 
 def test_want_of_memory_is_one_sentence(tmp_path: Path) -> None:

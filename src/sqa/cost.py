@@ -7,7 +7,13 @@ is two), with nothing recomputed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
 from sqa.config import AttentionConfig, ModelConfig
+from sqa.errors import InputError
+from sqa.variants import VARIANTS, preset, shape
 
 
 def attention_parameters(config: AttentionConfig, *, output_bias: bool = False) -> int:
@@ -100,3 +106,57 @@ def attention_saving(config: AttentionConfig, n: int) -> float:
     """Attention FLOPs of full multi-head attention of the same nominal shape over this layer's: H / Hq for SQA."""
     nominal = AttentionConfig(d_model=config.d_model, num_heads=config.num_heads, causal=config.causal)
     return attention_flops(nominal, n) / attention_flops(config, n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantCost:
+    """One variant of a named shape: heads, parameters, FLOPs for one sequence of `n` tokens, bytes of 16-bit cache."""
+
+    variant: str
+    label: str
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    parameters: int
+    n: int
+    train_step_flops: int
+    prefill_flops: int
+    kv_cache_bytes_per_token: int
+    attention_saving: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `sqa variants --json` writes it."""
+        return asdict(self)
+
+
+def variant_costs(preset_name: str, n: int, variants: Iterable[str]) -> tuple[list[VariantCost], list[str]]:
+    """The costs of those variants whose rule fits the shape, and a sentence for each that does not.
+
+    Raises InputError for an unknown preset.
+    """
+    shape(preset_name)
+    costs: list[VariantCost] = []
+    left_out: list[str] = []
+    for name in variants:
+        try:
+            config = preset(preset_name, name)
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        layer = config.layers[0]
+        costs.append(
+            VariantCost(
+                variant=name,
+                label=VARIANTS[name].label,
+                num_query_heads=layer.num_query_heads,
+                num_kv_heads=layer.num_kv_heads,
+                head_dim=layer.head_dim,
+                parameters=parameters(config),
+                n=n,
+                train_step_flops=train_step_flops(config, n),
+                prefill_flops=prefill_flops(config, n),
+                kv_cache_bytes_per_token=kv_cache_bytes(config),
+                attention_saving=attention_saving(layer, n),
+            )
+        )
+    return costs, left_out

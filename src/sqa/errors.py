@@ -6,4 +6,12 @@ class InputError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """An optional library is missing. The message names the extra to install."""
+    """An optional library is missing: `what` says what needs it, `extra` is the extra of this package that has it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(what, extra)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}; run in a clone of the repository: pip install -c constraints.txt -e '.[{self.args[1]}]'"
+        )

@@ -218,7 +218,7 @@ def test_a_missing_peer_is_a_line_not_an_error(monkeypatch: pytest.MonkeyPatch, 
     result = run_step(variants=("sqa",), peers=(name,), dtypes=("fp32",), batch_size=1, length=8, compile=False, **TINY)
     ours, missing = result.rows
     assert "seconds" in ours
-    assert missing["note"].startswith("not installed: pip install")
+    assert missing["note"].startswith("not installed; run in a clone of the repository: pip install")
     assert "seconds" not in missing
 
 

@@ -100,5 +100,5 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
 def test_without_tensorboard_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sqa.experiments.tracking")
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
-    with pytest.raises(ImportError, match=r"--track needs tensorboard: pip install 'sparse-query-attention\[track\]'"):
+    with pytest.raises(ImportError, match=r"--track needs tensorboard; .* pip install .* '\.\[track\]'"):
         import sqa.experiments.tracking  # noqa: F401

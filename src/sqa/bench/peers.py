@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sqa.attention.kernels import Case, resolve
 from sqa.bench.report import Row, add_ratios, choose_baseline, heads, time_rows
 from sqa.config import ModelConfig, unknown
+from sqa.errors import MissingExtraError
 from sqa.losses import IGNORE
 from sqa.measure.machine import find_dtype
 from sqa.measure.timing import Budget
@@ -155,7 +156,7 @@ def build(name: str, config: ModelConfig) -> Entrant:
     try:
         return builder(config)
     except ImportError:
-        raise Unavailable(f"not installed: pip install 'sparse-query-attention[{extra}]'") from None
+        raise Unavailable(str(MissingExtraError("not installed", extra))) from None
 
 
 @torch.no_grad()

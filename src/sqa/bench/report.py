@@ -160,7 +160,7 @@ class BenchResult:
         try:
             import altair as alt
         except ImportError:
-            raise MissingExtraError("plots need altair: pip install 'sparse-query-attention[report]'") from None
+            raise MissingExtraError("plots need altair", "report") from None
         charts = []
         for kind in self.kinds:
             rows = [row for row in self.rows if row["kind"] == kind and "seconds" in row]

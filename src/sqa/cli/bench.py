@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from sqa.cli.options import JsonPath, PlotPath, make_console, names, numbers, seconds
+from sqa.cli.display import make_console
+from sqa.cli.options import JsonPath, PlotPath, names, numbers, seconds
 
-bench = typer.Typer(help="Measure side by side, in turns; correctness before speed.", no_args_is_help=True)
+app = typer.Typer(help="Measure side by side, in turns; correctness before speed.", no_args_is_help=True)
 
 Variants = Annotated[str | None, typer.Option(help="Names, or heads such as 8/4x32, with commas between.")]
 Dtypes = Annotated[str, typer.Option(help="bf16, fp32, fp16, with commas between.")]
@@ -27,7 +28,7 @@ def _show(result: Any, json_path: Path | None, plot_path: Path | None) -> None:
         result.plot(plot_path)
 
 
-@bench.command(name="attention")
+@app.command(name="attention")
 def bench_attention(
     variants: Variants = None,
     n: Annotated[str, typer.Option("--n", help="Sequence lengths, with commas between.")] = "1024,4096",
@@ -65,7 +66,7 @@ def bench_attention(
     _show(result, json_path, plot_path)
 
 
-@bench.command(name="step")
+@app.command(name="step")
 def bench_step(
     preset: Annotated[str, typer.Option(help="Model shape: published or larger.")] = "published",
     variants: Variants = None,
@@ -101,7 +102,7 @@ def bench_step(
     _show(result, json_path, plot_path)
 
 
-@bench.command(name="prefill")
+@app.command(name="prefill")
 def bench_prefill(
     preset: Annotated[str, typer.Option(help="Model shape: published or larger.")] = "published",
     variants: Variants = None,
@@ -133,7 +134,7 @@ def bench_prefill(
     _show(result, json_path, plot_path)
 
 
-@bench.command(name="decode")
+@app.command(name="decode")
 def bench_decode(
     preset: Annotated[str, typer.Option(help="Model shape: published or larger.")] = "published",
     variants: Variants = None,
@@ -162,7 +163,7 @@ def bench_decode(
     _show(result, json_path, plot_path)
 
 
-@bench.command(name="all")
+@app.command(name="all")
 def bench_all(
     device: Device = "cuda",
     budget: Annotated[str, typer.Option(help="All of it: 480s, 8m.")] = "8m",
@@ -185,7 +186,7 @@ def bench_all(
             variants=("gqa", "sqa"), budget=f"time={max(1, round(seconds / 3))}s", device=device, dtype="bfloat16"
         )
         with tempfile.TemporaryDirectory() as folder:
-            rows = comparison.compare(plan, Path(folder) / "compare", make_display(make_console()))
+            rows = comparison.compare(plan, Path(folder) / "compare", make_display())
         return [
             {
                 "kind": "compare",

@@ -1,11 +1,40 @@
-"""Progress of a comparison: a live bar in a terminal, plain lines elsewhere."""
+"""What commands print: tables, and the progress of long work, a live bar in a terminal and plain lines elsewhere."""
 
 from __future__ import annotations
+
+import os
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from sqa.progress import StepReport
+from sqa.progress import Display, Interrupted, StepReport
+
+TABLE_WIDTH = 80
+"""Every table fits it. A narrower terminal wraps the lines: cutting them would change figures."""
+
+
+class OutputClosed(Interrupted):
+    """The other end of a pipe has closed standard output: nobody reads on."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process without a word. It writes nothing more after this."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise OutputClosed("standard output was closed by its reader")
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes: the first of those that torchrun or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_console() -> Console:
+    """Standard output for tables and text, of the first process alone."""
+    console = _Console(quiet=not is_main())
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
 
 
 class LiveDisplay:
@@ -106,6 +135,7 @@ class _Speed:
         return (report.tokens - self._first.tokens) / max(seconds, 1e-9)
 
 
-def make_display(console: Console) -> LiveDisplay | PlainDisplay:
-    """The display that fits the console."""
+def make_display() -> Display:
+    """A display on standard output, as it suits a terminal or a file."""
+    console = _Console(quiet=not is_main())
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

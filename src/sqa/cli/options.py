@@ -1,37 +1,18 @@
-"""Options and helpers that several commands share."""
+"""Options that several commands share, and the text that they take."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from sqa.errors import InputError
+from sqa.variants import PRESETS, VARIANTS
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
-def is_main() -> bool:
-    """Whether this process prints and writes: the first of those that torchrun or `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def make_console() -> Console:
-    """Standard output, of the first process alone."""
-    from rich.console import Console
-
-    return Console(quiet=not is_main())
-
-
-def save_json(path: Path | None, value: Any) -> None:
-    """What --json asks for, if it is given."""
-    if path is not None:
-        from sqa.files import write_json
-
-        write_json(path, value)
+T = TypeVar("T")
+"""What an option holds: several are optional where a plan has the field already."""
 
 
 def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -42,10 +23,50 @@ def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
+def _complete_variants(incomplete: str) -> Iterator[str]:
+    """The names that go on from the part after the last comma."""
+    before, comma, last = incomplete.rpartition(",")
+    return (before + comma + name for name in VARIANTS if name.startswith(last))
+
+
+def _complete_preset(incomplete: str) -> Iterator[str]:
+    return (name for name in PRESETS if name.startswith(incomplete))
+
+
+# the model
+Preset = Annotated[
+    str, typer.Option(help=f"Model shape: {', '.join(PRESETS)}.", autocompletion=_complete_preset, show_default=True)
+]
+Variants = Annotated[str | None, typer.Option(help="Variants, with commas between.", autocompletion=_complete_variants)]
+VariantName = Annotated[T, typer.Option(help="A variant.", autocompletion=_complete_variants)]
+DModel = Annotated[int, typer.Option(help="Model width.")]
+NumHeads = Annotated[int, typer.Option(help="Nominal heads.")]
+
+# the work
+Length = Annotated[int, typer.Option("--n", "--length", help="Tokens a sequence.")]
+Lengths = Annotated[str, typer.Option("--n", help="Tokens a sequence, several with commas between.")]
+BatchSize = Annotated[T, typer.Option(help="Sequences a step.")]
+Seed = Annotated[T, typer.Option(help="Of initialisation, data order and drawing.")]
+
+# the machine
+Device = Annotated[T, typer.Option(help="cpu or cuda; a plan also takes auto.")]
+Threads = Annotated[T, typer.Option(help="CPU threads; 0 is PyTorch's choice.", min=0, max=1024)]
+Dtype = Annotated[T, typer.Option(help="float32 or bfloat16; training in bfloat16 is autocast.")]
+Compile = Annotated[T, typer.Option("--compile/--no-compile", help="torch.compile the blocks.")]
+
+# what is written
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here.", callback=_file_path)]
 PlotPath = Annotated[
     Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_file_path)
 ]
+
+
+def save_json(path: Path | None, value: Any) -> None:
+    """What --json asks for, if it is given."""
+    if path is not None:
+        from sqa.files import write_json
+
+        write_json(path, value)
 
 
 def long_dtype(name: str) -> str:
@@ -53,17 +74,32 @@ def long_dtype(name: str) -> str:
     return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
 
 
+def short_dtype(name: str) -> str:
+    """The name of a dtype in tables of benchmarks, for PyTorch's own too."""
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
+
+
 def names(text: str | None) -> tuple[str, ...]:
-    """What stands between the commas."""
+    """The names between the commas."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers between the commas; `option` is named when they are none."""
+    """The whole numbers between the commas, each at least 1; `option` is named when they are not."""
     try:
-        return tuple(int(name) for name in names(text))
+        found = tuple(int(name) for name in names(text))
     except ValueError:
         raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+    if any(number < 1 for number in found):
+        raise InputError(f"{option} must be numbers of at least 1, got {text!r}")
+    return found
+
+
+def at_least_one(option: str, value: int) -> int:
+    """`value`. Raises InputError, naming the option, when it is below 1."""
+    if value < 1:
+        raise InputError(f"{option} must be at least 1, got {value}")
+    return value
 
 
 def seconds(text: str | None) -> float | None:

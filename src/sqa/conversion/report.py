@@ -92,7 +92,7 @@ def plot(state: State, path: Path) -> None:
     try:
         import altair as alt
     except ImportError:
-        raise MissingExtraError("plots need altair: pip install 'sparse-query-attention[report]'") from None
+        raise MissingExtraError("plots need altair", "report") from None
     rows = [row for row in state["stages"] if row["stage"] not in ("original", "dropped")]
     measured = "loss" if "loss" in rows[0] else "cosine"
     original = next(row for row in state["stages"] if row["stage"] == "original")

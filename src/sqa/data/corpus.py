@@ -143,9 +143,7 @@ def _read_wikipedia() -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtraError(
-            "Reading 'wikipedia' needs the package datasets: pip install 'sparse-query-attention[hub]'"
-        ) from error
+        raise MissingExtraError("Reading 'wikipedia' needs the package datasets", "hub") from error
     path, name, revision = _WIKIPEDIA
     try:
         rows = datasets.load_dataset(path, name, revision=revision, split="train", streaming=True)

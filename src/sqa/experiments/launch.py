@@ -46,7 +46,7 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise MissingExtraError("--launcher ray needs Ray: pip install 'sparse-query-attention[ray]'") from None
+        raise MissingExtraError("--launcher ray needs Ray", "ray") from None
     joining = not ray.is_initialized()
     if joining:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -53,7 +53,7 @@ def write_report(directory: Path, out: Path | None = None) -> list[Path]:
 
         from sqa.experiments.figures import for_page, laid_out, make_figures
     except ImportError:
-        raise MissingExtraError("reports need altair: pip install 'sparse-query-attention[report]'") from None
+        raise MissingExtraError("reports need altair", "report") from None
     front = pareto_front({row["variant"]: (row["step_s"], row["loss"].mean) for row in summary if row["step_s"]})
     figures = make_figures(held, rows, summary, plan, front)
     page = Template((files("sqa.experiments") / "report.html").read_text(encoding="utf-8")).substitute(

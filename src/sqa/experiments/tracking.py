@@ -14,7 +14,7 @@ try:
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.record_writer import RecordWriter
 except ImportError:
-    raise MissingExtraError("--track needs tensorboard: pip install 'sparse-query-attention[track]'") from None
+    raise MissingExtraError("--track needs tensorboard", "track") from None
 
 
 class TensorBoard:

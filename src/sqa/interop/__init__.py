@@ -180,9 +180,7 @@ def _write_tokenizer(folder: Path, source: Path, tokenizer: Any, config: ModelCo
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        raise MissingExtraError(
-            "exporting a tokenizer needs transformers: pip install 'sparse-query-attention[hf]'"
-        ) from None
+        raise MissingExtraError("exporting a tokenizer needs transformers", "hf") from None
     from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 
     end_id, pad_id = tokenizer.token_to_id(END_TOKEN), tokenizer.token_to_id(PAD_TOKEN)

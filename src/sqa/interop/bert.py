@@ -21,7 +21,7 @@ try:
 
     from sqa.interop.modeling_sqa_bert import SqaBertConfig, SqaBertModel
 except ImportError:
-    raise MissingExtraError("BERT models need transformers: pip install 'sparse-query-attention[hf]'") from None
+    raise MissingExtraError("BERT models need transformers", "hf") from None
 
 MODEL_TYPES = {"bert": (BertConfig, BertModel), "sqa_bert": (SqaBertConfig, SqaBertModel)}
 SENTENCE_FILES = ("vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")

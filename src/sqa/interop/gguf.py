@@ -19,7 +19,7 @@ from sqa.model import Transformer
 try:
     import gguf
 except ImportError:
-    raise MissingExtraError("GGUF needs the gguf package: pip install 'sparse-query-attention[gguf]'") from None
+    raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 

@@ -42,7 +42,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise MissingExtraError("the Hub needs huggingface-hub: pip install 'sparse-query-attention[hub]'") from None
+        raise MissingExtraError("the Hub needs huggingface-hub", "hub") from None
     return huggingface_hub
 
 

@@ -1,0 +1,257 @@
+"""`sqa compare`, `sqa train` and `sqa report`: runs of a plan, and what came of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sqa.cli.display import is_main, make_console, make_display
+from sqa.cli.options import (
+    BatchSize,
+    Compile,
+    Device,
+    Dtype,
+    JsonPath,
+    Seed,
+    Threads,
+    VariantName,
+    Variants,
+    long_dtype,
+    names,
+    save_json,
+)
+from sqa.errors import InputError
+
+app = typer.Typer()
+
+MAX_SEEDS = 1000
+"""More runs of one variant than anybody trains: a larger number is a slip."""
+
+PlanSource = Annotated[
+    str | None, typer.Argument(metavar="PLAN", help="A preset (demo, published) or a TOML file; default demo.")
+]
+Resume = Annotated[Path | None, typer.Option(help="Go on with what was begun in this directory.")]
+Track = Annotated[str | None, typer.Option(help="tensorboard: stream the curves to OUT/tensorboard.")]
+# these replace fields of the plan
+Data = Annotated[str | None, typer.Option(help="builtin, wikipedia, or a file or folder of text.")]
+Seeds = Annotated[str | None, typer.Option(help="How many (3), or which (0,7,9).")]
+Budget = Annotated[str | None, typer.Option(help="Of each run: steps=, tokens=, epochs=, flops= or time=20m.")]
+MaxSteps = Annotated[int | None, typer.Option(help="Short for --budget steps=.")]
+MaxTokens = Annotated[str | None, typer.Option(help="Short for --budget tokens=.")]
+MicroBatchSize = Annotated[int | None, typer.Option(help="Sequences at a time; less memory.")]
+Context = Annotated[int | None, typer.Option(help="Tokens a sequence.")]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option("--activation-checkpointing/--no-activation-checkpointing", help="Less memory, slower."),
+]
+Sharding = Annotated[str | None, typer.Option(help="Of several processes: none (DDP) or full (FSDP2).")]
+
+_PLAN_OPTIONS = (
+    "data", "variants", "seeds", "budget", "max_steps", "max_tokens", "batch_size", "micro_batch_size", "context",
+    "dtype", "compile", "activation_checkpointing", "sharding", "device", "threads",
+)  # fmt: skip
+
+
+def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the plan that the options of a command replace, as `Plan.read` takes them."""
+    changes = {name: options[name] for name in _PLAN_OPTIONS if options.get(name) is not None}
+    if "seeds" in changes:
+        changes["seeds"] = _seeds(changes["seeds"])
+    if "variants" in changes:
+        changes["variants"] = names(changes["variants"])
+    if "dtype" in changes:
+        changes["dtype"] = long_dtype(changes["dtype"])
+    limits = [name for name in ("budget", "max_steps", "max_tokens") if name in changes]
+    if len(limits) > 1:
+        raise InputError(f"budget: give one of --budget, --max-steps and --max-tokens, got {len(limits)}")
+    for name, kind in (("max_steps", "steps"), ("max_tokens", "tokens")):
+        if name in changes:
+            changes["budget"] = f"{kind}={changes.pop(name)}"
+    return changes
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """The seeds themselves, of a list or of a number of them."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--seeds must be a number of seeds (3) or a list (0,7,9), got {text!r}") from None
+    if "," in text:
+        return tuple(numbers)
+    if not numbers or not 1 <= numbers[0] <= MAX_SEEDS:
+        raise InputError(f"--seeds must be from 1 to {MAX_SEEDS} seeds, got {text!r}")
+    return tuple(range(numbers[0]))
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    plan: PlanSource = None,
+    data: Data = None,
+    variants: Variants = None,
+    seeds: Seeds = None,
+    budget: Budget = None,
+    max_steps: MaxSteps = None,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize[int | None] = None,
+    micro_batch_size: MicroBatchSize = None,
+    context: Context = None,
+    dtype: Dtype[str | None] = None,
+    compile: Compile[bool | None] = None,
+    device: Device[str | None] = None,
+    threads: Threads[int | None] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
+    resume: Resume = None,
+    only: Annotated[str | None, typer.Option(help="Runs for this process: sqa:0,gqa:0; others take the rest.")] = None,
+    launcher: Annotated[
+        str, typer.Option(help="local (one after another) or ray (all machines of a cluster).")
+    ] = "local",
+    track: Track = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Train every variant on the same text and print what is lost and what is gained."""
+    _compare(plan, _changes(ctx.params), out, resume, track, json_path, only, launcher)
+
+
+def _compare(
+    source: str | None,
+    changes: dict[str, Any],
+    out: Path | None,
+    resume: Path | None,
+    track: str | None,
+    json_path: Path | None,
+    only: str | None = None,
+    launcher: str = "local",
+) -> None:
+    from sqa.experiments.plan import Plan
+
+    if track not in (None, "tensorboard"):
+        raise InputError(f"--track must be tensorboard, got {track!r}")
+    if launcher not in ("local", "ray"):
+        raise InputError(f"--launcher must be local or ray, got {launcher!r}")
+    if track is not None and launcher == "ray":
+        raise InputError("--track follows runs in this process only; leave it out with --launcher ray")
+    if resume is None:
+        plan = Plan.read(source or "demo", changes)
+        out = out or Path("runs") / plan.name
+    else:
+        # torch comes with the next import, after what the plan alone can get wrong
+        from sqa.experiments.compare import open_resumed
+
+        if source is not None:
+            raise InputError(f"--resume goes on with the plan in its directory; leave out {source!r}")
+        if out not in (None, resume):
+            raise InputError(f"--resume names the directory already, got --out {out} as well")
+        out, plan = resume, open_resumed(resume, changes)
+    cells = None if only is None else plan.find_cells(names(only))
+    import torch
+
+    from sqa.experiments import compare as comparison
+    from sqa.experiments.directory import Directory
+    from sqa.experiments.results import NOTES, NOTES_SEEDS, summary_rows, table
+    from sqa.progress import Interrupted
+
+    tracker = None
+    if track is not None:
+        from sqa.experiments.tracking import TensorBoard
+
+        tracker = TensorBoard
+    console = make_console()
+    try:
+        rows = comparison.compare(
+            plan,
+            out,
+            make_display(),
+            resume=resume is not None,
+            data_source=changes.get("data"),
+            only=cells,
+            launcher="ray" if launcher == "ray" else "local",
+            tracker=tracker,
+        )
+    except Interrupted as error:
+        same = (f" --only {only}" if only else "") + (" --launcher ray" if launcher == "ray" else "")
+        raise type(error)(f"{error}; go on with: sqa compare --resume {out}{same}") from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not is_main():
+        return
+    directory = Directory(out)
+    record, missing = directory.record(), directory.missing(plan.cells)
+    console.print()
+    console.print(table(rows, plan.context, title=f"{plan.name}: {plan.budget} a run, context {plan.context}"))
+    console.print(NOTES + ("\n" + NOTES_SEEDS if len(plan.seeds) > 1 else ""), style="dim", highlight=False)
+    console.print(
+        f"A model that knows only how often each token occurs has {record['data']['unigram_entropy']:.4f}.\n"
+        f"Rows: {out / 'results.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if missing:
+        console.print(f"Missing: {', '.join(f'{name}:{seed}' for name, seed in missing)}", highlight=False)
+    else:
+        try:
+            from sqa.experiments.report import write_report
+
+            console.print(f"Report: {write_report(out)[0]}", highlight=False, soft_wrap=True)
+        except ImportError as error:  # a finished comparison does not fail for want of a plotting library
+            console.print(f"No report: {error}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        from dataclasses import asdict, is_dataclass
+
+        summary = [
+            {key: asdict(value) if is_dataclass(value) else value for key, value in row.items()}  # type: ignore[arg-type]
+            for row in summary_rows(rows, plan.context)
+        ]
+        save_json(json_path, summary)
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    plan: PlanSource = None,
+    variant: VariantName[str | None] = None,
+    seed: Seed[int | None] = None,
+    data: Data = None,
+    budget: Budget = None,
+    max_steps: MaxSteps = None,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize[int | None] = None,
+    micro_batch_size: MicroBatchSize = None,
+    context: Context = None,
+    dtype: Dtype[str | None] = None,
+    compile: Compile[bool | None] = None,
+    activation_checkpointing: Checkpointing = None,
+    sharding: Sharding = None,
+    device: Device[str | None] = None,
+    threads: Threads[int | None] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
+    resume: Resume = None,
+    track: Track = None,
+) -> None:
+    """Train one variant, on as many devices as torchrun or accelerate launch starts processes for."""
+    changes = _changes(ctx.params)
+    if resume is None:
+        variant = variant or "sqa"
+        changes |= {"variants": (variant,), "seeds": (seed or 0,)}
+        if not (budget or "").startswith("time="):
+            changes["timing_rounds"] = 0
+        if out is None:
+            out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
+    elif variant is not None or seed is not None:
+        raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
+    _compare(plan, changes, out, resume, track, None)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A comparison, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default DIRECTORY/report.")] = None,
+) -> None:
+    """Write the report of a comparison: one HTML file, and PNG and SVG of each figure."""
+    from sqa.experiments.report import write_report
+
+    for path in write_report(directory, out):
+        print(path)

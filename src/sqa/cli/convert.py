@@ -1,0 +1,83 @@
+"""`sqa convert`: a pretrained model with fewer query heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sqa.cli.display import make_console, make_display
+from sqa.cli.options import BatchSize, Dtype, JsonPath, Length, PlotPath, Seed, Threads, long_dtype, numbers, save_json
+from sqa.errors import InputError
+
+app = typer.Typer()
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a run of ours, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
+    query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
+    calibration: Annotated[str, typer.Option(help="builtin, wikipedia, or a file or folder of text.")],
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads a layer keeps; default: as many as it has.")] = None,
+    method: Annotated[str, typer.Option(help="Which heads stay: random, weight, l2, taylor or greedy.")] = "l2",
+    pooling: Annotated[str, typer.Option(help="How KV heads are joined: aligned or mean.")] = "aligned",
+    sequences: Annotated[int, typer.Option(help="Rows of calibration text.")] = 128,
+    length: Length = 512,
+    heal: Annotated[str | None, typer.Option(help="tokens=2M trains afterwards against the original.")] = None,
+    layerwise: Annotated[float, typer.Option(help="Share of these that heals layer by layer.")] = 0.2,
+    train: Annotated[str, typer.Option(help="What healing trains: all or attention.")] = "all",
+    learning_rate: Annotated[float, typer.Option(help="Of healing.")] = 3e-4,
+    batch_size: BatchSize[int] = 8,
+    control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
+    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens for the verdict.")] = 16_384,
+    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between.")] = None,
+    dtype: Dtype[str] = "float32",
+    seed: Seed[int] = 0,
+    threads: Threads[int] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    json_path: JsonPath = None,
+    plot_path: PlotPath = None,
+) -> None:
+    """Give a pretrained model fewer query heads, and say what that cost."""
+    from sqa.conversion import report
+    from sqa.conversion.convert import convert as run
+    from sqa.conversion.settings import Settings, prepare
+    from sqa.experiments.plan import Budget
+    from sqa.progress import stop_flag
+
+    if heal is not None and not heal.startswith("tokens="):
+        raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
+    healing = None if heal is None else Budget.parse(heal)
+    settings = Settings(
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        method=method,
+        pooling=pooling,  # type: ignore[arg-type]
+        sequences=sequences,
+        length=length,
+        heal_tokens=0 if healing is None else round(healing.amount),
+        layerwise=layerwise,
+        train=train,  # type: ignore[arg-type]
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        control=control,
+        evaluation_tokens=evaluation_tokens,
+        speed_at=None if speed_at is None else numbers(speed_at, "--speed-at"),
+        dtype=long_dtype(dtype),  # type: ignore[arg-type]
+        seed=seed,
+        threads=threads,
+    )
+    job = prepare(model, out, calibration, settings)
+    console = make_console()
+    console.print(report.planned(job))
+    if dry_run:
+        return
+    with stop_flag() as stop:
+        state = run(job, make_display(), lambda: stop.signal is not None)
+    console.print(report.quality_table(state), report.speed_table(state))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    save_json(json_path, state)
+    if plot_path is not None:
+        report.plot(state, plot_path)

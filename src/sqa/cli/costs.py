@@ -1,0 +1,173 @@
+"""`sqa variants`, `sqa plan`, `sqa scale` and `sqa kernels`: what a shape costs, and which kernel it gets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sqa.cli.display import make_console
+from sqa.cli.options import (
+    BatchSize,
+    Device,
+    DModel,
+    Dtype,
+    JsonPath,
+    Length,
+    Lengths,
+    NumHeads,
+    Preset,
+    VariantName,
+    Variants,
+    at_least_one,
+    long_dtype,
+    names,
+    numbers,
+    save_json,
+)
+from sqa.errors import InputError
+
+app = typer.Typer()
+
+
+@app.command()
+def variants(
+    preset: Preset = "published",
+    n: Length = 1024,
+    all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
+    from rich.table import Column, Table
+
+    from sqa.cost import variant_costs
+    from sqa.variants import PUBLISHED_VARIANTS, VARIANTS
+
+    rows, left_out = variant_costs(preset, at_least_one("--n", n), VARIANTS if all_variants else PUBLISHED_VARIANTS)
+    figures = ("Hq", "Hkv", "head\ndim", "parameters", "train\nGFLOP", "prefill\nGFLOP", "KV bytes\na token",
+               "attention\nsaving")  # fmt: skip
+    headings = (Column(heading, justify="right") for heading in figures)
+    table = Table("variant", *headings, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.title = f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit"
+    for row in rows:
+        table.add_row(
+            VARIANTS[row.variant].label,
+            str(row.num_query_heads),
+            str(row.num_kv_heads),
+            str(row.head_dim),
+            f"{row.parameters:,}",
+            f"{row.train_step_flops / 1e9:,.1f}",
+            f"{row.prefill_flops / 1e9:,.1f}",
+            f"{row.kv_cache_bytes_per_token:,}",
+            f"{row.attention_saving:.2f}x",
+        )
+    console = make_console()
+    console.print(table)
+    for text in left_out:
+        console.print(f"left out: {text}", highlight=False, soft_wrap=True)
+    save_json(json_path, [row.to_dict() for row in rows])
+
+
+@app.command(name="plan")
+def plan_spending(
+    like: Annotated[str, typer.Option(help="The variant whose cost may be spent.")] = "gqa",
+    preset: Preset = "published",
+    budget: Annotated[
+        str, typer.Option(help="equal-flops, equal-parameters or equal-time (measured).")
+    ] = "equal-flops",
+    variants: Variants = None,
+    n: Length = 1024,
+    batch_size: BatchSize[int] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write a plan for sqa compare here for each way.")] = None,
+) -> None:
+    """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
+    from sqa.planning import spend
+
+    proposals = spend.propose(like, preset, budget, names(variants) or spend.SPENDERS, n, batch_size)
+    make_console().print(spend.table(proposals))
+    for path in spend.write_plans(proposals, out) if out else []:
+        print(path)
+
+
+@app.command()
+def scale(
+    preset: Preset = "8b",
+    gpus: Annotated[str, typer.Option(help="Numbers of H100s, with commas between.")] = "8,512",
+    n: Lengths = "4096,32768,131072",
+    variants: Variants = None,
+    json_path: JsonPath = None,
+) -> None:
+    """What training a large model would take on many GPUs, on paper: FLOPs, memory, links, time."""
+    from sqa.planning import scale as paper
+
+    chosen, lengths = names(variants) or paper.SCALE_VARIANTS, numbers(n, "--n")
+    estimates = [
+        [paper.estimate(preset, name, length, count) for length in lengths for name in chosen]
+        for count in numbers(gpus, "--gpus")
+    ]
+    console = make_console()
+    for same in estimates:
+        console.print(paper.steps_table(preset, same))
+    console.print(paper.lengths_table(preset, chosen))
+    console.print(paper.ASSUMPTIONS, style="dim", highlight=False)
+    save_json(
+        json_path,
+        [
+            {**asdict(e), "step_s": e.step_s, "gpu_hours_per_billion": e.gpu_hours_per_billion}
+            for same in estimates
+            for e in same
+        ],
+    )
+
+
+@app.command()
+def kernels(
+    variant: VariantName[str] = "sqa",
+    d_model: DModel = 256,
+    num_heads: NumHeads = 16,
+    n: Length = 1024,
+    dtype: Dtype[str] = "float32",
+    device: Device[str] = "cpu",
+    window: Annotated[int | None, typer.Option(help="Sliding window.")] = None,
+    documents: Annotated[bool, typer.Option("--documents", help="Packed documents.")] = False,
+    padding: Annotated[bool, typer.Option("--padding", help="A padding mask.")] = False,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
+    training: Annotated[bool, typer.Option("--training/--inference")] = True,
+) -> None:
+    """The attention kernels, and which one a shape gets and why."""
+    from sqa.variants import variant as variant_config
+
+    config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
+    dtype = long_dtype(dtype)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, got {device!r}")
+    at_least_one("--n", n)
+    import torch
+    from rich.table import Table
+
+    from sqa.attention.kernels import KERNELS, Case, explain, resolve
+
+    case = Case.of_layer(
+        config,
+        length=n,
+        device=device,
+        dtype=getattr(torch, dtype),
+        documents=documents,
+        padding=padding,
+        grad=training,
+    )
+    table = Table("kernel", "devices", "masks", "backward", "this shape", box=None, padding=(0, 2, 0, 0))
+    for name, verdict in explain(case):
+        row = KERNELS[name]
+        table.add_row(name, row.devices, row.masks, row.backward, verdict)
+    console = make_console()
+    console.print(table)
+    choice = resolve(case)
+    heads = f"{config.num_query_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
+    console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("There is no CUDA device here: this is what the rules say, nothing was tried.", highlight=False)
