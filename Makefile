@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 EXTRAS := all,ray,peers,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-gguf lint bench clean
+.PHONY: help compare test test-gguf asan fuzz lint bench clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -21,6 +21,14 @@ test: lint  ## everything that must pass: formatting, types, the whole test suit
 test-gguf: $(VENV)/.installed-dev  ## llama.cpp itself reads an export: builds llama-cpp-python first, some ten minutes
 	@$(INSTALL) llama-cpp-python==0.3.36
 	@$(BIN)/python -m pytest tests/interop/test_llama_cpp.py
+
+asan: $(VENV)/.installed-dev  ## our own kernel under g++'s address sanitizer, with right and wrong input: a few minutes
+	@$(BIN)/python tests/fuzz/boundary.py --sanitize --minutes 2
+
+MINUTES ?= 20
+SEED ?= 0
+fuzz: $(VENV)/.installed-dev  ## random input for MINUTES minutes, from case number SEED
+	@$(BIN)/python tests/fuzz/boundary.py --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev  ## formatting and types only
 	@$(BIN)/ruff check --quiet

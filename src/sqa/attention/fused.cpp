@@ -250,12 +250,12 @@ void forward(void* const* tensors, const int64_t* s, const Sizes& n, float scale
 // keys and values go, per query head, to `partial` and are summed over the heads that share them at the end. Each
 // number has one writer and one order of summing, so results are the same bits for any number of threads.
 template <class T> struct Backward {
-    const T *grad, *q, *k, *v, *out;
+    const T *q, *k, *v, *grad, *out;
     const float* lse;
     const int32_t *low, *high;
     T *dq, *dk, *dv;
     float* partial;  // 2 (dk, dv), batch, heads, length, head_dim
-    Strides sg, sq, sk, sv;
+    Strides sq, sk, sv, sg;
     Sizes n;
     float scale;
 };
@@ -368,7 +368,7 @@ void backward_of_head(const Backward<T>& a, int64_t b, int64_t h, float* memory)
             from_float(dq[i * D + d] * a.scale, a.dq + ((b * length + i) * heads + h) * D + d);
 }
 
-// tensors: grad, q, k, v, out, lse, low, high, dq, dk, dv, partial
+// tensors: q, k, v, grad, out, lse, low, high, dq, dk, dv, partial
 template <int D, class T>
 void backward(void* const* t, const int64_t* s, const Sizes& n, float scale, int threads) {
     const Backward<T> a{(T*)t[0], (T*)t[1], (T*)t[2], (T*)t[3], (T*)t[4], (float*)t[5], (int32_t*)t[6], (int32_t*)t[7],
@@ -406,30 +406,36 @@ typedef void Function(void* const*, const int64_t*, const Sizes&, float, int);
 constexpr Function *FORWARD[2][4] = {FOR_HEAD_DIMS(forward, float), FOR_HEAD_DIMS(forward, uint16_t)},
                    *BACKWARD[2][4] = {FOR_HEAD_DIMS(backward, float), FOR_HEAD_DIMS(backward, uint16_t)};
 
-int call(Function* const (&functions)[2][4], int is_bfloat16, void* const* tensors, const int64_t* strides,
-         const int64_t* sizes, float scale, int threads) {
+int call(Function* const (&functions)[2][4], int is_bfloat16, void* const* tensors, const int32_t* low,
+         const int32_t* high, const int64_t* strides, const int64_t* sizes, float scale, int threads) {
     const Sizes n{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+    for (int64_t i = 0; i < n.batch * n.length; i++)
+        if (low[i] < 0 || high[i] > n.keys) return 1;
     for (int i = 0; i < 4; i++)
         if (n.head_dim == 16 << i) {
             functions[is_bfloat16][i](tensors, strides, n, scale, threads);
             return 0;
         }
-    return 1;
+    return 2;
 }
 
 }  // namespace
 
+// Both return 0, or 1 for a range of keys outside 0 .. Tk, or 2 for a D they do not have. All else fused.py checks.
+
 // tensors: q (B, T, Hq, D), k, v (B, Tk, Hkv, D), then results, contiguous: out (B, T, Hq, D), log-sum-exp fp32 (B, T,
 // Hq); then low, high int32 (B, T): query i of row b sees keys low[b][i] .. high[b][i] - 1. strides: of q, k and v,
-// whose last axis is contiguous. sizes: B, T, Hq, Hkv, D, Tk. Returns 1 for a D it does not have.
+// whose last axis is contiguous. sizes: B, T, Hq, Hkv, D, Tk.
 extern "C" int sqa_attention_forward(int is_bfloat16, void* const* tensors, const int64_t* strides,
                                      const int64_t* sizes, float scale, int threads) {
-    return call(FORWARD, is_bfloat16, tensors, strides, sizes, scale, threads);
+    return call(FORWARD, is_bfloat16, tensors, (int32_t*)tensors[5], (int32_t*)tensors[6], strides, sizes, scale,
+                threads);
 }
 
-// tensors: grad (B, T, Hq, D), q, k, v, then as the forward wrote or took them out, log-sum-exp, low, high, then
-// results, contiguous: dq, dk, dv; then scratch fp32 (2, B, Hq, T, D). strides: of grad, q, k and v. Tk must be T.
+// tensors: q, k, v, grad (B, T, Hq, D), then as the forward wrote or took them out, log-sum-exp, low, high, then
+// results, contiguous: dq, dk, dv; then scratch fp32 (2, B, Hq, T, D). strides: of q, k, v and grad. Tk must be T.
 extern "C" int sqa_attention_backward(int is_bfloat16, void* const* tensors, const int64_t* strides,
                                       const int64_t* sizes, float scale, int threads) {
-    return call(BACKWARD, is_bfloat16, tensors, strides, sizes, scale, threads);
+    return call(BACKWARD, is_bfloat16, tensors, (int32_t*)tensors[6], (int32_t*)tensors[7], strides, sizes, scale,
+                threads);
 }
