@@ -3,10 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
-EXTRAS := all,ray,peers,dev
+EXTRAS := all,ray,peers,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-gguf asan fuzz lint bench clean
+.PHONY: help compare test test-gguf asan fuzz lint docs bench clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -35,11 +35,15 @@ lint: $(VENV)/.installed-dev  ## formatting and types only
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
 
+docs: $(VENV)/.installed-dev  ## the documentation site in site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "Open site/index.html."
+
 bench: $(VENV)/.installed  ## time whole training steps of the variants side by side
 	@$(BIN)/sqa bench step
 
 clean:  ## delete the environment and every cache; runs/ stays
-	@rm -rf $(VENV) dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt

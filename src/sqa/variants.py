@@ -41,6 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "wide-mha": Variant(label="wide MHA", query=_HALF, kv=_HALF, head_dim_factor=2),
     "wide-gqa": Variant(label="wide GQA", query=_HALF, kv=Fraction(1, 8), kv_free=True, head_dim_factor=2),
 }
+"""The rule of every variant, by its key."""
 
 PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
 """The seven rows of the published experiment, in its order."""

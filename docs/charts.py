@@ -1,0 +1,217 @@
+"""The figures of README.md and the site, as SVG drawn from the committed result files.
+
+Each SVG brings its own paper and ink, light or dark as the reader's system is, so that it can be read on any page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from sqa.experiments.directory import Directory
+from sqa.experiments.results import summary_rows
+from sqa.variants import VARIANTS
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+# of middle lightness, to be told apart on white and on black; the names too, since they are written in these colours
+_COLOURS = {
+    "MHA": "#808488", "GQA": "#e0585b", "MQA": "#d9822b", "SQA": "#3a86d8", "sSQA": "#279f8a", "xSQA": "#a266c8",
+    "xSMQA": "#cf6ba9", "wide GQA": "#b08900",
+}  # fmt: skip
+_IMPLEMENTATIONS = {"sqa": "this package", "hf-llama": "transformers Llama", "x-transformers": "x-transformers"}
+_STYLE = """<style>
+.paper { fill: #fff } text { fill: #24292f; font-family: system-ui, sans-serif }
+.role-axis-grid line { stroke: #e3e6e8 } .role-axis-domain line, .role-axis-tick line { stroke: #8a9096 }
+@media (prefers-color-scheme: dark) {
+.paper { fill: #15181c } text { fill: #e4e7ea }
+.role-axis-grid line { stroke: #30353b } .role-axis-domain line, .role-axis-tick line { stroke: #7d848b }
+}
+</style>"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """An SVG file and what it says to somebody who cannot see it."""
+
+    name: str
+    alt: str
+    svg: str
+
+
+def _draw(chart: Any) -> str:
+    """SVG of an altair chart; a style sheet gives text, grid and paper colours that follow the reader's system."""
+    spec = (
+        chart.configure_view(stroke=None)
+        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
+        .configure_title(fontSize=13, anchor="start", fontWeight="bold", subtitleFontSize=12)
+        .configure_legend(orient="bottom", title=None, labelFontSize=12)
+        .properties(padding=12)
+        .to_dict()
+    )
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2]))
+    opening = re.compile(r"(<svg[^>]*>)(<rect )")  # the rectangle is the paper
+    styled, found = opening.subn(lambda match: f'{match[1]}{_STYLE}{match[2]}class="paper" ', svg, count=1)
+    assert found, "vl-convert draws the paper otherwise than it did"
+    return styled + "\n"
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    _, *rows = (json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    return rows
+
+
+def speed() -> Chart:
+    """Training step against peers, and prefill over the length of the prompt."""
+    steps = [row for row in _read("step-bf16") if row["kind"] == "step" and "seconds" in row]
+    prefill = [row for row in _read("prefill") if "seconds" in row and row["variant"] in ("gqa", "sqa", "xsqa")]
+    bars_data = [
+        {
+            "variant": VARIANTS[row["variant"]].label,
+            "by": _IMPLEMENTATIONS[row["implementation"]],
+            "tokens": row["tokens_per_s"],
+        }
+        for row in steps
+    ]
+    by = list(dict.fromkeys(row["by"] for row in bars_data))
+    base = alt.Chart(alt.Data(values=bars_data)).encode(
+        x=alt.X("tokens:Q", title="tokens a second", axis=alt.Axis(format="~s", tickCount=5)),
+        y=alt.Y("by:N", title=None, sort=by, axis=None),
+    )
+    bars = base.mark_bar().encode(
+        color=alt.Color("by:N", scale=alt.Scale(domain=by, range=["#3a86d8", "#8a9096", "#b08900"][: len(by)]))
+    )
+    text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("tokens:Q", format=",.0f"))
+    step = (
+        alt.layer(bars, text)
+        .properties(width=300, height=26 * len(by))
+        .facet(
+            row=alt.Row(
+                "variant:N", title=None, sort=None,
+                header=alt.Header(labelAngle=0, labelAlign="left", labelFontSize=12),
+            ),
+            title=alt.Title("Training step", subtitle="4 x 1,024 tokens, bf16"),
+        )
+        .properties(spacing=14)
+    )  # fmt: skip
+    lines_data = [
+        {
+            "variant": VARIANTS[row["variant"]].label,
+            "by": _IMPLEMENTATIONS[row["implementation"]],
+            "n": row["n"],
+            "tokens": row["tokens_per_s"],
+        }
+        for row in prefill
+    ]
+    labels = list(dict.fromkeys(row["variant"] for row in lines_data))
+    lengths = sorted({row["n"] for row in lines_data})
+    colour = alt.Color(
+        "variant:N", scale=alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels]), legend=None
+    )
+    base = alt.Chart(alt.Data(values=lines_data)).encode(
+        x=alt.X(
+            "n:Q", title="tokens in the prompt", axis=alt.Axis(values=lengths, format=",d"),
+            scale=alt.Scale(type="log", domain=[lengths[0], 1.5 * lengths[-1]], nice=False),
+        ),
+        y=alt.Y(
+            "tokens:Q", title="tokens a second",
+            axis=alt.Axis(format="~s", values=[5000, 10_000, 20_000, 50_000]), scale=alt.Scale(type="log", nice=False),
+        ),
+    )  # fmt: skip
+    several = len({row["by"] for row in lines_data}) > 1
+    dash = {"strokeDash": alt.StrokeDash("by:N", sort=by)} if several else {}
+    lines = base.mark_line(point=True, strokeWidth=2).encode(color=colour, **dash)
+    names = (
+        base.transform_filter(f"datum.n == {lengths[-1]} && datum.by == '{by[0]}'")
+        .mark_text(align="left", dx=8, fontSize=12, fontWeight="bold")
+        .encode(text="variant:N", color=colour)
+    )
+    reading = alt.layer(lines, names).properties(
+        width=300, height=250, title=alt.Title("Reading a prompt", subtitle="one sequence, bf16")
+    )
+    ours = {row["variant"]: row["tokens_per_s"] for row in steps if row["implementation"] == "sqa"}
+    peer = {row["variant"]: row["tokens_per_s"] for row in steps if row["implementation"] == "hf-llama"}
+    longest = {row["variant"]: row["ratio"] for row in prefill if row["n"] == lengths[-1]}
+    words = "; ".join(
+        f"{VARIANTS[name].label} {value:,.0f} tokens a second here and {peer[name]:,.0f} with transformers"
+        for name, value in ours.items()
+        if name in peer
+    )
+    return Chart(
+        name="speed",
+        alt=f"Two charts. Training step: {words}. Reading a prompt of {lengths[-1]:,} tokens: SQA is "
+        f"{longest['sqa']:.2f} times as fast as GQA, xSQA {longest['xsqa']:.2f} times.",
+        svg=_draw(alt.hconcat(step, reading, spacing=40).resolve_scale(color="independent")),
+    )
+
+
+def losses(name: str, directories: Sequence[str], variants: Sequence[str]) -> Chart:
+    """Loss against GQA with its interval, beside the step's speed, for each variant of committed comparisons."""
+    data, words = [], []
+    for directory in directories:
+        held = Directory(RESULTS / directory)
+        plan = held.record()["plan"]
+        budget = plan["budget"].removeprefix("tokens=")
+        for row in summary_rows(held.rows(), plan["context"]):
+            difference = row["difference"]
+            if row["variant"] not in variants or difference is None or difference.half_width is None:
+                continue
+            low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
+            speed = "" if row["speed_vs_gqa"] is None else f", step {row['speed_vs_gqa']:.2f}x as fast"
+            data.append({
+                "variant": row["label"], "budget": f"{budget} tokens", "low": low, "high": high,
+                "mean": difference.mean, "text": row["label"] + speed,
+            })  # fmt: skip
+            words.append(f"{row['label']} {difference.mean:+.4f} ± {difference.half_width:.4f}{speed}")
+    labels = list(dict.fromkeys(row["variant"] for row in data))
+    base = alt.Chart(alt.Data(values=data)).encode(
+        y=alt.Y(
+            "text:N", title=None, sort=None, axis=alt.Axis(labelLimit=300, minExtent=190, domain=False, ticks=False)
+        )
+    )
+    scale = alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels])
+    colour = alt.Color("variant:N", scale=scale, legend=None)
+    rule = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(x="x:Q")
+    bars = base.mark_rule(strokeWidth=3).encode(
+        x=alt.X(
+            "low:Q", title="validation loss minus GQA's, nats a token (left is better)",
+            axis=alt.Axis(format="+.2f", tickCount=5),
+        ),
+        x2="high:Q", color=colour,
+    )  # fmt: skip
+    dots = base.mark_point(filled=True, size=110, opacity=1).encode(x="mean:Q", color=colour)
+    rows = alt.layer(bars, dots, rule).properties(width=420, height=34 * len(labels))
+    return Chart(
+        name=name,
+        alt=f"Validation loss minus GQA's with 95 % intervals: {'; '.join(words)}.",
+        svg=_draw(rows),
+    )
+
+
+CHARTS: dict[str, Callable[[], Chart]] = {
+    "speed": speed,
+    "verdict": lambda: losses("verdict", ["articles"], ["sqa", "ssqa", "wide-gqa", "xsqa"]),
+}
+
+
+def speed_words() -> str:
+    """How the speed chart was measured, from the headers of its files."""
+    headers = [
+        json.loads((RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        for name in ("step-bf16", "prefill")
+    ]
+    machine, versions = headers[0]["machine"], headers[0]["versions"]
+    processor = machine["processor"].split(" avx")[0]
+    rounds = " and ".join(str(header["settings"]["rounds"]) for header in headers)
+    return (
+        f"Published shape (256 wide, 8 layers, 16 heads), bf16, compiled, {machine['threads']} threads of an "
+        f"{processor}, PyTorch {versions['torch']}, transformers {versions['transformers']}: "
+        f"medians of {rounds} rounds."
+    )

@@ -1,0 +1,164 @@
+"""The tables of docs/variants.md: what each variant costs by arithmetic, what was measured, and what it may lose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqa.cost import kv_cache_bytes, prefill_flops
+from sqa.experiments.directory import Directory
+from sqa.experiments.results import summary_rows
+from sqa.variants import VARIANTS, preset
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ENCODER = "larger"  # as wide and deep as BERT base
+DECODER = "8b"
+LENGTHS = (512, 2048, 8192, 32_768)
+FOR_ENCODERS = ("mha", "gqa", "sqa", "ssqa", "xsqa")
+SHOWN = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "wide-gqa")
+
+
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; all columns but the first are aligned to the right."""
+    rows = ["| " + " | ".join(line) + " |" for line in (headings, *lines)]
+    return "\n".join([rows[0], "|---" + "|---:" * (len(headings) - 1) + "|", *rows[1:]])
+
+
+def measured(name: str, *, kind: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """The timed rows of a committed benchmark of this package's models, by variant and length."""
+    _, *rows = (json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    return {
+        (row["variant"], row["n"]): row
+        for row in rows
+        if row["kind"] == kind and row["implementation"] == "sqa" and "seconds" in row
+    }
+
+
+def saving(shape: str, variant: str, n: int, *, against: str, causal: bool) -> float:
+    """FLOPs of a forward pass (logits of the last position only) with `against`, over those with `variant`."""
+    whole, part = (prefill_flops(preset(shape, name, causal=causal), n) for name in (against, variant))
+    return whole / part
+
+
+def on_paper(shape: str, variants: Sequence[str], *, against: str, causal: bool) -> str:
+    """Forward FLOPs saved at several lengths."""
+    lines = []
+    for name in variants:
+        layer = preset(shape, name).layers[0]
+        wide = f" x{layer.head_dim}" if VARIANTS[name].head_dim_factor > 1 else ""
+        cells = (f"{saving(shape, name, n, against=against, causal=causal):.2f}x" for n in LENGTHS)
+        lines.append((VARIANTS[name].label, f"{layer.num_query_heads} / {layer.num_kv_heads}{wide}", *cells))
+    return markdown(("variant", "query / KV heads", *(f"{n:,} tokens" for n in LENGTHS)), lines)
+
+
+def caches() -> str:
+    """KV cache of one sequence of the decoder at the longest length."""
+    n = LENGTHS[-1]
+    size = {name: kv_cache_bytes(preset(DECODER, name), n) / 2**30 for name in SHOWN}
+    return markdown(
+        ("variant", f"KV cache of {n:,} tokens, GiB", "vs GQA"),
+        ((VARIANTS[name].label, f"{size[name]:.2f}", f"{size[name] / size['gqa']:.2f}x") for name in SHOWN),
+    )
+
+
+def ratios(*benches: tuple[str, str, str]) -> str:
+    """Measured speed against GQA; each bench is (file, kind, words for it)."""
+    columns = []
+    for name, kind, words in benches:
+        rows = measured(name, kind=kind)
+        for n in sorted({n for _, n in rows}):
+            columns.append((f"{words}, {n:,} tokens", {v: row["ratio"] for (v, m), row in rows.items() if m == n}))
+    names = [name for name in SHOWN if any(name in column for _, column in columns)]
+    cells = ((VARIANTS[name].label, *(f"{c[name]:.2f}x" if name in c else "" for _, c in columns)) for name in names)
+    return markdown(("variant", *(title for title, _ in columns)), cells)
+
+
+def lost(*directories: str) -> str:
+    """Validation loss against GQA in committed comparisons; only what has an interval."""
+    columns = []
+    for name in directories:
+        held = Directory(RESULTS / name)
+        plan = held.record()["plan"]
+        found = {}
+        for row in summary_rows(held.rows(), plan["context"]):
+            difference = row["difference"]
+            if difference is not None and difference.half_width is not None:
+                mark = "" if difference.established else " ?"
+                found[row["variant"]] = f"{difference.mean:+.3f} ± {difference.half_width:.3f}{mark}"
+        budget = plan["budget"].removeprefix("tokens=")
+        columns.append((f"{plan['shape']} shape, {budget} tokens", found))
+    names = [name for name in SHOWN if any(name in column for _, column in columns)]
+    lines = ((VARIANTS[name].label, *(column.get(name, "") for _, column in columns)) for name in names)
+    return markdown(("variant", *(title for title, _ in columns)), lines)
+
+
+def choices() -> str:
+    """What to take, with the figures that say why."""
+    prefill, decode = measured("prefill", kind="prefill"), measured("decode", kind="decode")
+    long, far = max(n for _, n in prefill), max(n for _, n in decode)
+
+    def less(shape: str, name: str, n: int) -> str:
+        encoder = shape == ENCODER
+        return f"{1 - 1 / saving(shape, name, n, against='mha' if encoder else 'gqa', causal=not encoder):.0%}"
+
+    def part(name: str, shape: str) -> str:
+        layer = preset(shape, name).layers[0]
+        return f"{layer.num_query_heads} / {layer.num_kv_heads} of {layer.num_heads} heads"
+
+    lines = [
+        (
+            "an encoder of 2,000 tokens and more (embeddings, retrieval, classification)",
+            f"`ssqa` ({part('ssqa', ENCODER)})",
+            f"a forward pass of 8,192 tokens takes {less(ENCODER, 'ssqa', 8192)} fewer FLOPs than MHA's. An encoder "
+            f"keeps no cache, so it may have the KV heads that `sqa` ({less(ENCODER, 'sqa', 8192)}) leaves out. "
+            f"`xsqa`: {less(ENCODER, 'xsqa', 8192)}",
+        ),
+        (
+            "an encoder of 512 tokens",
+            "what you have",
+            f"`ssqa` takes {less(ENCODER, 'ssqa', 512)} fewer FLOPs than MHA, nearly all of them in smaller "
+            "projections",
+        ),
+        (
+            "a decoder for long prompts with short answers (RAG, code, agents)",
+            f"`sqa` ({part('sqa', DECODER)})",
+            f"it has GQA's cache. The small model measured here reads {long:,} tokens "
+            f"{prefill['sqa', long]['ratio']:.2f}x as fast as GQA; one of 8 B takes {less(DECODER, 'sqa', 32_768)} "
+            "fewer FLOPs for 32,768",
+        ),
+        (
+            "the same, and your own comparison shows that it loses little",
+            f"`xsqa` ({part('xsqa', DECODER)})",
+            f"{prefill['xsqa', long]['ratio']:.2f}x as fast as GQA at {long:,} tokens here, and "
+            f"{less(DECODER, 'xsqa', 32_768)} fewer FLOPs at 8 B, with GQA's cache",
+        ),
+        (
+            "a decoder that mostly writes",
+            "`gqa`, `mqa` or a window",
+            f"each new token reads the whole cache: after {far:,} tokens `sqa` decodes "
+            f"{decode['sqa', far]['ratio']:.2f}x as fast as GQA here, `mqa` {decode['mqa', far]['ratio']:.2f}x",
+        ),
+        (
+            "any of these, and doubts whether the number of heads matters",
+            "`wide-gqa` beside it",
+            "half the heads, twice as wide: GQA's parameters and FLOPs. It tells fewer heads from a smaller model",
+        ),
+    ]
+    return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
+
+
+def verdict(directory: str) -> str:
+    """One sentence: what SQA lost against GQA in a committed comparison, and what it gained."""
+    held = Directory(RESULTS / directory)
+    plan = held.record()["plan"]
+    (row,) = (row for row in summary_rows(held.rows(), plan["context"]) if row["variant"] == "sqa")
+    difference = row["difference"]
+    size = f"{row['parameters'] / 1e6:.0f} M parameters, {plan['budget'].removeprefix('tokens=')} tokens a run"
+    known = "an established difference" if difference.established else "no established difference"
+    return (
+        f"**Verdict so far** ({size}, {difference.runs} seeds, a context of {plan['context']:,}): SQA's steps are "
+        f"{row['speed_vs_gqa']:.2f} times as fast as GQA's, and its loss is {difference.mean:+.3f} ± "
+        f"{difference.half_width:.3f} nats from GQA's: {known}."
+    )
