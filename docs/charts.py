@@ -15,8 +15,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from sqa.experiments.directory import Directory
-from sqa.experiments.results import summary_rows
+from sqa.experiments.report import read_experiment
 from sqa.variants import VARIANTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -156,20 +155,17 @@ def losses(name: str, directories: Sequence[str], variants: Sequence[str]) -> Ch
     """Loss against GQA with its interval, beside the step's speed, for each variant of committed comparisons."""
     data, words = [], []
     for directory in directories:
-        held = Directory(RESULTS / directory)
-        plan = held.record()["plan"]
-        budget = plan["budget"].removeprefix("tokens=")
-        for row in summary_rows(held.rows(), plan["context"]):
-            difference = row["difference"]
-            if row["variant"] not in variants or difference is None or difference.half_width is None:
+        for line in read_experiment([RESULTS / directory]).summaries():
+            difference = line.difference
+            if line.variant not in variants or difference is None or difference.half_width is None:
                 continue
             low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-            speed = "" if row["speed_vs_gqa"] is None else f", step {row['speed_vs_gqa']:.2f}x as fast"
+            speed = "" if line.speed_vs_gqa is None else f", step {line.speed_vs_gqa:.2f}x as fast"
             data.append({
-                "variant": row["label"], "budget": f"{budget} tokens", "low": low, "high": high,
-                "mean": difference.mean, "text": row["label"] + speed,
+                "variant": line.label, "budget": f"{line.budget.removeprefix('tokens=')} tokens",
+                "low": low, "high": high, "mean": difference.mean, "text": line.label + speed,
             })  # fmt: skip
-            words.append(f"{row['label']} {difference.mean:+.4f} ± {difference.half_width:.4f}{speed}")
+            words.append(f"{line.label} {difference.mean:+.4f} ± {difference.half_width:.4f}{speed}")
     labels = list(dict.fromkeys(row["variant"] for row in data))
     base = alt.Chart(alt.Data(values=data)).encode(
         y=alt.Y(

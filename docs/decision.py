@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqa.cost import kv_cache_bytes, prefill_flops
-from sqa.experiments.directory import Directory
-from sqa.experiments.results import summary_rows
+from sqa.experiments.report import read_experiment
 from sqa.variants import VARIANTS, preset
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -79,16 +78,16 @@ def lost(*directories: str) -> str:
     """Validation loss against GQA in committed comparisons; only what has an interval."""
     columns = []
     for name in directories:
-        held = Directory(RESULTS / name)
-        plan = held.record()["plan"]
+        experiment = read_experiment([RESULTS / name])
+        plan = experiment.plan
         found = {}
-        for row in summary_rows(held.rows(), plan["context"]):
-            difference = row["difference"]
+        for line in experiment.summaries():
+            difference = line.difference
             if difference is not None and difference.half_width is not None:
                 mark = "" if difference.established else " ?"
-                found[row["variant"]] = f"{difference.mean:+.3f} ± {difference.half_width:.3f}{mark}"
-        budget = plan["budget"].removeprefix("tokens=")
-        columns.append((f"{plan['shape']} shape, {budget} tokens", found))
+                found[line.variant] = f"{difference.mean:+.3f} ± {difference.half_width:.3f}{mark}"
+        budget = plan.budget.removeprefix("tokens=")
+        columns.append((f"{plan.shape} shape, {budget} tokens", found))
     names = [name for name in SHOWN if any(name in column for _, column in columns)]
     lines = ((VARIANTS[name].label, *(column.get(name, "") for _, column in columns)) for name in names)
     return markdown(("variant", *(title for title, _ in columns)), lines)
@@ -151,14 +150,14 @@ def choices() -> str:
 
 def verdict(directory: str) -> str:
     """One sentence: what SQA lost against GQA in a committed comparison, and what it gained."""
-    held = Directory(RESULTS / directory)
-    plan = held.record()["plan"]
-    (row,) = (row for row in summary_rows(held.rows(), plan["context"]) if row["variant"] == "sqa")
-    difference = row["difference"]
-    size = f"{row['parameters'] / 1e6:.0f} M parameters, {plan['budget'].removeprefix('tokens=')} tokens a run"
+    experiment = read_experiment([RESULTS / directory])
+    plan = experiment.plan
+    (line,) = (line for line in experiment.summaries() if line.variant == "sqa")
+    difference = line.difference
+    size = f"{line.parameters / 1e6:.0f} M parameters, {plan.budget.removeprefix('tokens=')} tokens a run"
     known = "an established difference" if difference.established else "no established difference"
     return (
-        f"**Verdict so far** ({size}, {difference.runs} seeds, a context of {plan['context']:,}): SQA's steps are "
-        f"{row['speed_vs_gqa']:.2f} times as fast as GQA's, and its loss is {difference.mean:+.3f} ± "
+        f"**Verdict so far** ({size}, {difference.runs} seeds, a context of {plan.context:,}): SQA's steps are "
+        f"{line.speed_vs_gqa:.2f} times as fast as GQA's, and its loss is {difference.mean:+.3f} ± "
         f"{difference.half_width:.3f} nats from GQA's: {known}."
     )

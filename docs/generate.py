@@ -24,7 +24,7 @@ from sqa.conversion.importance import METHODS
 from sqa.conversion.report import quality_table, speed_table
 from sqa.cost import attention_flops, train_step_flops
 from sqa.experiments.directory import Directory
-from sqa.experiments.results import table as results_table
+from sqa.experiments.summary import Experiment, results_table
 from sqa.planning import scale
 from sqa.variants import VARIANTS, preset
 
@@ -43,15 +43,12 @@ def text_of(renderable: RenderableType) -> str:
 
 def comparison(name: str) -> str:
     """The table of a committed comparison and where it ran."""
-    directory = Directory(RESULTS / name)
-    record = directory.record()
-    machine = record["machine"]
-    where = (
-        f"{machine['processor']}, threads: {machine['threads']}; torch {record['versions']['torch']}; {record['git']}"
-    )
-    plan = record["plan"]
-    title = f"{plan['name']}: {plan['budget']} a run, context {plan['context']}"
-    return f"{text_of(results_table(directory.rows(), plan['context'], title=title))}\n\n{where}"
+    comparison = Directory(RESULTS / name).read()
+    record, plan = comparison.record, comparison.plan
+    machine = f"{record.machine['processor']}, threads: {record.machine['threads']}"
+    title = f"{plan.name}: {plan.budget} a run, context {plan.context}"
+    table = text_of(results_table(Experiment.join([comparison]), title=title))
+    return f"{table}\n\n{machine}; torch {record.versions['torch']}; {record.git}"
 
 
 def benchmark(name: str) -> str:

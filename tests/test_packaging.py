@@ -20,6 +20,8 @@ PACKAGE = ROOT / "src" / "sqa"
 
 LAYERS = (
     "errors",
+    "records",
+    "tables",
     "files",
     "progress",
     "config",

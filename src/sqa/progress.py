@@ -38,6 +38,21 @@ class Display(Protocol):
         """A display for another phase at the same time, in the same view."""
 
 
+class Silent:
+    """A display that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def start(self, label: str, steps: int) -> None: ...
+
+    def step(self, report: StepReport | None) -> None: ...
+
+    def finish(self, text: str) -> None: ...
+
+    def beside(self) -> Silent:
+        return self
+
+
 class NonFiniteLoss(RuntimeError):
     """The loss became nan or infinite; the run stops here, others may go on."""
 

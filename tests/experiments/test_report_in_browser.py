@@ -139,7 +139,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the report of eight variants and three seeds."""
-    return write_report(make_directory(tmp_path_factory.mktemp("report") / "made-up"))[0]
+    return write_report([make_directory(tmp_path_factory.mktemp("report") / "made-up")])[0]
 
 
 def test_page_draws_everything_and_asks_nobody(browser: Browser, page: Path) -> None:

@@ -15,6 +15,7 @@ from sqa.cost import parameters
 from sqa.experiments.figures import CURVE_POINTS, curve
 from sqa.experiments.plan import Plan
 from sqa.experiments.report import pareto_front, write_report
+from sqa.progress import StepReport
 from sqa.variants import DEFAULT_VARIANTS, VARIANTS
 
 LOSSES = {"mha": 2.40, "gqa": 2.42, "mqa": 2.46, "sqa": 2.43, "ssqa": 2.425, "xsqa": 2.47, "xsmqa": 2.50}
@@ -31,7 +32,8 @@ FIGURES = [
 
 def make_directory(folder: Path, *, seeds: int = 3, steps: int = 700, **fields: Any) -> Path:
     """What `sqa compare` leaves, made up: sqa differs from gqa steadily, ssqa by less than seeds do."""
-    plan = Plan(name="made-up", seeds=tuple(range(seeds)), **{"shape": "published", "context": 1024, **fields})
+    given = {"shape": "published", "context": 1024, "budget": f"steps={steps}", **fields}
+    plan = Plan(name="made-up", seeds=tuple(range(seeds)), **given)
     variants, timed = plan.variants, plan.timing_rounds > 0
     step_s = {name: {q: SECONDS.get(name, 0.6) for q in ("p20", "median", "p80")} for name in variants if timed}
     record = {
@@ -42,7 +44,15 @@ def make_directory(folder: Path, *, seeds: int = 3, steps: int = 700, **fields: 
         "machine": {"system": "Linux", "processor": "made </script> & up", "cores": 2, "threads": 2},
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "git": None,
-        "data": {"name": "builtin", "fingerprint": "f00dfeed" * 4, "train_tokens": 2_846_311},
+        "data": {
+            "name": "builtin",
+            "fingerprint": "f00dfeed" * 4,
+            "train_documents": 10,
+            "train_tokens": 2_846_311,
+            "validation_documents": 2,
+            "validation_tokens": 1000,
+            "unigram_entropy": 6.5,
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(record))
@@ -76,12 +86,18 @@ def make_directory(folder: Path, *, seeds: int = 3, steps: int = 700, **fields: 
                     "step_s": step_s.get(name),
                     "val": {
                         "loss": loss,
+                        "perplexity": math.exp(loss),
+                        "bits_per_byte": loss / 3,
+                        "tokens": 1000,
                         "accuracy": 0.5 - loss / 100,
                         "loss_all_positions": loss / 2,
                         "accuracy_all_positions": 0.77,
                     },
+                    "kernel": "blocks",
                     "device": "cpu",
                     "dtype": "float32",
+                    "versions": record["versions"],
+                    "git": None,
                     "data_fingerprint": "f00dfeed" * 4,
                 }
             )
@@ -96,7 +112,7 @@ def text_of(html: str) -> str:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The full report: eight variants, three seeds."""
-    return write_report(make_directory(tmp_path_factory.mktemp("runs") / "full"))
+    return write_report([make_directory(tmp_path_factory.mktemp("runs") / "full")])
 
 
 def test_one_page_and_two_files_a_figure(written: list[Path]) -> None:
@@ -143,7 +159,7 @@ def test_the_words_say_what_is_established_and_what_is_not(written: list[Path]) 
 def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None:
     folder = make_directory(tmp_path / "r", seeds=1, steps=30, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     out = tmp_path / "elsewhere" / "r"
-    paths = write_report(folder, out)
+    paths = write_report([folder], out)
     assert {path.stem for path in paths[1:]} == {"loss-over-tokens", "loss-over-seconds", "parameters", "kv-cache"}
     assert {path.parent for path in paths} == {out}
     text = text_of(paths[0].read_text())
@@ -155,7 +171,7 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
 
 def test_curves_are_the_mean_of_the_seeds_smoothed_and_thinned() -> None:
     runs = [
-        [{"tokens": 10 * i, "seconds": i * speed, "loss": base} for i in range(5000)]
+        [StepReport(step=i + 1, tokens=10 * i, seconds=i * speed, loss=base) for i in range(5000)]
         for base, speed in ((2.0, 1.0), (4.0, 3.0))
     ]
     points = curve("SQA", runs)
@@ -163,8 +179,9 @@ def test_curves_are_the_mean_of_the_seeds_smoothed_and_thinned() -> None:
     assert {point["loss"] for point in points} == {3.0}
     assert (points[0]["step"], points[-1]["step"]) == (501, 5000)
     assert points[-1]["seconds"] == pytest.approx(2 * 4999)
+    assert curve("SQA", runs, 0.25)[-1]["seconds"] == 0.25 * 5000
     # a loss that falls by 1 a step is left where it is by an average over both sides
-    falling = curve("SQA", [[{"tokens": i, "seconds": i, "loss": float(-i)} for i in range(1000)]])
+    falling = curve("SQA", [[StepReport(step=i + 1, tokens=i, seconds=i, loss=float(-i)) for i in range(1000)]])
     assert falling[100]["loss"] == pytest.approx(-falling[100]["tokens"])
     assert len(curve("SQA", [runs[0][:1]])) == 1
 
@@ -176,15 +193,15 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no comparison"):
-        write_report(tmp_path)
+        write_report([tmp_path])
     folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
     results = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(results.replace("f00dfeed", "00000000", 1))
     with pytest.raises(ValueError, match="rows come from different data"):
-        write_report(folder)
+        write_report([folder])
     (folder / "results.jsonl").unlink()
     with pytest.raises(ValueError, match=r"no run of .* has finished yet"):
-        write_report(folder)
+        write_report([folder])
     assert not (folder / "report").exists()
 
 
@@ -192,7 +209,7 @@ def test_without_altair_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(ImportError, match=r"\.\[report\]"):
-        write_report(folder)
+        write_report([folder])
 
 
 # --- in a browser

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sqa.experiments.compare import compare, make_recipe
+from sqa.experiments.compare import compare
 from sqa.experiments.plan import Plan
+from sqa.experiments.run import make_recipe
 from sqa.experiments.tracking import TensorBoard
 from sqa.progress import StepReport
 from sqa.training.loop import learning_rate
@@ -75,7 +76,7 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
     out = tmp_path / "out"
     with pytest.raises(Killed):
         compare(plan, out, Watcher(out, kill_after=5), tracker=TensorBoard)
-    (row,) = compare(plan, out, Watcher(out), resume=True, tracker=TensorBoard)
+    (result,) = compare(plan, out, Watcher(out), resume=True, tracker=TensorBoard).results
     assert len(list((out / "tensorboard" / "sqa-3").iterdir())) == 2
     lines = curve(out)
     recipe = make_recipe(plan, "sqa", STEPS)
@@ -88,7 +89,7 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
         "loss": [(line["step"], line["loss"]) for line in lines],
         "learning_rate": rates,
         "tokens_per_s": speeds,
-        "validation_loss": [(STEPS, row["val"]["loss"])],
+        "validation_loss": [(STEPS, result.val.loss)],
     }
     for tag, points in wanted.items():
         found = events(out, tag)

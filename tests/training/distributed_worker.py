@@ -12,8 +12,10 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from sqa.experiments.compare import compare, make_learner, make_recipe, open_resumed
+from sqa.experiments.compare import compare
+from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
+from sqa.experiments.run import make_learner, make_recipe
 from sqa.progress import Interrupted, StepReport
 from sqa.training.loop import make_accelerator
 
@@ -47,7 +49,7 @@ def main() -> None:
     rank = os.environ["RANK"]
     for job in json.loads(Path(sys.argv[1]).read_text()):
         out = Path(job["out"])
-        plan = open_resumed(out, {}) if job.get("resume") else Plan.from_dict(job["plan"])
+        plan = Directory(out).resumed({}) if job.get("resume") else Plan.from_dict(job["plan"])
         signal = job.get("signal") if rank == "1" else None
         display = SignalAt(signal["number"] if signal else 0, signal["step"] if signal else 0)
         try:

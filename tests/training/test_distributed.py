@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from sqa import Transformer
 from sqa.cli import app
 from sqa.data.batches import Batch
-from sqa.experiments.compare import compare, open_resumed
+from sqa.experiments.compare import compare
+from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
 from sqa.interop import load_model
 from sqa.progress import Interrupted
@@ -192,7 +193,7 @@ def test_one_process_to_two_and_back_to_one(
     assert done.exit_code == 0, done.output
     assert f"unfinished: the model after step {STOPPED_TOGETHER}" in done.output
     exported = load_model(tmp_path / "half")
-    compare(open_resumed(folder / "grown", {}), folder / "grown", SignalAt(0, 0), resume=True)
+    compare(Directory(folder / "grown").resumed({}), folder / "grown", SignalAt(0, 0), resume=True)
     off = (losses(folder / "grown") - losses(folder / "full-one")).abs().max()
     assert off <= 4 * noise["full"]
     assert validation(folder / "grown")["loss"] == pytest.approx(
@@ -214,7 +215,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(
     assert not (folder / "killed" / "results.jsonl").exists()
     steps = [int(path.name[5:]) for path in (folder / "killed" / "sqa-0" / "checkpoints").glob("step-*")]
     assert KILLED - 3 <= max(steps) < KILLED  # the one before may still have been on its way to the disk
-    compare(open_resumed(folder / "killed", {}), folder / "killed", SignalAt(0, 0), resume=True)
+    compare(Directory(folder / "killed").resumed({}), folder / "killed", SignalAt(0, 0), resume=True)
     curve, parts, one = (losses(folder / out) for out in ("killed", "ddp-parts", "ddp-one"))
     assert torch.equal(curve[: max(steps)], parts[: max(steps)])
     assert (curve - one).abs().max() <= 4 * noise["ddp"]

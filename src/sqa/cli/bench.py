@@ -179,26 +179,26 @@ def bench_all(
         import tempfile
 
         from sqa.cli.display import make_display
-        from sqa.experiments import compare as comparison
+        from sqa.experiments.compare import compare
         from sqa.experiments.plan import Plan
 
         plan = Plan.read("demo").replace(
             variants=("gqa", "sqa"), budget=f"time={max(1, round(seconds / 3))}s", device=device, dtype="bfloat16"
         )
         with tempfile.TemporaryDirectory() as folder:
-            rows = comparison.compare(plan, Path(folder) / "compare", make_display())
+            results = compare(plan, Path(folder) / "compare", make_display()).results
         return [
             {
                 "kind": "compare",
-                "variant": row["variant"],
-                "kernel": row["kernel"],
+                "variant": result.variant,
+                "kernel": result.kernel,
                 "dtype": plan.dtype,
-                "loss": row["val"]["loss"],
-                "steps": row["steps"],
-                "tokens": row["tokens"],
-                "seconds": row["step_s"],
+                "loss": result.val.loss,
+                "steps": result.steps,
+                "tokens": result.tokens,
+                "seconds": result.step_s and result.step_s.to_dict(),
             }
-            for row in rows
+            for result in results
         ]
 
     _show(run_all(device=device, budget=seconds(budget) or 0.0, size=size, compare=trained), json_path, plot_path)

@@ -23,7 +23,7 @@ from sqa.cli.options import (
     names,
     save_json,
 )
-from sqa.errors import InputError
+from sqa.errors import InputError, MissingExtraError
 
 app = typer.Typer()
 
@@ -132,26 +132,23 @@ def _compare(
         raise InputError(f"--track must be tensorboard, got {track!r}")
     if launcher not in ("local", "ray"):
         raise InputError(f"--launcher must be local or ray, got {launcher!r}")
-    if track is not None and launcher == "ray":
-        raise InputError("--track follows runs in this process only; leave it out with --launcher ray")
     if resume is None:
         plan = Plan.read(source or "demo", changes)
         out = out or Path("runs") / plan.name
     else:
-        # torch comes with the next import, after what the plan alone can get wrong
-        from sqa.experiments.compare import open_resumed
-
         if source is not None:
             raise InputError(f"--resume goes on with the plan in its directory; leave out {source!r}")
         if out not in (None, resume):
             raise InputError(f"--resume names the directory already, got --out {out} as well")
-        out, plan = resume, open_resumed(resume, changes)
+        from sqa.experiments.directory import Directory  # and with it torch, after what the plan alone can get wrong
+
+        out, plan = resume, Directory(resume).resumed(changes)
     cells = None if only is None else plan.find_cells(names(only))
     import torch
 
-    from sqa.experiments import compare as comparison
-    from sqa.experiments.directory import Directory
-    from sqa.experiments.results import NOTES, NOTES_SEEDS, summary_rows, table
+    from sqa.experiments.compare import compare as run
+    from sqa.experiments.launch import LOCAL, RAY
+    from sqa.experiments.summary import Experiment, comparison_text
     from sqa.progress import Interrupted
 
     tracker = None
@@ -161,14 +158,14 @@ def _compare(
         tracker = TensorBoard
     console = make_console()
     try:
-        rows = comparison.compare(
+        comparison = run(
             plan,
             out,
             make_display(),
             resume=resume is not None,
             data_source=changes.get("data"),
             only=cells,
-            launcher="ray" if launcher == "ray" else "local",
+            launcher=RAY if launcher == "ray" else LOCAL,
             tracker=tracker,
         )
     except Interrupted as error:
@@ -178,34 +175,19 @@ def _compare(
         torch.distributed.destroy_process_group()
     if not is_main():
         return
-    directory = Directory(out)
-    record, missing = directory.record(), directory.missing(plan.cells)
     console.print()
-    console.print(table(rows, plan.context, title=f"{plan.name}: {plan.budget} a run, context {plan.context}"))
-    console.print(NOTES + ("\n" + NOTES_SEEDS if len(plan.seeds) > 1 else ""), style="dim", highlight=False)
-    console.print(
-        f"A model that knows only how often each token occurs has {record['data']['unigram_entropy']:.4f}.\n"
-        f"Rows: {out / 'results.jsonl'}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if missing:
-        console.print(f"Missing: {', '.join(f'{name}:{seed}' for name, seed in missing)}", highlight=False)
-    else:
+    console.print(comparison_text(comparison), highlight=False)
+    console.print(f"Rows: {out / 'results.jsonl'}", highlight=False, soft_wrap=True)
+    if not comparison.missing:
         try:
             from sqa.experiments.report import write_report
 
-            console.print(f"Report: {write_report(out)[0]}", highlight=False, soft_wrap=True)
-        except ImportError as error:  # a finished comparison does not fail for want of a plotting library
+            console.print(f"Report: {write_report([out])[0]}", highlight=False, soft_wrap=True)
+        except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
             console.print(f"No report: {error}", highlight=False, soft_wrap=True)
-    if json_path is not None:
-        from dataclasses import asdict, is_dataclass
-
-        summary = [
-            {key: asdict(value) if is_dataclass(value) else value for key, value in row.items()}  # type: ignore[arg-type]
-            for row in summary_rows(rows, plan.context)
-        ]
-        save_json(json_path, summary)
+    save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
+    if plan.name == "demo":
+        console.print("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
 
 
 @app.command()
@@ -247,11 +229,22 @@ def train(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A comparison, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; default DIRECTORY/report.")] = None,
+    directories: Annotated[
+        list[Path], typer.Argument(help="A comparison, finished or not; several are horizons of one experiment.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default report/ in the last one.")] = None,
+    step_times: Annotated[
+        Path | None, typer.Option(help="A comparison whose timing phase gives the times of all steps.")
+    ] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Write the report of a comparison: one HTML file, and PNG and SVG of each figure."""
-    from sqa.experiments.report import write_report
+    from sqa.experiments.report import read_experiment, write_report
+    from sqa.experiments.summary import results_table
 
-    for path in write_report(directory, out):
+    experiment = read_experiment(directories, step_times)
+    if len(directories) > 1:
+        make_console().print(results_table(experiment), highlight=False)
+    for path in write_report(directories, out, step_times=step_times):
         print(path)
+    save_json(json_path, [line.to_dict() for line in experiment.summaries()])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,14 @@ from typing import Any
 
 from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
-from sqa.experiments.results import Row, append_result, read_results
+from sqa.experiments.results import Comparison, Record, RunResult, append_result, read_results
 from sqa.files import LOCK, locked, write_json
+from sqa.progress import StepReport
+from sqa.records import read_lines
+from sqa.training.probes import Probe
+
+_UNFINISHED = ".plan.json."
+"""How a file begins that becomes plan.json when it is whole."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Directory:
     path: Path
 
     def run_folder(self, variant: str, seed: int) -> Path:
-        """Where one run keeps its curve, checkpoints and model."""
+        """Where one run keeps its curve, probes, checkpoints and model."""
         return self.path / f"{variant}-{seed}"
 
     @property
@@ -33,44 +39,68 @@ class Directory:
         """Whether a comparison was started here."""
         return (self.path / "plan.json").exists()
 
-    def rows(self) -> list[Row]:
+    def read(self) -> Comparison:
+        """All of it, as far as it has run. Raises InputError when there is nothing or a file is damaged."""
+        try:
+            return Comparison(record=self.record(), results=self.results())
+        except InputError as error:
+            raise error if str(self.path) in str(error) else InputError(f"{self.path}: {error}") from None
+
+    def results(self) -> list[RunResult]:
         """The finished runs."""
         return read_results(self.path / "results.jsonl")
 
-    def append(self, row: Row) -> None:
-        """Record a finished run."""
-        with self.writing():
-            append_result(self.path / "results.jsonl", row)
+    def curve(self, cell: Cell) -> list[StepReport]:
+        """What a run reported of each step; nothing where the curve was not kept."""
+        return self._lines(StepReport, cell, "curve.jsonl")
 
-    def record(self) -> dict[str, Any]:
-        """plan.json. Raises ValueError when there is none or it is damaged."""
+    def probes(self, cell: Cell) -> list[Probe]:
+        """What a run was asked while it trained; nothing where the plan has no probes."""
+        return self._lines(Probe, cell, "probes.jsonl")
+
+    def _lines(self, kind: type[Any], cell: Cell, name: str) -> list[Any]:
+        return read_lines(kind, self.run_folder(*cell) / name, "delete the file to leave this run out of the figures")
+
+    def finish(self, result: RunResult) -> None:
+        """Record a finished run, and delete its checkpoints."""
+        with self.writing():
+            append_result(self.path / "results.jsonl", result)
+        shutil.rmtree(self.run_folder(*result.cell) / "checkpoints", ignore_errors=True)
+
+    def record(self) -> Record:
+        """plan.json. Raises InputError when there is none or it is damaged."""
         path = self.path / "plan.json"
         if not path.is_file():
-            raise InputError(f"directory: {self.path} holds no comparison (no plan.json)")
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            Plan.from_dict(record["plan"])
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-            raise InputError(f"directory: {path} is damaged: {error}") from None
-        return record
+            early = any(self.path.glob(f"{_UNFINISHED}*"))
+            why = "; it was stopped before it had begun, start it without --resume" if early else " (no plan.json)"
+            raise InputError(f"directory: {self.path} holds no comparison{why}")
+        return Record.read(path)
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Write plan.json, whole or not at all."""
-        write_json(self.path / "plan.json", record)
+    def write_record(self, record: Record) -> None:
+        """Write plan.json, whole or not at all; what a process that was killed meanwhile has left is removed."""
+        for left in self.path.glob(f"{_UNFINISHED}*"):
+            left.unlink(missing_ok=True)
+        write_json(self.path / "plan.json", record.to_dict())
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Those of the cells that have not finished, in their order."""
-        done = {(row["variant"], row["seed"]) for row in self.rows()}
+        done = {result.cell for result in self.results()}
         return [cell for cell in cells if cell not in done]
 
+    def resumed(self, changes: Mapping[str, Any]) -> Plan:
+        """The plan that it was begun with. Raises InputError when `changes` (but of `data`) would make it another."""
+        plan = self.record().plan
+        if differences := _differences(plan, plan.replace(**{**changes, "data": plan.data})):
+            raise InputError(f"resume: {self.path} was begun with another plan ({'; '.join(differences)})")
+        return plan
+
     def check_holds(self, plan: Plan) -> None:
-        """Raise ValueError when the directory holds another comparison, or foreign files."""
-        if all(entry.name.startswith(LOCK) for entry in self.path.iterdir()):
+        """Raise InputError when the directory holds another comparison, or foreign files."""
+        if all(entry.name.startswith((LOCK, _UNFINISHED)) for entry in self.path.iterdir()):
             return
         if not self.begun:
             raise InputError(f"out: {self.path} already holds other files; give another --out")
-        differences = plan_differences(Plan.from_dict(self.record()["plan"]), plan)
-        if differences:
+        if differences := _differences(self.record().plan, plan):
             raise InputError(
                 f"out: {self.path} already holds another comparison ({'; '.join(differences)}); give another --out"
             )
@@ -79,7 +109,7 @@ class Directory:
     def claimed(self, cells: Iterable[Cell]) -> Iterator[None]:
         """Be the only one to run these cells; a directory in which nothing was begun is removed again.
 
-        Raises ValueError with the process that runs one of them already.
+        Raises InputError with the process that runs one of them already.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +129,7 @@ class Directory:
         return locked(self.path / LOCK, waiting)
 
 
-def plan_differences(held: Plan, given: Plan) -> list[str]:
+def _differences(held: Plan, given: Plan) -> list[str]:
     """`field: held, given` for every field in which two plans differ."""
     before, after = held.to_dict(), given.to_dict()
     return [f"{name}: {before[name]!r} there, {after[name]!r} now" for name in before if before[name] != after[name]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,13 @@ from sqa.config import ModelConfig
 from sqa.cost import attention_flops, kv_cache_bytes, train_step_flops
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
-from sqa.experiments.results import BASELINE, CURVE_FIELDS, Row, read_results
-from sqa.variants import VARIANTS
+from sqa.experiments.summary import BASELINE, Experiment, Summary
+from sqa.progress import StepReport
 
 CURVE_POINTS = 300
+
+Row = dict[str, Any]
+"""A point of a chart."""
 
 INTERVALS = "Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
 
@@ -38,54 +41,71 @@ class Figure:
     hover: Any = None
 
 
-def make_figures(
-    held: Directory, rows: Sequence[Row], summary: Sequence[Row], plan: Plan, front: Sequence[str]
-) -> list[Figure]:
+def make_figures(experiment: Experiment, held: Sequence[Directory], front: Sequence[str]) -> list[Figure]:
     """Those that the results have figures for: no curves without curve.jsonl, no speed without the timing phase.
 
-    `summary` is summary_rows of `rows`; `front` holds the variants of the Pareto front, the fastest first.
+    `held` are the experiment's directories; `front` the variants of the Pareto front, the fastest first.
     """
-    timed = [row for row in summary if row["step_s"] is not None]
-    curves = []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        seeds = [row["seed"] for row in rows if row["variant"] == name]
-        runs = [
-            run for seed in seeds if (run := read_results(held.run_folder(name, seed) / "curve.jsonl", CURVE_FIELDS))
-        ]
-        curves += curve(VARIANTS[name].label, runs) if runs else []
+    lines, plan, names = experiment.longest(), experiment.plan, experiment.names
+    colour = Colours(experiment)
+    timed = [line for line in lines if line.step_s is not None]
+    curves = _training_curves(experiment, held)
     found = []
     if curves:
         note = (
             "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first tenth is left out."
         )
-        clock = " Seconds of training alone; variants trained one after another, so step times below are the surer."
+        clock = (
+            " Seconds: steps times the step time of the timing phase."
+            if timed
+            else (" Seconds of training alone, on whatever else the machine did.")
+        )
         found += [
-            _curves_figure("loss-over-tokens", "Loss over tokens", note, curves, "tokens", "training tokens", plan),
-            _curves_figure("loss-over-seconds", "Loss over time", note + clock, curves, "seconds", "seconds", plan),
+            _curves_figure("loss-over-tokens", "Loss over tokens", note, curves, "tokens", "training tokens", colour),
+            _curves_figure("loss-over-seconds", "Loss over time", note + clock, curves, "seconds", "seconds", colour),
         ]
     if timed:
-        found.append(_pareto_figure(timed, plan, front))
-    if any(row["speed_vs_gqa"] for row in timed):
-        found.append(_speed_figure(rows, timed, plan))
-    cache = {row["variant"]: kv_cache_bytes(plan.model_config(row["variant"]), plan.context) for row in summary}
+        found.append(_pareto_figure(timed, colour, front))
+    if any(line.speed_vs_gqa for line in timed):
+        found.append(_speed_figure(timed, plan))
+    cache = {name: kv_cache_bytes(plan.model_config(name), plan.context) for name in names}
     return [
         *found,
         _bars_figure(
-            "parameters", "Parameters", "All of the model's, in millions.", summary, plan,
-            {row["variant"]: row["parameters"] / 1e6 for row in summary}, "million parameters", ".2f",
+            "parameters", "Parameters", "All of the model's, in millions.", lines, colour,
+            {line.variant: line.parameters / 1e6 for line in lines}, "million parameters", ".2f",
         ),
         _bars_figure(
-            "kv-cache", "KV cache", f"Of one sequence of {plan.context:,} tokens in 16 bit.", summary, plan,
+            "kv-cache", "KV cache", f"Of one sequence of {plan.context:,} tokens in 16 bit.", lines, colour,
             {name: size / 2**20 for name, size in cache.items()}, "MiB", ".3~g",
         ),
     ]  # fmt: skip
 
 
-def curve(label: str, runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """One line of a figure: the mean of a variant's runs step by step, smoothed and thinned."""
+def _training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
+    """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
+    runs: dict[str, list[list[StepReport]]] = {}
+    for result in list(experiment.horizons.values())[-1]:
+        found = next((run for directory in held if len(run := directory.curve(result.cell)) == result.steps), None)
+        if found:
+            runs.setdefault(result.variant, []).append(found)
+    points = []
+    for name in experiment.names:
+        if name in runs:
+            points += curve(experiment.plan.label(name), runs[name], experiment.step_seconds.get(name))
+    return points
+
+
+def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float | None = None) -> list[Row]:
+    """One line of a figure: the mean of a variant's runs step by step, smoothed and thinned.
+
+    With `step_seconds` its time is that of so many steps, else what the runs took.
+    """
     steps = min(len(run) for run in runs)
-    values = [[(row["tokens"], row["seconds"], row["loss"]) for row in run[:steps]] for run in runs]
+    values = [[(report.tokens, report.seconds, report.loss) for report in run[:steps]] for run in runs]
     tokens, seconds, loss = np.array(values, dtype=float).mean(axis=0).T
+    if step_seconds is not None:
+        seconds = step_seconds * np.arange(1, steps + 1)
     shown = np.unique(np.linspace(steps // 10, steps - 1, CURVE_POINTS).round().astype(int))
     first, last = np.maximum(shown - steps // 50, 0), np.minimum(shown + steps // 50, steps - 1)
     sums = np.concatenate([[0.0], loss.cumsum()])
@@ -102,22 +122,32 @@ def curve(label: str, runs: Sequence[Sequence[Row]]) -> list[Row]:
     ]
 
 
-def _colour(plan: Plan, **options: Any) -> Any:
-    scale = alt.Scale(domain=[VARIANTS[n].label for n in plan.variants], range=[_COLOURS[n] for n in plan.variants])
-    return alt.Color("variant:N", scale=scale, **options)
+class Colours:
+    """One colour a variant in all figures, and dashes for those that have all of their query heads."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._labels = [experiment.plan.label(name) for name in experiment.names]
+        spare = (colour for name, colour in _COLOURS.items() if name not in experiment.names)
+        self._range = [_COLOURS.get(name) or next(spare, "#8a8a8a") for name in experiment.names]
+        configs = [experiment.plan.model_config(name).layers[0] for name in experiment.names]
+        self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
+
+    def encoding(self, **options: Any) -> Any:
+        """Of a chart's colour, by the field `variant`."""
+        return alt.Color("variant:N", scale=alt.Scale(domain=self._labels, range=self._range), **options)
+
+    def dashes(self) -> Any:
+        """Of a chart's lines."""
+        return alt.StrokeDash("variant:N", scale=alt.Scale(domain=self._labels, range=self._dashes))
 
 
-def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str, axis: str, plan: Plan) -> Figure:
-    # dashed: no fewer query heads than heads
-    whole = [VARIANTS[n].label for n in plan.variants if VARIANTS[n].query * VARIANTS[n].head_dim_factor == 1]
-    labels = [VARIANTS[n].label for n in plan.variants]
-    dashes = alt.Scale(domain=labels, range=[[5, 2] if label in whole else [1, 0] for label in labels])
+def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str, axis: str, colour: Colours) -> Figure:
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X(f"{x}:Q", title=axis, axis=alt.Axis(format="~s", tickCount=5)),
         y=alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False)),
-        color=_colour(plan),
+        color=colour.encoding(),
     )
-    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=alt.StrokeDash("variant:N", scale=dashes))
+    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=colour.dashes())
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
     )
@@ -128,25 +158,25 @@ def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str,
     return Figure(name=name, title=title, caption=caption, chart=lines, hover=points.add_params(near))
 
 
-def _pareto_figure(timed: Sequence[Row], plan: Plan, front: Sequence[str]) -> Figure:
-    points = {row["variant"]: (1000 * row["step_s"], row["loss"].mean) for row in timed}
+def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[str]) -> Figure:
+    points = {line.variant: (1000 * float(line.step_s or 0), line.loss.mean) for line in timed}
     spread = np.ptp(list(points.values()), axis=0) + 1e-12
     data = []
-    for row in timed:
-        (x, y), half = points[row["variant"]], row["loss"].half_width or 0.0
-        others = [np.subtract(point, (x, y)) / spread for name, point in points.items() if name != row["variant"]]
+    for line in timed:
+        (x, y), half = points[line.variant], line.loss.half_width or 0.0
+        others = [np.subtract(point, (x, y)) / spread for name, point in points.items() if name != line.variant]
         # the name goes to the side on which the nearest other point is not
         right = not others or bool(min(others, key=np.linalg.norm)[0] <= 0)
         data.append({
-            "variant": row["label"], "ms": round(x, 2), "loss": round(y, 4), "low": y - half, "high": y + half,
-            "interval": f"± {half:.4f}" if half else "one seed", "front": row["variant"] in front, "right": right,
+            "variant": line.label, "ms": round(x, 2), "loss": round(y, 4), "low": y - half, "high": y + half,
+            "interval": f"± {half:.4f}" if half else "one seed", "front": line.variant in front, "right": right,
         })  # fmt: skip
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X("ms:Q", title="ms a step", scale=alt.Scale(zero=False, padding=55)),
         y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False, padding=14)),
-        color=_colour(plan, legend=None),
+        color=colour.encoding(legend=None),
     )
-    line = base.transform_filter("datum.front").mark_line(strokeDash=[4, 4], strokeWidth=1.2)
+    joined = base.transform_filter("datum.front").mark_line(strokeDash=[4, 4], strokeWidth=1.2)
     bars = base.mark_rule(strokeWidth=1.2).encode(y=alt.Y("low:Q"), y2="high:Q")
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(
         tooltip=["variant:N", alt.Tooltip("loss:Q", format=".4f"), "interval:N", alt.Tooltip("ms:Q", format=",.1f")]
@@ -157,29 +187,29 @@ def _pareto_figure(timed: Sequence[Row], plan: Plan, front: Sequence[str]) -> Fi
         )
         for side, dx, align in (("true", 9, "left"), ("false", -9, "right"))
     ]  # fmt: skip
-    several = any(row["loss"].half_width for row in timed)
+    several = any(line.loss.half_width for line in timed)
     return Figure(
         name="loss-against-step-time",
         title="Loss against step time",
         caption="Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and "
         "better." + (f" {INTERVALS}" if several else ""),
-        chart=alt.layer(line.encode(color=alt.value("#8a8a8a")), bars, dots, *names),
+        chart=alt.layer(joined.encode(color=alt.value("#8a8a8a")), bars, dots, *names),
     )
 
 
-def _speed_figure(rows: Sequence[Row], timed: list[Row], plan: Plan) -> Figure:
-    configs = {row["variant"]: ModelConfig.from_dict(row["config"]) for row in rows}
+def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
+    configs = {line.variant: plan.model_config(line.variant) for line in timed}
 
     def attention(name: str) -> int:
         return sum(attention_flops(layer, plan.context) for layer in configs[name].layers)
 
     data = [
-        {"variant": row["label"], "what": what, "ratio": round(ratio, 3)}
-        for row in timed
+        {"variant": line.label, "what": what, "ratio": round(float(ratio or 0), 3)}
+        for line in timed
         for what, ratio in (
-            ("step, measured", row["speed_vs_gqa"]),
-            ("step, in theory", _step_flops(configs[BASELINE], plan) / _step_flops(configs[row["variant"]], plan)),
-            ("attention, in theory", attention(BASELINE) / attention(row["variant"])),
+            ("step, measured", line.speed_vs_gqa),
+            ("step, in theory", _step_flops(configs[BASELINE], plan) / _step_flops(configs[line.variant], plan)),
+            ("attention, in theory", attention(BASELINE) / attention(line.variant)),
         )
     ]
     kinds = ["step, measured", "step, in theory", "attention, in theory"]
@@ -211,22 +241,23 @@ def _step_flops(config: ModelConfig, plan: Plan) -> int:
 
 
 def _bars_figure(
-    name: str, title: str, caption: str, summary: Sequence[Row], plan: Plan,
-    values: dict[str, float], axis: str, number: str,
+    name: str, title: str, caption: str, lines: Sequence[Summary], colour: Colours,
+    values: Mapping[str, float], axis: str, number: str,
 ) -> Figure:  # fmt: skip
-    data = [{"variant": row["label"], "value": values[row["variant"]]} for row in summary]
+    data = [{"variant": line.label, "value": values[line.variant]} for line in lines]
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X("value:Q", title=axis, scale=alt.Scale(domainMax=1.2 * max(values.values()))),
         y=alt.Y("variant:N", title=None, sort=None),
         tooltip=["variant:N", alt.Tooltip("value:Q", format=number)],
     )
-    bars = base.mark_bar().encode(color=_colour(plan, legend=None))
+    bars = base.mark_bar().encode(color=colour.encoding(legend=None))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("value:Q", format=number))
     return Figure(name=name, title=title, caption=caption, chart=bars + text)
 
 
-def laid_out(chart: Any, width: int | str) -> Any:
-    """The look that all figures share."""
+def laid_out(figure: Figure, width: int | str, *, hover: bool = False) -> Any:
+    """The chart in the look that all figures share."""
+    chart = figure.chart + figure.hover if hover and figure.hover is not None else figure.chart
     return (
         chart.properties(width=width, height=300)
         .configure_view(stroke=None)
@@ -237,6 +268,5 @@ def laid_out(chart: Any, width: int | str) -> Any:
 
 def for_page(figure: Figure) -> Any:
     """The chart as the HTML file has it: as wide as its place, no paper of its own, values under the pointer."""
-    chart = figure.chart if figure.hover is None else figure.chart + figure.hover
     autosize = {"type": "fit-x", "contains": "padding"}
-    return laid_out(chart, width="container").properties(background="transparent", autosize=autosize)
+    return laid_out(figure, width="container", hover=True).properties(background="transparent", autosize=autosize)

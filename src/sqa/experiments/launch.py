@@ -1,28 +1,59 @@
-"""Runs of a comparison as Ray tasks, on the machines of whatever cluster Ray finds.
+"""Where the runs of a comparison are trained: one after another here, or as Ray tasks on the machines of a cluster.
 
-All machines see the run directory, the text and this package under the same paths. Only the driver, which is the
-process that `sqa compare` started, writes plan.json and results.jsonl.
+All machines of a cluster see the run directory, the text and this package under the same paths. Only the driver, which
+is the process that called `compare`, writes plan.json and results.jsonl.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sqa.errors import InputError, MissingExtraError
-from sqa.experiments.compare import check_same_data, label, prepare_data, run
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Budget, Cell, Plan
-from sqa.experiments.results import Row
+from sqa.experiments.results import Record, RunResult
+from sqa.experiments.run import Session, check_same_data, label, outcome_text, prepare_data, run
 from sqa.files import locked
-from sqa.progress import Display, Interrupted, NonFiniteLoss, StepReport, StopFlag, stop_flag
+from sqa.progress import Display, Interrupted, NonFiniteLoss, StepReport, stop_flag
 from sqa.training.loop import make_accelerator
+
+Outcomes = Generator[tuple[Cell, RunResult | NonFiniteLoss], None, None]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A way of training runs.
+
+    `opened(plan, device, num_runs)` holds what it needs, and raises InputError or MissingExtraError when that cannot
+    be had. `run(session, cells, display)` yields each cell with its outcome as it comes. It raises Interrupted when
+    asked to stop, after the runs in progress have saved their checkpoints.
+    """
+
+    opened: Callable[[Plan, str, int], AbstractContextManager[None]]
+    run: Callable[[Session, Sequence[Cell], Display], Outcomes]
+
+
+def run_local(session: Session, cells: Sequence[Cell], display: Display) -> Outcomes:
+    """One run after another in this process, or in all of those that torchrun started."""
+    for number, cell in enumerate(cells, start=1):
+        display.start(f"run {number} of {len(cells)}: {label(session.plan, cell)}", session.record.steps[cell[0]])
+        try:
+            outcome: RunResult | NonFiniteLoss = run(session, cell, display.step)
+        except NonFiniteLoss as failure:
+            outcome = failure
+        display.finish(outcome_text(cell, outcome))
+        yield cell, outcome
+
+
+LOCAL = Launcher(lambda plan, device, num_runs: nullcontext(), run_local)
 
 _RETRIES = 3
 _POLL_SECONDS = 0.5
@@ -38,9 +69,11 @@ def _resources(device: str) -> dict[str, int]:
 def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
     """Join the cluster of $RAY_ADDRESS or of this machine's last `ray start`; where there is none, be one alone.
 
-    Raises ImportError without the extra `ray`, and ValueError when no machine can take a run, or when a budget in time
-    would be spent by several runs on one processor.
+    Raises MissingExtraError without the extra `ray`, and InputError under torchrun, when no machine can take a run, and
+    when a budget in time would be spent by several runs on one processor.
     """
+    if torch.distributed.is_initialized() and (count := torch.distributed.get_world_size()) > 1:
+        raise InputError(f"launcher: a run under ray has one process, got {count}; leave out torchrun")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise warns that this will be its default
     try:
@@ -68,29 +101,20 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
             ray.shutdown()
 
 
-def run_all(
-    plan: Plan,
-    record: dict[str, Any],
-    directory: Directory,
-    source: str,
-    device: str,
-    cells: Sequence[Cell],
-    display: Display,
-    stop: StopFlag,
-    settle: Callable[[Display, Cell, Row | NonFiniteLoss], None],
-) -> None:
-    """Run all cells as tasks of the joined cluster and hand each outcome to `settle` as it comes.
+def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcomes:
+    """All cells as tasks of the joined cluster, each outcome as it comes.
 
-    A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. Raises
-    Interrupted when asked to stop, after the tasks have saved theirs, or at the end when a run lost too many workers.
+    A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. One that loses
+    too many is Interrupted, which is raised after all others have ended.
     """
     import ray
 
+    plan, record, device = session.plan, session.record, session.accelerator.device.type
     wanted = _resources(device)
     task = ray.remote(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), max_retries=_RETRIES)(_task)
-    shared = Directory(directory.path.resolve())
-    source = os.path.abspath(source) if Path(source).exists() else source
-    running = {task.remote(plan, record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
+    shared = Directory(session.directory.path.resolve())
+    source = os.path.abspath(session.source) if Path(session.source).exists() else session.source
+    running = {task.remote(record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     shown: dict[Cell, Display] = {}
     seen: dict[Cell, int] = {}
@@ -99,14 +123,14 @@ def run_all(
     try:
         while running:
             done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            if stop.signal is not None and not stopping:
+            if session.stop.signal is not None and not stopping:
                 stopping = True
                 _cancel(running)
             for reference, cell in running.items():
                 report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
                 if cell not in shown and (report is not None or reference in done):
                     shown[cell] = display.beside()
-                    shown[cell].start(label(plan, cell), record["steps"][cell[0]])
+                    shown[cell].start(label(plan, cell), record.steps[cell[0]])
                 if report is not None and report.step != seen.get(cell):
                     seen[cell] = report.step
                     shown[cell].step(report)
@@ -124,7 +148,8 @@ def run_all(
                 elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
                     raise outcome
                 else:
-                    settle(shown[cell], cell, outcome)
+                    shown[cell].finish(outcome_text(cell, outcome))
+                    yield cell, outcome
     finally:
         if running and not stopping:
             _cancel(running)
@@ -143,8 +168,8 @@ def _cancel(references: Iterable[Any]) -> None:
 
 
 def _task(
-    plan: Plan, record: dict[str, Any], directory: Directory, source: str, device: str, threads: int, cell: Cell
-) -> Row | Exception:
+    record: Record, directory: Directory, source: str, device: str, threads: int, cell: Cell
+) -> RunResult | Exception:
     """One run in a worker. What a user can act on comes back as a value: raised here, Ray would wrap its traceback."""
     torch.set_num_threads(threads)
     folder = directory.run_folder(*cell)
@@ -152,9 +177,13 @@ def _task(
     try:
         # a worker whose driver was killed may still be saving here
         with stop_flag() as stop, locked(folder / ".lock", waiting=print):
-            data = prepare_data(plan, source)
+            data = prepare_data(record.plan, source)
             check_same_data(record, data)
-            return run(plan, record, directory, data, make_accelerator(device, plan.dtype), cell, stop)
+            accelerator = make_accelerator(device, record.plan.dtype)
+            session = Session(
+                record=record, directory=directory, source=source, data=data, accelerator=accelerator, stop=stop
+            )
+            return run(session, cell)
     except (Interrupted, NonFiniteLoss, InputError, MissingExtraError, OSError) as error:
         return error
 
@@ -168,3 +197,6 @@ def _last_report(curve: Path) -> StepReport | None:
     except FileNotFoundError:
         return None
     return StepReport(**json.loads(lines[-1])) if lines else None
+
+
+RAY = Launcher(cluster, run_ray)

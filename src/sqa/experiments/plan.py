@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_type_hints
 
 from sqa.config import ModelConfig, nearest, reject_unknown
 from sqa.cost import train_step_flops
 from sqa.errors import InputError
-from sqa.variants import DEFAULT_VARIANTS, find_variant, model_config, shape
+from sqa.records import read_value, shown
+from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config, shape
 
 Cell = tuple[str, int]
-"""One run of a comparison: variant and seed."""
+"""One run of a comparison: the name of a variant, or of a shape of the plan's own, and a seed."""
 
 BUDGETS = {"steps": 1e10, "tokens": 1e16, "epochs": 1e6, "flops": 1e30, "time": 1e9}
 """What a budget may be counted in, and the most of it: beyond that lies what no machine can do."""
@@ -59,8 +58,10 @@ class Plan:
     """Every field of a comparison; a TOML file gives some, the command line may override single ones.
 
     `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
-    single variants. `context` is the tokens a row is trained at. `batch_size` rows make a step, of all processes
-    together, taken `micro_batch_size` at a time on each (0: at once). `budget` is text as Budget.parse reads it.
+    single variants. A table under another name is a shape of the plan's own, which `variants` may list beside the
+    variants: it says `variant = ...`, or `num_query_heads` and `num_kv_heads` (and `head_dim`) itself, and may have a
+    `label` for tables and figures. `context` is the tokens a row is trained at. `batch_size` rows make a step, of all
+    processes together, taken `micro_batch_size` at a time on each (0: at once). `budget` is as Budget.parse reads it.
     `learning_rates` holds a rate of its own for single variants. `padding_in_loss` trains on padding too, as the
     published experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of the validation set.
     `probes` is how often a model is asked whether it uses its context while it trains (`sqa.training.probes`), at
@@ -78,7 +79,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     shape: str = "demo"
     model: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
     layout: Literal["packed", "padded"] = "packed"
     padding_in_loss: bool = False
     train_fraction: float = 0.95
@@ -88,7 +89,7 @@ class Plan:
     micro_batch_size: int = 0
     budget: str = "epochs=1"
     learning_rate: float = 5e-4
-    learning_rates: dict[str, Any] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     clip_norm: float = 0.0
@@ -104,54 +105,36 @@ class Plan:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            _check_type(item.name, value, _TYPES[item.name])
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"plan: {item.name} must be a finite number, got {value}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise InputError(f"plan: name must be letters, digits, '.', '_' and '-', got {self.name!r}")
-        object.__setattr__(self, "variants", tuple(find_variant(name)[0] for name in self.variants))
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, read_value(kind, getattr(self, name), f"plan: {name}"))
+        for name, (least, most) in _LIMITS.items():
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"plan: {name} must be at least {least}, got {value}")
+            if value > most:
+                raise InputError(f"plan: {name} must be at most {most}, got {value}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise InputError(f"plan: name must be letters, digits, '.', '_' and '-', got {shown(self.name)}")
+        self._check_names()
         for name in ("variants", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise InputError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
+        if any(not 0 <= seed < 2**63 for seed in self.seeds):
+            raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
         if self.padding_in_loss and self.layout != "padded":
             raise InputError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
-        for name, least in (("context", 2), ("batch_size", 1), ("evaluation_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"plan: {name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "timing_rounds", "threads", "weight_decay", "clip_norm", "checkpoint_seconds"):
-            if getattr(self, name) < 0:
-                raise InputError(f"plan: {name} must be 0 or more, got {getattr(self, name)}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise InputError(
                 f"plan: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
             )
-        if not self.learning_rate > 0:
-            raise InputError(f"plan: learning_rate must be above 0, got {self.learning_rate}")
-        for name, rate in self.learning_rates.items():
-            if name not in self.variants or type(rate) not in (int, float) or not 0 < rate < math.inf:
-                raise InputError(
-                    f"plan: learning_rates must hold a number above 0 for a variant of {list(self.variants)}, "
-                    f"got {name} = {rate!r}"
-                )
-        if not 0 <= self.probes <= 1000:
-            raise InputError(f"plan: probes must be from 0 to 1000, got {self.probes}")
-        if not 0 <= self.warmup_fraction < 1:
+        for name, rate in {"learning_rate": self.learning_rate, **self.learning_rates}.items():
+            if not rate > 0:
+                where = name if name == "learning_rate" else f"learning_rates.{name}"
+                raise InputError(f"plan: {where} must be above 0, got {rate}")
+        if not self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
-        if any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
-        if self.threads > 1024:
-            raise InputError(f"plan: threads must be at most 1024, got {self.threads}")
-        budget = Budget.parse(self.budget)
-        if budget.kind == "time" and not self.timing_rounds:
+        if Budget.parse(self.budget).kind == "time" and not self.timing_rounds:
             raise InputError("plan: a time budget needs timing_rounds of at least 1, got 0")
-        for name, fields in self.shapes.items():
-            if name not in self.variants or not isinstance(fields, dict):
-                raise InputError(f"plan: shapes must hold a table for a variant of {list(self.variants)}, got {name!r}")
-            if "vocab_size" in fields:
-                raise InputError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
         for name in self.variants:
             if not self.model_config(name).causal:
                 raise InputError("plan: causal must be true, or a model trained on the next token would see it")
@@ -159,12 +142,57 @@ class Plan:
             if self.context > longest:
                 raise InputError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
 
-    def model_config(self, variant_name: str) -> ModelConfig:
-        """The model of one variant. Raises ValueError for a field or a head count that does not fit."""
-        given = {**self.model, **self.shapes.get(find_variant(variant_name)[0], {})}
+    def _check_names(self) -> None:
+        """Names are those of variants, or of shapes that say what they are."""
+        for name, given in self.shapes.items():
+            own = sorted(given.keys() & {"variant", "num_query_heads", "head_dim"})
+            if name in VARIANTS and own:
+                raise InputError(f"plan: shapes.{name} is a variant and has no {own[0]}; give the shape another name")
+            if name not in VARIANTS and ("variant" in given) == ("num_query_heads" in given):
+                raise InputError(
+                    f"plan: shapes.{name} must have either a variant or num_query_heads (and num_kv_heads), "
+                    f"or be named after a variant{nearest(name, list(VARIANTS))}"
+                )
+            if "variant" in given:
+                find_variant(read_value(str, given["variant"], f"plan: shapes.{name}.variant"))
+            if "vocab_size" in given:
+                raise InputError(f"plan: shapes cannot give {name} a vocab_size, variants share the tokens; use model")
+            label = read_value(str, given.get("label", name), f"plan: shapes.{name}.label")
+            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or not 0 < len(label) <= 40:
+                raise InputError(
+                    f"plan: a shape must be named by at most 40 of a-z, 0-9, '.', '_', '-', and its label be as short, "
+                    f"got {shown(name)}"
+                )
+        names = tuple(name if name in self.shapes else find_variant(name)[0] for name in self.variants)
+        object.__setattr__(self, "variants", names)
+        for table in ("shapes", "learning_rates"):
+            if unused := [name for name in getattr(self, table) if name not in names]:
+                raise InputError(f"plan: {table} must be of the variants {list(names)}, got {unused[0]!r}")
+
+    def base(self, name: str) -> str | None:
+        """The variant that gives `name` its head counts; None where its shape gives them."""
+        given = self.shapes.get(name, {})
+        return None if "num_query_heads" in given else given.get("variant", name).lower()
+
+    def label(self, name: str) -> str:
+        """What tables and figures call it."""
+        known = VARIANTS[name].label if name in VARIANTS else name
+        return str(self.shapes.get(name, {}).get("label", known))
+
+    def model_config(self, name: str) -> ModelConfig:
+        """The model of a variant, or of a shape of the plan's own. Raises ValueError for what does not fit."""
+        own = {key: value for key, value in self.shapes.get(name, {}).items() if key not in ("variant", "label")}
+        base, heads = self.base(name), {}
+        if base is None:
+            heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
+        given = {**self.model, **own}
         fields = {**shape(self.shape), **given}
         fields["max_seq_len"] = given.get("max_seq_len", max(fields["max_seq_len"], self.context))
-        return model_config(variant_name, **fields)
+        if base is not None:
+            return model_config(base, **fields)
+        config = model_config("mha", **fields)
+        heads.setdefault("num_kv_heads", heads["num_query_heads"])
+        return config.replace(attention=config.layers[0].replace(**heads))
 
     @property
     def cells(self) -> list[Cell]:
@@ -215,8 +243,9 @@ class Plan:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Raises ValueError for an unknown field, naming the nearest real one."""
         reject_unknown(values, [f.name for f in dataclasses.fields(cls)], "plan")
-        listed = {name: tuple(values[name]) for name in ("variants", "seeds") if isinstance(values.get(name), list)}
-        return cls(**{**values, **listed})
+        if "name" not in values:
+            raise InputError("plan lacks name")
+        return cls(**values)
 
     @classmethod
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
@@ -234,11 +263,10 @@ class Plan:
             raise InputError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
         try:
             values = tomllib.loads(raw.decode())
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of either encoding, syntax or a number of 5,000 digits
             raise InputError(f"plan: {source} is not TOML: {error}") from None
         changes = changes or {}
-        replaced = values.get("variants")
-        if "variants" in changes and isinstance(replaced, list):
+        if "variants" in changes and isinstance(replaced := values.get("variants"), list):
             left = {name for name in replaced if name not in changes["variants"]}
             for table in ("shapes", "learning_rates"):
                 if isinstance(values.get(table), dict):
@@ -246,26 +274,12 @@ class Plan:
         return cls.from_dict({"name": stem, **values, **changes})
 
 
-_TYPES = typing.get_type_hints(Plan)
-
-
-def _check_type(name: str, value: object, expected: Any) -> None:
-    """A TOML file can hold anything: say what a field wants before something far away trips over it."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        good, wanted = value in arguments, "one of " + ", ".join(map(repr, arguments))
-    elif origin is tuple:
-        good = isinstance(value, tuple) and all(type(item) is arguments[0] for item in value)
-        wanted = f"a list of {'text' if arguments[0] is str else 'whole numbers'}"
-    elif origin is dict:
-        good, wanted = isinstance(value, dict), "a table"
-    elif expected is float:
-        good, wanted = type(value) in (int, float), "a number"
-    else:
-        good = type(value) is expected
-        wanted = {int: "a whole number", str: "text", bool: "true or false"}[expected]
-    if not good:
-        raise InputError(f"plan: {name} must be {wanted}, got {value!r}")
+_LIMITS: dict[str, tuple[float, float]] = {
+    "context": (2, 2**31), "batch_size": (1, 2**31), "micro_batch_size": (0, 2**31), "evaluation_tokens": (1, 10**15),
+    "warmup_fraction": (0, 1), "weight_decay": (0, 1e9), "clip_norm": (0, 1e30), "probes": (0, 1000),
+    "timing_rounds": (0, 10_000), "checkpoint_seconds": (0, 1e9), "threads": (0, 1024),
+}  # fmt: skip
+"""The least and the most of a field; far above what a machine can do, far below what a computer counts."""
 
 
 def preset_names() -> list[str]:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Plan
-from sqa.experiments.results import BASELINE, Row, summary_rows
-from sqa.experiments.statistics import Estimate
+from sqa.experiments.results import Record
+from sqa.experiments.statistics import Estimate, Speedup
+from sqa.experiments.summary import BASELINE, Experiment, Summary
 from sqa.files import replacing, write_text
-from sqa.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from sqa.experiments.figures import Figure
 
 PUBLISHED_SOURCE = "arXiv 2510.01817: one run a variant, padding counted, one epoch of 22,500 steps"
 PUBLISHED = {
@@ -34,43 +29,63 @@ PUBLISHED = {
 }
 
 
-def write_report(directory: Path, out: Path | None = None) -> list[Path]:
-    """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the directory).
+def read_experiment(directories: Sequence[Path], step_times: Path | None = None) -> Experiment:
+    """What `sqa compare` left in the directories, joined; `step_times` is one whose timing phase gives all step times.
 
-    Reads what `sqa compare` left in `directory`; an unfinished comparison is reported as far as it got. Returns the
-    paths, the HTML file first. Raises ValueError where no run has finished or runs saw different data, and
-    ImportError without the extra `report`.
+    Raises InputError where no run has finished, the directories do not belong together, or nothing was timed.
     """
-    held = Directory(directory)
-    record, rows = held.record(), held.rows()
-    plan = Plan.from_dict(record["plan"])
-    if not rows:
-        raise InputError(f"report: no run of {directory} has finished yet")
-    summary = summary_rows(rows, plan.context)
+    comparisons = [Directory(path).read() for path in directories]
+    for path, comparison in zip(directories, comparisons, strict=True):
+        if not comparison.results:
+            raise InputError(f"report: no run of {path} has finished yet")
+    timed = None if step_times is None else Directory(step_times).record()
+    if timed is not None and not timed.step_s:
+        raise InputError(f"report: {step_times} has no step times (timing_rounds = 0)")
+    return Experiment.join(comparisons, timed)
+
+
+def write_report(directories: Sequence[Path], out: Path | None = None, *, step_times: Path | None = None) -> list[Path]:
+    """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the last directory).
+
+    Several directories are horizons of one experiment, on one page. An unfinished comparison is reported as far as it
+    got. Returns the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError
+    without the extra `report`.
+    """
+    experiment = read_experiment(directories, step_times)
     try:
         import altair as alt
+        import jinja2
         import vl_convert
 
         from sqa.experiments.figures import for_page, laid_out, make_figures
     except ImportError:
         raise MissingExtraError("reports need altair", "report") from None
-    front = pareto_front({row["variant"]: (row["step_s"], row["loss"].mean) for row in summary if row["step_s"]})
-    figures = make_figures(held, rows, summary, plan, front)
-    page = Template((files("sqa.experiments") / "report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{plan.name}: a comparison of attention variants"),
-        body=_body(plan, record, rows, summary, front, figures),
+    longest = experiment.longest()
+    front = pareto_front({line.variant: (line.step_s, line.loss.mean) for line in longest if line.step_s})
+    figures = make_figures(experiment, [Directory(path) for path in directories], front)
+    template = (files("sqa.experiments") / "report.html").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    plan = experiment.plan
+    published = plan.shape == "published" and not plan.model
+    text = page.render(
+        name=plan.name,
+        headlines=[_headline(record, experiment) for record in experiment.records],
+        findings=_findings(experiment, front),
+        tables=[_results_table(experiment)] + ([_published_table(longest)] if published else []),
+        figures=figures,
+        facts=[(f"{r.plan.name}, {r.plan.budget}", _facts(r)) for r in experiment.records],
         library=vl_convert.javascript_bundle(
             "window.vegaEmbed = vegaEmbed", vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2])
         ),
         # a text that closes the script element would end it wherever it stands
-        figures=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("</", "<\\/"),
+        specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("</", "<\\/"),
     )
-    out = out or directory / "report"
+    out = out or directories[-1] / "report"
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html"]
-    write_text(written[0], page)
+    write_text(written[0], text)
     for figure in figures:
-        chart = laid_out(figure.chart, width=560).properties(title=figure.title)
+        chart = laid_out(figure, width=560).properties(title=figure.title)
         for kind in ("png", "svg"):
             written.append(out / f"{figure.name}.{kind}")
             with replacing(written[-1]) as temporary:
@@ -87,74 +102,82 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def _body(
-    plan: Plan,
-    record: Row,
-    rows: Sequence[Row],
-    summary: Sequence[Row],
-    front: Sequence[str],
-    figures: Sequence[Figure],
-) -> str:
-    drawn = "".join(
-        f'<figure><h2>{f.title}</h2><div class="chart" id="{f.name}"></div>'
-        f"<figcaption>{f.caption}</figcaption></figure>"
-        for f in figures
-    )
-    facts = {
-        "plan": ", ".join(f"{name} = {json.dumps(value)}" for name, value in record["plan"].items()),
-        "steps": _pairs(record["steps"]),
-        "kernels": _pairs(record["kernel"]),
-        "machine": _pairs(record["machine"]),
-        "versions": _pairs(record["versions"]),
-        "revision": record["git"] or "unknown",
-        "data": _pairs(record["data"]),
+@dataclass(frozen=True)
+class _Table:
+    """A table of the page. A cell is a text, or a text and a remark below it."""
+
+    name: str
+    title: str
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | tuple[str, str]]]
+
+
+def _facts(record: Record) -> dict[str, str]:
+    values = record.to_dict()
+    return {
+        "plan": ", ".join(f"{name} = {json.dumps(value)}" for name, value in values["plan"].items()),
+        "steps": _pairs(record.steps),
+        "kernels": _pairs(record.kernel),
+        "machine": _pairs(record.machine),
+        "versions": _pairs(record.versions),
+        "revision": record.git or "unknown",
+        "data": _pairs(values["data"]),
     }
-    facts_rows = "".join(f"<tr><th>{name}</th><td>{escape(str(text))}</td></tr>" for name, text in facts.items())
-    return "\n".join([
-        f"<h1>{escape(plan.name)}</h1>",
-        f'<p class="soft">{_headline(plan, rows)}</p>',
-        f"<ul>{''.join(f'<li>{line}</li>' for line in _findings(summary, front))}</ul>",
-        f"<h2>Results</h2>{_results_table(summary)}",
-        _published_table(summary) if plan.shape == "published" and not plan.model else "",
-        f'<div class="figures">{drawn}</div>',
-        f'<h2>How it was made</h2><div class="wide"><table class="facts">{facts_rows}</table></div>',
-    ])  # fmt: skip
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in values.items())
 
 
-def _headline(plan: Plan, rows: Sequence[Row]) -> str:
-    planned = len(plan.variants) * len(plan.seeds)
-    finished = f"{len(rows)} runs" if len(rows) == planned else f"{len(rows)} of {planned} runs finished"
+def _headline(record: Record, experiment: Experiment) -> str:
+    plan = record.plan
+    results = experiment.horizons[plan.budget]
+    planned = set(plan.cells)
+    done = len([result for result in results if result.cell in planned])
+    finished = f"{done} runs" if done == len(planned) else f"{done} of {len(planned)} runs finished"
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
-    return escape(
+    return (
         f"{finished}: {len(plan.variants)} variants, {seeds}; budget {plan.budget} a run, {plan.batch_size} rows of "
-        f"{plan.context:,} tokens a step, text {plan.data}, {rows[0]['dtype']} on {rows[0]['device']}."
+        f"{plan.context:,} tokens a step, text {plan.data}, {results[0].dtype} on {results[0].device}."
     )
 
 
-def _findings(summary: Sequence[Row], front: Sequence[str]) -> list[str]:
-    """What the table says, in sentences."""
-    different = [row for row in summary if row["difference"] is not None]
-    judged = [row for row in different if row["difference"].half_width is not None]
+def _findings(experiment: Experiment, front: Sequence[str]) -> list[str]:
+    """What the table says of the longest horizon, in sentences."""
+    summary = experiment.longest()
+    different = [(line.label, line.difference) for line in summary if line.difference is not None]
+    judged = [(label, difference) for label, difference in different if difference.half_width is not None]
     lines = []
     for established, words in ((True, "Established at 95 %"), (False, "Not established, the interval crosses zero")):
-        named = [row for row in judged if row["difference"].established is established]
+        named = [(label, difference) for label, difference in judged if difference.established is established]
         if named:
-            each = ", ".join(f"{row['label']} {_plus_minus(row['difference'])}" for row in named)
+            each = ", ".join(f"{label} {_plus_minus(difference)}" for label, difference in named)
             lines.append(f"{words}: loss against GQA of {each}.")
-    if single := [row["label"] for row in different if row["difference"].half_width is None]:
+    if single := [label for label, difference in different if difference.half_width is None]:
         lines.append(f"One seed has no interval: no difference to GQA is established for {', '.join(single)}.")
     if not different:
         lines.append("Without finished runs of GQA and another variant there is no difference to report.")
+    if speedups := [f"{line.label} {_in_words(line.effective_speedup)}" for line in summary if line.effective_speedup]:
+        lines.append(f"Effective speed-up over GQA: {', '.join(speedups)}.")
     if front:
-        labels = ", ".join(VARIANTS[name].label for name in front)
+        labels = ", ".join(experiment.plan.label(name) for name in front)
         lines.append(f"Pareto front, where nothing else is both faster and by its mean better: {labels}.")
     else:
         lines.append("Steps were not timed (timing_rounds = 0).")
     return lines
+
+
+def _in_words(value: Speedup) -> str:
+    if value.ratio is not None:
+        return _ratio(value)
+    bound = "" if value.more_than is None else f", so more than {value.more_than:.2f}×"
+    return f"unknown (its loss is {value.why}{bound})"
+
+
+def _ratio(value: Speedup) -> str:
+    interval = "" if value.low is None else f" ({value.low:.2f} to {value.high:.2f})"
+    return f"{value.ratio:.2f}×{interval}"
 
 
 def _plus_minus(value: Estimate, sign: str = "+") -> str:
@@ -162,58 +185,69 @@ def _plus_minus(value: Estimate, sign: str = "+") -> str:
     return f"{value.mean:{sign}.4f}{spread}".replace("-", "−")
 
 
-def _difference(value: Estimate | None) -> str:
+def _difference(value: Estimate | None) -> str | tuple[str, str]:
     if value is None or value.established:
         return "" if value is None else _plus_minus(value)
-    why = "one seed" if value.half_width is None else "not established"
-    return f'{_plus_minus(value)}<span class="unsure">{why}</span>'
+    return _plus_minus(value), "one seed" if value.half_width is None else "not established"
 
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}×"
 
 
-def _table(name: str, caption: str, headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "".join(f"<tr><th>{first}</th>{''.join(f'<td>{x}</td>' for x in rest)}</tr>" for first, *rest in lines)
-    return (
-        f'<div class="wide"><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="soft">{caption}</p>'
-    )
+def _speedup(value: Speedup | None) -> str | tuple[str, str]:
+    if value is None:
+        return ""
+    if value.ratio is not None:
+        return _ratio(value)
+    return ("unknown" if value.more_than is None else f"more than {value.more_than:.2f}×"), str(value.why)
 
 
-def _results_table(summary: Sequence[Row]) -> str:
+def _results_table(experiment: Experiment) -> _Table:
+    several = len(experiment.horizons) > 1
+    columns = ["tokens", "seconds", "effective speed-up"] if several else ["steps"]
     headings = (
-        "variant", "H<sub>q</sub>", "H<sub>kv</sub>", "head dim", "parameters", "steps", "validation loss", "vs GQA",
+        "variant", "Hq", "Hkv", "head dim", "parameters", *columns, "validation loss", "vs GQA",
         "accuracy", "step, ms", "speed vs GQA", "speed vs MHA", "attention saving",
     )  # fmt: skip
     lines = [
         (
-            row["label"],
-            str(row["num_query_heads"]),
-            str(row["num_kv_heads"]),
-            str(row["head_dim"]),
-            f"{row['parameters']:,}",
-            f"{row['steps']:,}",
-            _plus_minus(row["loss"], ""),
-            _difference(row["difference"]),
-            f"{row['accuracy'].mean:.2%}",
-            "" if row["step_s"] is None else f"{1000 * row['step_s']:,.0f}",
-            _times(row["speed_vs_gqa"]),
-            _times(row["speed_vs_mha"]),
-            _times(row["attention_saving"]),
+            line.label,
+            str(line.num_query_heads),
+            str(line.num_kv_heads),
+            str(line.head_dim),
+            f"{line.parameters:,}",
+            *(_horizon(line) if several else [f"{line.steps:,}"]),
+            _plus_minus(line.loss, ""),
+            _difference(line.difference),
+            f"{line.accuracy.mean:.2%}",
+            "" if line.step_s is None else f"{1000 * line.step_s:,.0f}",
+            _times(line.speed_vs_gqa),
+            _times(line.speed_vs_mha),
+            _times(line.attention_saving),
         )
-        for row in summary
+        for line in experiment.summaries()
     ]
     caption = (
         "Loss in nats a token and accuracy of the next token, over real tokens of the validation set. ±: 95 % interval "
         "over seeds (Student's t), of the paired difference under “vs GQA”. Step: all variants timed in turns; more "
         "than 1× is faster. Attention saving: attention FLOPs of multi-head attention over this variant's."
     )
-    return _table("results", caption, headings, lines)
+    if several:
+        caption += (
+            " Seconds: steps times the step. Effective speed-up: the time GQA needs to end at this loss (its final "
+            "losses at the horizons, joined linearly in log time), over this variant's time, with its 95 % interval "
+            "over seeds; unknown where GQA's own runs do not enclose the loss."
+        )
+    return _Table("results", "Results", caption, headings, lines)
 
 
-def _published_table(summary: Sequence[Row]) -> str:
+def _horizon(line: Summary) -> Iterable[str | tuple[str, str]]:
+    seconds = "" if line.seconds is None else f"{line.seconds:,.0f}"
+    return f"{line.tokens:,}", seconds, _speedup(line.effective_speedup)
+
+
+def _published_table(summary: Sequence[Summary]) -> _Table:
     """Ours in the published convention beside what was published; empty cells where there is no such figure."""
     step = PUBLISHED[BASELINE][2]
     headings = (
@@ -221,17 +255,17 @@ def _published_table(summary: Sequence[Row]) -> str:
         "speed vs GQA, published", "speed vs GQA, here",
     )  # fmt: skip
     lines = []
-    for row in summary:
-        loss, accuracy, seconds = PUBLISHED.get(row["variant"], (None, None, None))
-        ours = row["loss_all_positions"], row["accuracy_all_positions"]
+    for line in summary:
+        loss, accuracy, seconds = PUBLISHED.get(line.variant, (None, None, None))
+        ours = line.loss_all_positions, line.accuracy_all_positions
         lines.append((
-            row["label"],
+            line.label,
             "" if loss is None else f"{loss:.4f}", "" if ours[0] is None else f"{ours[0]:.4f}",
             "" if accuracy is None else f"{accuracy:.2%}", "" if ours[1] is None else f"{ours[1]:.2%}",
-            _times(None if seconds is None else step / seconds), _times(row["speed_vs_gqa"]),
+            _times(None if seconds is None else step / seconds), _times(line.speed_vs_gqa),
         ))  # fmt: skip
     caption = (
         f"Published: {PUBLISHED_SOURCE}. Here: the same convention, loss and accuracy over all positions, padding "
         "included (only padded rows have it). Padding is trivial to predict: neither compares with the table above."
     )
-    return f"<h2>Beside the published table</h2>{_table('published', caption, headings, lines)}"
+    return _Table("published", "Beside the published table", caption, headings, lines)

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-# two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom; beyond, the normal's is 2 % off at most
+# two-sided 95 % quantiles of Student's t for 1..30 degrees of freedom
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -34,7 +35,8 @@ def summarise(values: Sequence[float]) -> Estimate:
     mean = statistics.fmean(values)
     if count < 2:
         return Estimate(mean, None, count)
-    quantile = _T[count - 2] if count - 2 < len(_T) else 1.96
+    # beyond the table the first term of the Cornish-Fisher expansion, (z**3 + z) / 4, is right to 0.2 %
+    quantile = _T[count - 2] if count - 2 < len(_T) else 1.95996 + 2.3723 / (count - 1)
     return Estimate(mean, quantile * statistics.stdev(values) / math.sqrt(count), count)
 
 
@@ -42,3 +44,70 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     """values - baseline over the seeds that both have; None where they share none."""
     shared = sorted(values.keys() & baseline.keys())
     return summarise([values[seed] - baseline[seed] for seed in shared]) if shared else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speedup:
+    """The time in which the baseline reaches a variant's loss over the variant's time, from so many paired seeds.
+
+    `ratio` is the geometric mean over seeds, `low` to `high` its 95 % interval (None from a single seed). `why` says
+    what keeps it from being known; `ratio` is None then. Where the baseline never reaches the loss, `more_than` is what
+    its longest runs allow to say.
+    """
+
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    runs: int
+    why: str | None = None
+    more_than: float | None = None
+
+
+NEVER = "never reached"
+"""The baseline's longest run ends above the loss."""
+
+EXTRAPOLATED = "outside its runs"
+"""The baseline's shortest run ends below the loss: when it passed there, its complete schedules do not say."""
+
+Curve = Sequence[tuple[float, float]]
+"""(seconds, final loss) of complete runs, the shortest first."""
+
+
+def time_to_reach(loss: float, curve: Curve) -> float | str:
+    """Seconds after which a run would end at `loss`, the loss being linear in log time between the curve's points.
+
+    NEVER or EXTRAPOLATED where the points do not enclose it.
+    """
+    if loss > curve[0][1]:
+        return EXTRAPOLATED
+    for (start, above), (end, below) in pairwise(curve):
+        if above >= loss >= below:
+            share = (above - loss) / (above - below) if above > below else 0.0
+            return math.exp(math.log(start) + share * math.log(end / start))
+    return curve[0][0] if loss == curve[0][1] else NEVER
+
+
+def effective_speedup(losses: Mapping[int, float], seconds: float, baseline: Mapping[int, Curve]) -> Speedup | None:
+    """Of a variant that reaches `losses` (by seed) in `seconds` each; None where the baseline has no such seed.
+
+    Raises no error for losses that the baseline's curves do not enclose: one such seed makes the ratio unknown.
+    """
+    shared = sorted(losses.keys() & baseline.keys())
+    if not shared:
+        return None
+    times = [time_to_reach(losses[seed], baseline[seed]) for seed in shared]
+    if count := times.count(EXTRAPOLATED):
+        return Speedup(runs=len(times), why=EXTRAPOLATED + _of_seeds(count, len(times)))
+    if count := times.count(NEVER):
+        ends = [
+            baseline[seed][-1][0] if time == NEVER else float(time) for seed, time in zip(shared, times, strict=True)
+        ]
+        return Speedup(runs=len(times), why=NEVER + _of_seeds(count, len(times)), more_than=min(ends) / seconds)
+    found = summarise([math.log(float(time) / seconds) for time in times])
+    half = found.half_width
+    low, high = (None, None) if half is None else (math.exp(found.mean - half), math.exp(found.mean + half))
+    return Speedup(ratio=math.exp(found.mean), low=low, high=high, runs=found.runs)
+
+
+def _of_seeds(count: int, seeds: int) -> str:
+    return "" if count == seeds else f" with {count} of {seeds} seeds"

@@ -18,12 +18,12 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one contestant's turns."""
+    """Seconds of one contestant's turns, of so many rounds (0: the file that it was read from does not say)."""
 
     p20: float
     median: float
     p80: float
-    rounds: int
+    rounds: int = 0
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:

@@ -1,0 +1,233 @@
+"""One run of a comparison: its data, batches and recipe, its training and evaluation, and the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from sqa.attention.kernels import Case, resolve
+from sqa.config import ModelConfig
+from sqa.cost import parameters
+from sqa.data import Prepared, prepare
+from sqa.data.batches import Batches, evaluation_batches
+from sqa.errors import InputError
+from sqa.experiments.directory import Directory
+from sqa.experiments.plan import Cell, Plan
+from sqa.experiments.results import Record, RunResult
+from sqa.files import write_text
+from sqa.model import Transformer
+from sqa.progress import NonFiniteLoss, StepReport, StopFlag
+from sqa.training.loop import Hooks, Learner, NextToken, Recipe, evaluate, save_model, set_up, train
+from sqa.training.probes import Prober, probe_steps
+
+if TYPE_CHECKING:
+    from sqa.experiments.tracking import TensorBoard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What the runs of one process share. `source` is where the text lies here; `tracker` gets their curves."""
+
+    record: Record
+    directory: Directory
+    source: str
+    data: Prepared
+    accelerator: Accelerator
+    stop: StopFlag
+    tracker: type[TensorBoard] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was asked for."""
+        return self.record.plan
+
+
+def prepare_data(plan: Plan, source: str, progress: Callable[[str], None] | None = None) -> Prepared:
+    """The text of `source` with the plan's tokenizer and splits. Raises InputError when it cannot be evaluated on."""
+    data = prepare(
+        source,
+        vocab_size=plan.model_config(plan.variants[0]).vocab_size,
+        train_fraction=plan.train_fraction,
+        validation_fraction=plan.validation_fraction,
+        progress=progress,
+    )
+    if int(np.max(data.validation.lengths)) < 2:
+        raise InputError("data: the validation split has no token to predict; give longer validation documents")
+    return data
+
+
+def check_same_data(record: Record, data: Prepared) -> None:
+    """Raise InputError when the comparison was begun on other text."""
+    if (held := record.data.fingerprint) != data.fingerprint:
+        raise InputError(
+            f"data: the comparison was begun on other text (fingerprint {held[:12]}, now {data.fingerprint[:12]})"
+        )
+
+
+def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
+    """The training batches of a plan, the same for every variant of a seed."""
+    return Batches(
+        data.train,
+        layout=plan.layout,
+        batch_size=plan.batch_size,
+        context_length=plan.context,
+        pad_id=data.tokenizer.pad_id,
+        seed=seed,
+    )
+
+
+def make_recipe(plan: Plan, name: str, steps: int) -> Recipe:
+    """The part of a plan that the training loop needs for one variant."""
+    shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
+    return Recipe(steps=steps, **shared | {"learning_rate": plan.learning_rates.get(name, plan.learning_rate)})
+
+
+def make_learner(plan: Plan, name: str, recipe: Recipe, accelerator: Accelerator) -> Learner[Transformer]:
+    """A new model of a variant, ready to be trained as the plan says."""
+    model = Transformer(plan.model_config(name))
+    model.model.activation_checkpointing = plan.activation_checkpointing
+    return set_up(model, recipe, accelerator, compile=plan.compile)
+
+
+def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
+    """Names of the kernels that the layers of a model use in training, as a result has them."""
+    names = {
+        resolve(
+            Case.of_layer(
+                layer,
+                length=plan.context,
+                device=device,
+                dtype=getattr(torch, plan.dtype),
+                documents=plan.layout == "packed",
+            )
+        ).kernel
+        for layer in config.layers
+    }
+    return ", ".join(sorted(names))
+
+
+def label(plan: Plan, cell: Cell) -> str:
+    """What a display calls a run."""
+    return f"{cell[0]} seed {cell[1]}" if len(plan.seeds) > 1 else cell[0]
+
+
+def outcome_text(cell: Cell, outcome: RunResult | NonFiniteLoss) -> str:
+    """What a display says of a run that has ended."""
+    if isinstance(outcome, NonFiniteLoss):
+        return f"{cell[0]} seed {cell[1]} stopped: {outcome}"
+    return f"{cell[0]} seed {cell[1]}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
+
+
+def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambda report: None) -> RunResult:
+    """Train one run to its end, or on from its last checkpoint, and evaluate it; `show` gets a report of each step.
+
+    Raises NonFiniteLoss, and Interrupted after saving a checkpoint when the session is to stop.
+    """
+    name, seed = cell
+    plan, record, data, accelerator = session.plan, session.record, session.data, session.accelerator
+    folder = session.directory.run_folder(name, seed)
+    recipe = make_recipe(plan, name, record.steps[name])
+    curves = None
+    if accelerator.is_main_process:
+        folder.mkdir(exist_ok=True)
+        data.tokenizer.save(folder / "tokenizer.json")
+        if session.tracker is not None:
+            curves = session.tracker(session.directory.path / "tensorboard" / folder.name, recipe)
+
+    torch.manual_seed(seed)
+    learner = make_learner(plan, name, recipe, accelerator)
+    probe = _make_probe(session, cell, learner.model)
+
+    def on_step(report: StepReport) -> None:
+        show(report)
+        if curves is not None:
+            curves.step(report)
+        probe(report)
+
+    progress = train(
+        learner,
+        NextToken(plan.padding_in_loss),
+        make_batches(plan, data, seed).batch,
+        recipe,
+        folder,
+        Hooks(on_step, lambda: session.stop.signal is not None),
+    )
+    save_model(learner.model, folder, accelerator)
+    evaluation = evaluate(
+        learner.model,
+        evaluation_batches(
+            data.validation,
+            layout=plan.layout,
+            batch_size=plan.micro_batch_size or plan.batch_size,
+            context_length=plan.context,
+            pad_id=data.tokenizer.pad_id,
+            max_tokens=plan.evaluation_tokens,
+        ),
+        torch.from_numpy(data.tokenizer.token_bytes),
+        accelerator,
+    )
+    accelerator.free_memory()
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLoss(f"validation loss was {evaluation.loss} after the last step")
+    if curves is not None:
+        curves.finish(evaluation.loss)
+    return RunResult(
+        variant=name,
+        seed=seed,
+        config=learner.model.config,
+        parameters=parameters(learner.model.config),
+        steps=recipe.steps,
+        tokens=progress.tokens,
+        wall_s=progress.wall_s,
+        step_s=record.step_s.get(name),
+        val=evaluation,
+        kernel=record.kernel[name],
+        device=accelerator.device.type,
+        dtype=plan.dtype,
+        versions=record.versions,
+        git=record.git,
+        data_fingerprint=record.data.fingerprint,
+    )
+
+
+def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[StepReport], None]:
+    """What writes a line of probes.jsonl after each of the plan's probes; a step trained again replaces its line."""
+    plan, path = session.plan, session.directory.run_folder(*cell) / "probes.jsonl"
+    due = probe_steps(session.record.steps[cell[0]], plan.probes)
+    if not due:
+        return lambda report: None
+    prober = Prober(
+        session.data.validation,
+        context_length=plan.context,
+        vocab_size=model.config.vocab_size,
+        batch_size=plan.batch_size,
+    )
+
+    def probe(report: StepReport) -> None:
+        if report.step not in due:
+            return
+        found = prober.measure(model, session.accelerator, step=report.step, tokens=report.tokens)
+        if session.accelerator.is_main_process:
+            kept = [asdict(line) for line in session.directory.probes(cell) if line.step < report.step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in [*kept, asdict(found)]))
+
+    return probe
+
+
+def text_here(plan: Plan, source: str | None, *, resuming: bool) -> str:
+    """Where the text lies: `source`, or else the plan's. Raises InputError when a resumed plan's path leads nowhere."""
+    if source is None and resuming and plan.data not in ("builtin", "wikipedia") and not Path(plan.data).exists():
+        raise InputError(
+            f"data: {plan.data!r}, as the comparison was begun, is not there from here ({os.path.abspath(plan.data)}); "
+            f"name it with --data"
+        )
+    return plan.data if source is None else source

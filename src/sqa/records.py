@@ -1,0 +1,129 @@
+"""Values from a JSON or TOML file, checked against type annotations: one way for plans, results and records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sqa.errors import InputError
+
+T = TypeVar("T")
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a finite number", str: "text", bool: "true or false", NoneType: "null",
+}  # fmt: skip
+_SHOWN = 60
+
+
+def read_value(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the annotation `kind` wants it: lists become tuples, whole numbers floats, tables dataclasses.
+
+    Raises InputError, `NAME must be WANTED, got VALUE`, for anything else. Floats must be finite.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        kinds = [each for each in arguments if value is None or each is not NoneType]
+        if value is None and NoneType in arguments:
+            return None
+        if len(kinds) == 1:
+            return read_value(kinds[0], value, name)
+        if type(value) in kinds:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(read_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: read_value(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+    elif origin is Literal and value in arguments:
+        return value
+    elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
+        return read_record(kind, value, name)
+    elif kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    elif type(value) is kind:
+        return value
+    raise InputError(f"{name} must be {_wanted(kind)}, got {shown(value)}")
+
+
+def _wanted(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_wanted(each) for each in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin is tuple:
+        return "a list"
+    return _WORDS.get(kind, "a table")
+
+
+def shown(value: Any) -> str:
+    """`value` as an error message has it: short, and on one line."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+_annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)
+
+
+def read_record(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """A dataclass from a table of its fields, those inside it included; other keys are left aside.
+
+    A class with a `from_dict` of its own is read by that. Raises InputError that names the field.
+    """
+    if (from_dict := getattr(kind, "from_dict", None)) is not None:
+        try:
+            made: T = from_dict(values)
+            return made
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+    found = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        if item.name in values:
+            found[item.name] = read_value(_annotations(kind)[item.name], values[item.name], f"{name}.{item.name}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise InputError(f"{name} lacks {item.name}")
+    return kind(**found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises InputError, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, got {shown(value)}")
+    return value
+
+
+def read_lines(kind: type[T], path: Path, advice: str) -> list[T]:
+    """A record a line; none where there is no file. A torn last line, which a crash leaves, is passed over.
+
+    Raises InputError with the number of a line that is damaged or lacks a field, and with `advice`.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        where = f"line {number} of {path}"
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where} is damaged; {advice}") from None
+        try:
+            records.append(read_value(kind, values, where))
+        except InputError as error:
+            raise InputError(f"{error}; {advice}") from None
+    return records
