@@ -1,15 +1,23 @@
-"""Files that are whole or not there: written to a temporary name in the same folder, synced, renamed."""
+"""Files and folders that are whole or not there: made under a temporary name beside it, synced, renamed.
+
+What a process left that was killed meanwhile is removed by the next that writes to the same folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
+import platform
+import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from sqa.errors import InputError
 
@@ -20,6 +28,8 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 """The name, or how it begins, of a file that a process holds while it writes beside it."""
 
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp")
+
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/sqa`, or `~/.cache/sqa` where that variable is not set."""
@@ -28,19 +38,94 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well it is synced and takes the name of `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """A path beside `path` to write a file to; when the block ends well it is synced and takes the name of `path`."""
+    with _temporary(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; a library that makes its file anew may forget that
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
+        _sync_file(temporary)
         temporary.replace(path)
         sync_directory(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`; when the block ends well its files are synced and it takes the name of `path`."""
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        sync_directory(temporary)
+        temporary.rename(path)
+        sync_directory(path.parent)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name that no other process uses; what has it is gone after the block."""
+    remove_abandoned(path.parent)
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with naming(path):
+            yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what processes of this machine that no longer run were writing to `folder`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match[1] == _host() and not _runs(int(match[2])):
+            _remove(path)
+
+
+def _host() -> str:
+    """A mark of this machine, because others may write to the same folder; not its name, which is nobody's business."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there, asking with os.kill would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block, such as a full disk, says that it was about `path` unless it says another file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
+            error.filename, error.filename2 = str(path), None
+        raise
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" and (match := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
+        raise
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
@@ -82,32 +167,27 @@ def sha256(path: Path) -> str:
 def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the OS lock of a file that names this process; the file is gone afterwards.
 
-    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises ValueError.
+    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises InputError.
     """
-    import fcntl
-
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                what = path.parent / path.name.removeprefix(LOCK).removeprefix("-")
-                busy = f"out: {what} is being written by process {file.read().strip() or '?'}"
-                if waiting is None:
-                    raise InputError(busy) from None
-                waiting(f"{busy}; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    continue
-            except FileNotFoundError:
-                continue  # removed by the process that held it
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink()
-            return
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = "?"
+        with suppress(OSError):
+            holder = path.read_text(encoding="utf-8", errors="replace").strip() or "?"
+        busy = (
+            f"out: {path.parent / path.name.removeprefix(LOCK).removeprefix('-')} is being written by process {holder}"
+        )
+        if waiting is None:
+            raise InputError(busy) from None
+        waiting(f"{busy}; waiting for it")
+        lock.acquire()
+    try:
+        with suppress(OSError):  # Windows lets nobody write to it
+            path.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: a process that waits for it looks whether it is still there
+        lock.release()

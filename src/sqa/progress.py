@@ -58,27 +58,58 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop and has saved a checkpoint."""
+    """The work was asked to stop, and can go on from what it has saved."""
 
 
 class StopFlag:
-    """Set by SIGTERM or Ctrl-C; the run in progress saves and ends."""
+    """SIGTERM and Ctrl-C. They end the work at once: what is on disk is whole at any moment.
 
-    signal: int | None = None
+    In a block `held()` a signal only sets `signal`, for work that has something to save first and asks for it. A second
+    signal ends that too.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._held = False
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step to end
-        self.signal = number
+        """Handle a signal. KeyboardInterrupt, because no `except Exception` of a library catches it."""
+        again, self.signal = self.signal is not None, number
+        if again or not self._held:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the first signal sets `signal` and does nothing else."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @contextmanager
+    def at_once(self, message: str) -> Iterator[None]:
+        """Inside, and at the beginning if there was one, a signal raises Interrupted with this message."""
+        before = self._held
+        try:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self._held = False
+            yield
+        except KeyboardInterrupt:
+            raise Interrupted(message) from None
+        finally:
+            self._held = before
 
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and Ctrl-C set inside the block."""
+    """A flag that SIGTERM and Ctrl-C set inside the block, which they end with Interrupted unless it is held."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield flag
+        with flag.at_once("stopped"):
+            yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

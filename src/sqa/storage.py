@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sqa.config import ModelConfig
 from sqa.errors import InputError
-from sqa.files import sync_directory, write_json, write_safetensors
+from sqa.files import new_folder, write_json, write_safetensors
 
 MODEL_TYPE = "sqa"
 TOKENIZER_FILES = (
@@ -141,15 +140,8 @@ def new_directory(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name when the block ends well, and vanishes when it does not."""
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with new_folder(out) as temporary:
         yield temporary
-        sync_directory(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(out)
-        sync_directory(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_tokenizer(directory: Path, vocab_size: int) -> Any:

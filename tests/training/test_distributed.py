@@ -173,6 +173,12 @@ def test_a_sharded_model_is_half_on_each_process(folder: Path, launched: object)
             assert 2 * local == whole, name
 
 
+def test_a_sharded_step_shares_gradients_once_however_many_parts_it_has(folder: Path, launched: object) -> None:
+    for rank in (0, 1):
+        whole, parts = json.loads((folder / "full" / f"reductions-{rank}.json").read_text())
+        assert whole == parts > 0
+
+
 def test_a_signal_to_one_process_stops_both_at_one_step(folder: Path, launched: object) -> None:
     stopped = {(folder / "grown" / f"interrupted-{rank}").read_text() for rank in (0, 1)}
     assert stopped == {f"stopped after step {STOPPED_TOGETHER} of {STEPS}"}

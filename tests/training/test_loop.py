@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from sqa import ModelConfig, Transformer
 from sqa.data.batches import Batch, Batches, evaluation_batches
 from sqa.data.shards import TokenShards, write_shards
-from sqa.progress import Interrupted, NonFiniteLoss
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag, stop_flag
 from sqa.training.checkpoint import Checkpoints, Progress
 from sqa.training.loop import (
     Hooks,
@@ -82,6 +84,17 @@ def run(
     return student.model, progress
 
 
+def stopping(step: int) -> dict[str, object]:
+    """Hooks that get a signal after a step."""
+    stop = StopFlag()
+
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
+            stop(signal.SIGTERM, None)
+
+    return {"on_step": on_step, "stop": stop}
+
+
 def test_the_loss_falls_and_a_run_leaves_a_model_and_a_curve(shards: TokenShards, tmp_path: Path) -> None:
     model, progress = run(shards, tmp_path, recipe(steps=60))
     losses = [eval_line["loss"] for eval_line in read_curve(tmp_path)]
@@ -101,6 +114,10 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
+def losses_in(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_curve(folder)]
+
+
 def test_one_seed_gives_bitwise_one_result_and_another_seed_another(shards: TokenShards, tmp_path: Path) -> None:
     curves = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -115,15 +132,8 @@ def test_a_stopped_run_goes_on_bitwise_as_if_never_stopped(
     shards: TokenShards, tmp_path: Path, stop_after: int
 ) -> None:
     whole, _ = run(shards, tmp_path / "whole")
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == stop_after
-
     with pytest.raises(Interrupted, match=f"step {stop_after} of 12"):
-        run(shards, tmp_path / "parts", should_stop=stop)
+        run(shards, tmp_path / "parts", **stopping(stop_after))
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     resumed, progress = run(shards, tmp_path / "parts")
     losses = [[line["loss"] for line in read_curve(tmp_path / name)] for name in ("whole", "parts")]
@@ -165,9 +175,8 @@ def test_another_task_is_trained_by_the_same_loop(shards: TokenShards, tmp_path:
     assert losses[-1] < losses[0] / 2
     torch.manual_seed(3)
     assert torch.equal(model.lm_head.weight, Transformer(CONFIG).lm_head.weight)
-    steps = iter(range(1, 13))
     with pytest.raises(Interrupted, match="after step 5 of 12"):
-        distil(shards, tmp_path / "parts", should_stop=lambda: next(steps) == 5)
+        distil(shards, tmp_path / "parts", **stopping(5))
     assert distil(shards, tmp_path / "parts")[0] == losses
     seen: list[object] = []
     assert distil(shards, tmp_path / "parts", on_step=seen.append)[0] == losses
@@ -180,15 +189,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(shards, tmp_path / "whole")
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == 6
-
     with pytest.raises(Interrupted):
-        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), should_stop=stop)
+        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), **stopping(6))
     checkpoints = tmp_path / "parts" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
     victim = checkpoints / "step-6" / "tensors.safetensors"
@@ -201,13 +203,94 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("content", ["null", '"text"', "3.5", "{}", "[" * 100_000, "{", '{"step": 1}', ""])
+def test_a_checkpoint_with_a_record_that_is_none_is_passed_over(
+    shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    run(shards, tmp_path / "whole", recipe(steps=3))
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path / "parts", recipe(steps=3), **stopping(2))
+    (tmp_path / "parts" / "checkpoints" / "step-2" / "progress.json").write_text(content)
+    run(shards, tmp_path / "parts", recipe(steps=3))
+    assert "step-2 is damaged" in caplog.text
+    assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
+
+
+def test_a_checkpoint_whose_step_was_changed_is_passed_over(
+    shards: TokenShards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path, **stopping(4))
+    record = tmp_path / "checkpoints" / "step-4" / "progress.json"
+    record.write_text(record.read_text().replace('"step": 4', '"step": 3'))
+    run(shards, tmp_path)
+    assert "progress.json does not match its checksum" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5])
+def test_a_run_with_a_torn_curve_goes_back_to_a_checkpoint_that_it_covers(
+    shards: TokenShards, tmp_path: Path, kept: int
+) -> None:
+    run(shards, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), **stopping(6))
+    curve = tmp_path / "parts" / "curve.jsonl"
+    lines = curve.read_text().splitlines(keepends=True)
+    curve.write_text("".join(lines[:kept]) + lines[kept][:20])
+    run(shards, tmp_path / "parts")
+    assert [line["step"] for line in read_curve(tmp_path / "parts")] == list(range(1, 13))
+    assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
+
+
+def test_a_signal_in_the_middle_of_a_step_ends_it_at_once_and_keeps_the_steps_before(
+    shards: TokenShards, tmp_path: Path
+) -> None:
+    run(shards, tmp_path / "whole")
+    settings, student = recipe(), learner(recipe())
+
+    def batch_at(step: int) -> Batch:
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the step went on")
+        return packed(shards).batch(step)
+
+    with pytest.raises(Interrupted, match="after step 5 of 12"), stop_flag() as stop:
+        train(student, NextToken(), batch_at, settings, tmp_path / "parts", Hooks(stop=stop))
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-5"]
+    run(shards, tmp_path / "parts")
+    assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
+
+
+def test_a_display_that_ends_the_run_loses_no_step(shards: TokenShards, tmp_path: Path) -> None:
+    def closed(report: StepReport) -> None:
+        if report.step == 3:
+            raise Interrupted("the output was closed")
+
+    with pytest.raises(Interrupted, match="the output was closed"):
+        run(shards, tmp_path, on_step=closed)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_checkpoints_are_written_after_distributed_was_initialised_again(tmp_path: Path) -> None:
+    for again in (1, 2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            student = learner(recipe())
+            checkpoints = Checkpoints(tmp_path)
+            checkpoints.save(student.model, student.optimizer, Progress(step=again, tokens=0, wall_s=0.0))
+            checkpoints.close()
+        finally:
+            dist.destroy_process_group()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(
     shards: TokenShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sqa.training.checkpoint as module
 
     with pytest.raises(Interrupted):
-        run(shards, tmp_path, should_stop=lambda: True)
+        run(shards, tmp_path, **stopping(1))
     real = module.write_safetensors
 
     def full(path: Path, tensors: object) -> None:
@@ -221,13 +304,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
     model = Transformer(CONFIG)
     progress = Checkpoints(tmp_path / "checkpoints").load(model, make_optimizer(model, recipe()))
-    assert progress is not None
     assert progress.step == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused(shards: TokenShards, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        run(shards, tmp_path, should_stop=lambda: True)
+        run(shards, tmp_path, **stopping(1))
     model = Transformer(CONFIG.replace(num_layers=1))
     with pytest.raises(ValueError, match=r"step-1 is a checkpoint of another model \(num_layers: 2 there, 1 now\)"):
         Checkpoints(tmp_path / "checkpoints").load(model, make_optimizer(model, recipe()))

@@ -120,40 +120,41 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     seen: dict[Cell, int] = {}
     unfinished = []
     stopping = False
-    try:
-        while running:
-            done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            if session.stop.signal is not None and not stopping:
-                stopping = True
+    with session.stop.held():  # the tasks save what they have first
+        try:
+            while running:
+                done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                if session.stop.signal is not None and not stopping:
+                    stopping = True
+                    _cancel(running)
+                for reference, cell in running.items():
+                    report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
+                    if cell not in shown and (report is not None or reference in done):
+                        shown[cell] = display.beside()
+                        shown[cell].start(label(plan, cell), record.steps[cell[0]])
+                    if report is not None and report.step != seen.get(cell):
+                        seen[cell] = report.step
+                        shown[cell].step(report)
+                for reference in done:
+                    cell = running.pop(reference)
+                    try:
+                        outcome = ray.get(reference)
+                    except lost:
+                        outcome = Interrupted(f"its worker was lost {_RETRIES + 1} times")
+                    except ray.exceptions.TaskCancelledError:
+                        outcome = Interrupted("not begun")
+                    if isinstance(outcome, Interrupted):
+                        unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                        shown[cell].finish(unfinished[-1])
+                    elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
+                        raise outcome
+                    else:
+                        shown[cell].finish(outcome_text(cell, outcome))
+                        yield cell, outcome
+        finally:
+            if running and not stopping:
                 _cancel(running)
-            for reference, cell in running.items():
-                report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
-                if cell not in shown and (report is not None or reference in done):
-                    shown[cell] = display.beside()
-                    shown[cell].start(label(plan, cell), record.steps[cell[0]])
-                if report is not None and report.step != seen.get(cell):
-                    seen[cell] = report.step
-                    shown[cell].step(report)
-            for reference in done:
-                cell = running.pop(reference)
-                try:
-                    outcome = ray.get(reference)
-                except lost:
-                    outcome = Interrupted(f"its worker was lost {_RETRIES + 1} times")
-                except ray.exceptions.TaskCancelledError:
-                    outcome = Interrupted("not begun")
-                if isinstance(outcome, Interrupted):
-                    unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
-                    shown[cell].finish(unfinished[-1])
-                elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
-                    raise outcome
-                else:
-                    shown[cell].finish(outcome_text(cell, outcome))
-                    yield cell, outcome
-    finally:
-        if running and not stopping:
-            _cancel(running)
-            ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
+                ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
     if unfinished:
         what = f"stopped with {len(unfinished)} of {len(cells)} runs unfinished"
         raise Interrupted(what if stopping else "; ".join(unfinished))

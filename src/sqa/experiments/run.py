@@ -159,7 +159,7 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
         make_batches(plan, data, seed).batch,
         recipe,
         folder,
-        Hooks(on_step, lambda: session.stop.signal is not None),
+        Hooks(on_step, session.stop),
     )
     save_model(learner.model, folder, accelerator)
     evaluation = evaluate(

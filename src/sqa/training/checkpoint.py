@@ -6,6 +6,7 @@ the parts that it holds (torch.distributed.checkpoint's safetensors format); any
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,9 +16,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,14 +31,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sqa.config import ModelConfig
 from sqa.errors import InputError
-from sqa.files import sha256, sync_directory, write_json, write_safetensors
+from sqa.files import naming, sha256, sync_directory, write_json, write_safetensors
 from sqa.model import Transformer
+from sqa.records import read_json, read_record
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _KEPT = 2
+_RECORD = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +57,33 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._beside = _beside_training() if dist.is_initialized() else None
+        # a group of its own: writing and training would take each other's messages
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
+    def close(self) -> None:
+        """Wait as `wait` does, and give the group and the thread back."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write `step-N` and drop all but the last two. A full disk leaves the earlier ones as they were."""
+        """Write `step-N` and drop all but the last two. A full disk leaves the earlier ones as they were.
+
+        Raises OSError that names the folder for what the system refuses to write.
+        """
         self.wait()
         tensors = _tensors(model, optimizer)
-        record = asdict(progress) | ({"model": model.config.to_dict()} if isinstance(model, Transformer) else {})
-        if self._beside is None:
-            self._write(tensors, record)
+        config = model.config if isinstance(model, Transformer) else None
+        if self._group is None:
+            self._write(tensors, progress, config)
         else:
-            self._pending = self._beside.thread.submit(self._write, BlockingAsyncStager().stage(tensors), record)
+            staged = BlockingAsyncStager().stage(tensors)
+            self._pending = self._thread.submit(self._write, staged, progress, config)
 
     def wait(self) -> None:
         """Until what was saved last is on disk. Raises what kept it from getting there."""
@@ -74,52 +91,49 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Restore the last whole checkpoint; None when there is none. Damaged ones are named and passed.
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, at_most: int | None = None) -> Progress:
+        """Restore the last whole checkpoint, of step `at_most` or before; step 0 when there is none.
 
-        Raises ValueError for a checkpoint of a model of another shape.
+        Damaged ones are named and passed. Raises InputError for a checkpoint of a model of another shape.
         """
-        found = of_main(_last_whole(self._folder) if _is_main() else None)  # all must go on from one step
+        found = of_main(_last_whole(self._folder, at_most) if _is_main() else None)  # all must go on from one step
         if found is None:
-            return None
-        path, record = found
-        if isinstance(model, Transformer) and "model" in record:
-            there, here = (c.to_dict() for c in (ModelConfig.from_dict(record["model"]), model.config))
+            return Progress(step=0, tokens=0, wall_s=0.0)
+        if isinstance(model, Transformer) and found.model is not None:
+            there, here = found.model.to_dict(), model.config.to_dict()
             if differences := [
                 f"{name}: {there[name]} there, {here[name]} now" for name in here if there[name] != here[name]
             ]:
-                raise InputError(f"resume: {path} is a checkpoint of another model ({'; '.join(differences)})")
-        held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+                raise InputError(f"resume: {found.path} is a checkpoint of another model ({'; '.join(differences)})")
+        held = HuggingFaceStorageReader(str(found.path)).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
-            if f"{name}.exp_avg" not in held:  # it never had a gradient
-                continue
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        _read(path, _tensors(model, optimizer))
-        return Progress(step=record["step"], tokens=record["tokens"], wall_s=record["wall_s"])
+            if f"{name}.exp_avg" in held:  # otherwise it never had a gradient
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        _read(found.path, _tensors(model, optimizer))
+        return found.progress
 
-    def _write(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        temporary = self._folder / f".writing-{record['step']}"
+    def _write(self, tensors: dict[str, Tensor], progress: Progress, config: ModelConfig | None) -> None:
+        temporary = self._folder / f".writing-{progress.step}"
         try:
             if _is_main():
                 for abandoned in self._folder.glob(".writing-*"):  # by a process that was killed; there is one writer
                     shutil.rmtree(abandoned)
                 temporary.mkdir(parents=True)
-            if self._beside is None:
+            if self._group is None:
                 write_safetensors(
                     temporary / "tensors.safetensors", {k: v.cpu().contiguous() for k, v in tensors.items()}
                 )
             else:
                 writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-                with _plain_errors():
-                    save(tensors, storage_writer=writer, process_group=self._beside.group)
+                with naming(temporary), _plain_errors():
+                    save(tensors, storage_writer=writer, process_group=self._group)
             if _is_main():  # after the last process has written
-                sums = {path.name: sha256(path) for path in sorted(temporary.glob("*.safetensors"))}
-                write_json(temporary / "progress.json", {**record, "sha256": sums})
-                target = self._folder / f"step-{record['step']}"
+                target = self._folder / f"step-{progress.step}"
+                _Checkpoint.describe(temporary, progress, config)
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(temporary, target)
@@ -131,6 +145,34 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A whole checkpoint, as its progress.json describes it."""
+
+    path: Path
+    progress: Progress
+    model: ModelConfig | None
+
+    @classmethod
+    def describe(cls, path: Path, progress: Progress, config: ModelConfig | None) -> None:
+        """Write progress.json, last of the files."""
+        record: dict[str, Any] = {**asdict(progress), "model": config and config.to_dict()}
+        record["sha256"] = {file.name: sha256(file) for file in sorted(path.glob("*.safetensors"))}
+        write_json(path / _RECORD, record | {"checksum": _checksum(record)})
+
+    @classmethod
+    def read(cls, path: Path) -> _Checkpoint:
+        """Check everything. Raises InputError for what is missing or was changed."""
+        record = read_json(path / _RECORD)
+        if record.pop("checksum", None) != _checksum(record):
+            raise InputError(f"{_RECORD} does not match its checksum")
+        for name, checksum in record["sha256"].items():
+            if not (path / name).is_file() or sha256(path / name) != checksum:
+                raise InputError(f"{name} is missing or does not match its checksum")
+        model = record["model"] and ModelConfig.from_dict(record["model"])
+        return cls(path, read_record(Progress, record, _RECORD), model)
+
+
 def of_main(value: T) -> T:
     """What process 0 gives, in all processes: they must decide alike, or they would wait for each other."""
     values = [value]
@@ -139,26 +181,13 @@ def of_main(value: T) -> T:
 
 
 def read_model(folder: Path) -> tuple[Transformer, int]:
-    """The model of the last whole checkpoint in `folder`, on the CPU, and its step. Raises ValueError without one."""
+    """The model of the last whole checkpoint in `folder`, on the CPU, and its step. Raises InputError without one."""
     found = _last_whole(folder)
-    if found is None or "model" not in found[1]:
+    if found is None or found.model is None:
         raise InputError(f"run: {folder} holds no whole checkpoint of a model of ours")
-    path, record = found
-    model = Transformer(ModelConfig.from_dict(record["model"]))
-    _read(path, {name: parameter.detach() for name, parameter in model.named_parameters()})
-    return model, record["step"]
-
-
-class _Beside(NamedTuple):
-    """A group and a thread of their own: writing and training would take each other's messages."""
-
-    group: dist.ProcessGroup
-    thread: ThreadPoolExecutor
-
-
-@lru_cache(maxsize=1)
-def _beside_training() -> _Beside:
-    return _Beside(dist.new_group(backend="gloo"), ThreadPoolExecutor(1))
+    model = Transformer(found.model)
+    _read(found.path, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    return model, found.progress.step
 
 
 def _is_main() -> bool:
@@ -172,18 +201,21 @@ def _steps(folder: Path) -> list[Path]:
     )
 
 
-def _last_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint whose files match their checksums, with its progress.json."""
+def _last_whole(folder: Path, at_most: int | None = None) -> _Checkpoint | None:
+    """The last checkpoint whose files match their checksums, of step `at_most` or before."""
     for path in reversed(_steps(folder)):
+        if at_most is not None and int(path.name[5:]) > at_most:
+            logger.warning("checkpoint %s is passed over: the curve before it is damaged", path.name)
+            continue
         try:
-            record: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-            for name, checksum in record["sha256"].items():
-                if sha256(path / name) != checksum:
-                    raise InputError(f"{name} does not match its checksum")
-            return path, record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return _Checkpoint.read(path)
+        except (OSError, InputError) as error:
             logger.warning("checkpoint %s is damaged (%s); going back to the one before it", path.name, error)
     return None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, Protocol, Self, TypeVar
 
@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from sqa.data.batches import Batch
 from sqa.errors import InputError
+from sqa.files import naming, write_text
 from sqa.losses import IGNORE
 from sqa.model import Transformer
-from sqa.progress import Interrupted, NonFiniteLoss, StepReport
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag
+from sqa.records import read_record
 from sqa.training.checkpoint import Checkpoints, Progress
 
 
@@ -114,10 +117,10 @@ class Learner(Generic[M]):
 
 @dataclass(frozen=True)
 class Hooks:
-    """`on_step` is told of each step; `should_stop` is asked after each. A step's time has neither in it."""
+    """`on_step` is told of each step, and its time is not counted; it may raise Interrupted. `stop` ends the run."""
 
     on_step: Callable[[StepReport], None] = lambda report: None
-    should_stop: Callable[[], bool] = lambda: False
+    stop: StopFlag = field(default_factory=StopFlag)
 
 
 def make_accelerator(device: str, dtype: str) -> Accelerator:
@@ -180,27 +183,50 @@ def train_step(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe, rat
 
     Every token of the batch weighs the same, however the rows are split over micro-batches and processes.
     """
-    accelerator, optimizer = learner.accelerator, learner.optimizer
+    total, count = _add_gradients(learner, task, batch, recipe)
+    _update(learner, recipe, rate)
+    return float(total) / count, count
+
+
+def _add_gradients(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe) -> tuple[Tensor, int]:
+    """The sum of the loss over the whole batch, and how many tokens it is of."""
+    accelerator = learner.accelerator
     count = task.count(batch)
     mine = _rows_of(accelerator, len(batch))
     micro = recipe.micro_batch_size or len(batch)
     total = torch.zeros((), device=accelerator.device)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     for start in range(mine.start, mine.stop, micro):
         rows = slice(start, min(start + micro, mine.stop))
         part = batch.take(rows, accelerator.device)
-        with nullcontext() if rows.stop == mine.stop else accelerator.no_sync(learner.called):
+        with _gradients_shared(learner.called, last=rows.stop == mine.stop):
             with accelerator.autocast():
                 loss_sum = task.loss_sum(learner.called, part)
             # processes average their gradients, hence the factor
             accelerator.backward(loss_sum * (accelerator.num_processes / count))
-            total += loss_sum.detach()
+        total += loss_sum.detach()
+    return accelerator.reduce(total, "sum"), count
+
+
+@contextmanager
+def _gradients_shared(called: nn.Module, *, last: bool) -> Iterator[None]:
+    """Processes share the gradients of a batch once, with its last part."""
+    if isinstance(called, FSDPModule):
+        called.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(called, DistributedDataParallel) and not last:
+        with called.no_sync():
+            yield
+    else:
+        yield
+
+
+def _update(learner: Learner[M], recipe: Recipe, rate: float) -> None:
+    for group in learner.optimizer.param_groups:
+        group["lr"] = rate
     if recipe.clip_norm:
-        accelerator.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(accelerator.reduce(total, "sum")) / count, count
+        learner.accelerator.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
 
 
 def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
@@ -222,45 +248,89 @@ def train(
     `folder` gets curve.jsonl (a StepReport a line) and checkpoints. The last step has one, so that a run which is over
     is not trained again. The model stays in its mode (train or eval).
 
-    Raises NonFiniteLoss, and Interrupted after saving when `hooks.should_stop` says so.
+    Raises NonFiniteLoss, and Interrupted after saving when `hooks.stop` has a signal.
     """
-    accelerator = learner.accelerator
+    accelerator, stop = learner.accelerator, hooks.stop
+    alone, main = accelerator.num_processes == 1, accelerator.is_main_process
+    curve_path = folder / "curve.jsonl" if main else Path(os.devnull)
     checkpoints = Checkpoints(folder / "checkpoints")
-    progress = checkpoints.load(learner.model, learner.optimizer) or Progress(step=0, tokens=0, wall_s=0.0)
-    curve_path = folder / "curve.jsonl" if accelerator.is_main_process else Path(os.devnull)
-    if accelerator.is_main_process:
+    whole = _whole_lines(curve_path)
+    progress = checkpoints.load(learner.model, learner.optimizer, at_most=len(whole))
+    saved, last_saved = progress.step, time.monotonic()
+    if main:
         folder.mkdir(parents=True, exist_ok=True)
-        _cut_curve(curve_path, progress.step)
-    last_saved = time.monotonic()
-    with open(curve_path, "a", encoding="utf-8", buffering=1) as curve:  # a line at a time: others read it meanwhile
-        while progress.step < recipe.steps:
-            step = progress.step
-            start = time.perf_counter()
-            loss, count = train_step(learner, task, batch_at(step), recipe, learning_rate(recipe, step))
-            progress = Progress(
-                step=step + 1,
-                tokens=progress.tokens + count,
-                wall_s=progress.wall_s + time.perf_counter() - start,
-            )
-            if not math.isfinite(loss):
-                checkpoints.wait()
-                kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-                raise NonFiniteLoss(
-                    f"loss was {loss} at step {step + 1}; last good checkpoint: {kept[-1] if kept else 'none'}"
+        write_text(curve_path, "".join(whole[: progress.step]))  # later steps are trained again
+    # a line at a time: others read the curve meanwhile
+    with stop.held(), open(curve_path, "a", encoding="utf-8", buffering=1) as curve:
+
+        def save() -> None:
+            if main:
+                os.fsync(curve)  # no step of a checkpoint is missing in its curve
+            checkpoints.save(learner.model, learner.optimizer, progress)
+
+        try:
+            while progress.step < recipe.steps:
+                start = time.perf_counter()
+                # several processes must end at one step; one alone drops what it has of the next
+                with stop.at_once(_stopped(progress, recipe)) if alone else nullcontext():
+                    total, count = _add_gradients(learner, task, batch_at(progress.step), recipe)
+                _update(learner, recipe, learning_rate(recipe, progress.step))
+                loss = float(total) / count
+                progress = Progress(
+                    step=progress.step + 1,
+                    tokens=progress.tokens + count,
+                    wall_s=progress.wall_s + time.perf_counter() - start,
                 )
-            report = StepReport(step=step + 1, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
-            curve.write(json.dumps(vars(report)) + "\n")
-            hooks.on_step(report)
-            due = time.monotonic() - last_saved > recipe.checkpoint_seconds
-            stop, due = _any(accelerator, hooks.should_stop(), due)
-            if stop or due or progress.step == recipe.steps:
-                checkpoints.save(learner.model, learner.optimizer, progress)
-                last_saved = time.monotonic()
-            if stop:
-                checkpoints.wait()
-                raise Interrupted(f"stopped after step {step + 1} of {recipe.steps}")
-    checkpoints.wait()
+                if not math.isfinite(loss):
+                    checkpoints.wait()
+                    good = f"step-{saved}" if saved else "none"
+                    raise NonFiniteLoss(f"loss was {loss} at step {progress.step}; last good checkpoint: {good}")
+                report = StepReport(step=progress.step, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
+                with naming(curve_path):
+                    curve.write(json.dumps(vars(report)) + "\n")
+                reason = _show(report, hooks)
+                due = time.monotonic() - last_saved > recipe.checkpoint_seconds
+                stopping, due = _any(accelerator, reason is not None or stop.signal is not None, due)
+                if stopping:
+                    raise reason or Interrupted(_stopped(progress, recipe))
+                if due or progress.step == recipe.steps:
+                    save()
+                    saved, last_saved = progress.step, time.monotonic()
+        except Interrupted:
+            if progress.step > saved:
+                save()
+            raise
+        finally:
+            checkpoints.close()
     return progress
+
+
+def _stopped(progress: Progress, recipe: Recipe) -> str:
+    return f"stopped after step {progress.step} of {recipe.steps}"
+
+
+def _show(report: StepReport, hooks: Hooks) -> Interrupted | None:
+    """Tell the hook of a step. Returns what it raises: all processes end together, where there are several."""
+    try:
+        hooks.on_step(report)
+    except Interrupted as reason:
+        return reason
+    return None
+
+
+def _whole_lines(curve: Path) -> list[str]:
+    """The lines of a curve up to the first that is torn or out of order."""
+    if not curve.exists():
+        return []
+    lines = curve.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for i, line in enumerate(lines):
+        try:
+            report = read_record(StepReport, json.loads(line), "curve")
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            return lines[:i]
+        if report.step != i + 1 or not line.endswith("\n"):
+            return lines[:i]
+    return lines
 
 
 def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -281,13 +351,6 @@ def save_model(model: Transformer, folder: Path, accelerator: Accelerator) -> No
             model.load_state_dict(tensors, assign=True)
     if accelerator.is_main_process:
         model.save(folder)
-
-
-def _cut_curve(path: Path, step: int) -> None:
-    """Drop what was written after the checkpoint that training goes on from; a torn last line as well."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:step]), encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
