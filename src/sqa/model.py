@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqa import storage
 from sqa.attention import KVCache, SparseQueryAttention
+from sqa.attention.layer import Shared
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError
 from sqa.losses import IGNORE, linear_cross_entropy, token_losses
@@ -49,23 +50,16 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        padding_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        x = x + self.self_attn(
-            self.input_layernorm(x), padding_mask=padding_mask, document_ids=document_ids, cache=cache
-        )
+    def forward(self, x: Tensor, shared: Shared, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache=cache, shared=shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`.
 
-    With `activation_checkpointing` set, training keeps a block's input alone and runs the block again for its gradient.
+    With `activation_checkpointing` set, training keeps a block's input alone and runs the block again for its gradient;
+    with a cache, which a block must not extend twice, it has no effect.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -83,9 +77,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)
-        again = self.activation_checkpointing and torch.is_grad_enabled()
+        again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
+        made: dict[tuple[AttentionConfig, str], Shared] = {}
         for layer in self.layers:
-            inputs = x, padding_mask, document_ids, cache
+            attention = layer.self_attn
+            assert isinstance(attention, SparseQueryAttention)
+            alike = attention.config, attention.kernel
+            if alike not in made:
+                made[alike] = attention.share(x, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
+            inputs = x, made[alike], cache
             x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.norm(x)
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqa import AttentionConfig, variant
-from sqa.attention import blocks, fused
-from sqa.attention.kernels import KERNELS, Case, attend, explain, resolve
+from sqa import AttentionConfig, InputError, variant
+from sqa.attention import blocks, fused, kernels, pytorch
+from sqa.attention.call import Call
+from sqa.attention.kernels import KERNELS, attend, explain, resolve
 from sqa.attention.masks import CachedKeys, Mask
 from sqa.attention.reference import reference_attention
 from sqa.variants import VARIANTS
@@ -223,14 +224,6 @@ def test_fused_gives_the_same_bits_for_any_number_of_threads(dtype: torch.dtype)
             assert torch.equal(result[name], value), name
 
 
-def test_fused_forward_goes_with_the_backward_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs("fused")
-    qkv, grad = draw(HEADS["sqa"], 150)
-    own = with_gradients(attend(*qkv, Mask(window=40), kernel="fused"), qkv, grad)
-    monkeypatch.setattr(blocks, "BACKWARD_DTYPES", ())
-    assert_all_close(with_gradients(attend(*qkv, Mask(window=40), kernel="fused"), qkv, grad), own)
-
-
 @pytest.mark.parametrize("position", [0, 50, 130])
 @pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
 def test_fused_hides_no_nan(which: int, position: int) -> None:
@@ -358,7 +351,7 @@ def test_flex_forward_on_cpu(kind: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: no CUDA device")
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_on_cuda(dtype: str, kernel: str, kind: str) -> None:
     mask = make_mask(kind, 256)
@@ -373,9 +366,13 @@ def test_on_cuda(dtype: str, kernel: str, kind: str) -> None:
         assert error <= 2 * allowed, f"{key}: error {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
-def case(**changes) -> Case:
-    shape = {"num_query_heads": 8, "num_kv_heads": 4, "head_dim": 16, "num_queries": 64, "num_keys": 64}
-    return Case(**{"device": "cpu", "dtype": torch.float32, **shape, **changes})
+def case(*, shared: bool = True, head_dim: int = 16, softcap: float | None = None, sinks: int = 0, **changes) -> Call:
+    """A call of 64 tokens, 8 query heads and 4 KV heads."""
+    config = AttentionConfig(
+        d_model=128, num_heads=8, num_kv_heads=4 if shared else 8, head_dim=head_dim, logit_softcap=softcap,
+        window=changes.pop("window", None), num_sink_tokens=sinks, causal=changes.pop("causal", True),
+    )  # fmt: skip
+    return Call.of_layer(config, **{"length": 64, "grad": False, **changes})
 
 
 @pytest.mark.parametrize(
@@ -386,28 +383,22 @@ def case(**changes) -> Case:
         ({"documents": True, "causal": False}, "fused", "our own"),
         ({"head_dim": 24}, "sdpa", "fused"),
         ({"head_dim": 24, "window": 8}, "blocks", "skips"),
-        ({"window": 8, "num_sink_tokens": 2}, "blocks", "skips"),
-        ({"window": 64, "num_sink_tokens": 2}, "fused", "our own"),
+        ({"window": 8, "sinks": 2}, "blocks", "skips"),
+        ({"window": 64, "sinks": 2}, "fused", "our own"),
         ({"dtype": torch.float16}, "sdpa", "fused"),
         ({"dtype": torch.float16, "documents": True}, "blocks", "skips"),
         ({"padding": True}, "fused", "our own"),
         ({"padding": True, "head_dim": 24}, "sdpa", "dense mask"),
         ({"window": 8, "padding": True}, "fused", "our own"),
-        ({"window": 8, "padding": True, "num_sink_tokens": 2}, "sdpa", "dense mask"),
-        ({"window": 8, "cached": True, "num_queries": 3}, "fused", "our own"),
-        ({"window": 8, "cached": True, "num_queries": 3, "grad": True}, "sdpa", "dense mask"),
-        ({"padding": True, "cached": True, "num_queries": 1}, "fused", "our own"),
-        ({"padding": True, "cached": True, "num_queries": 1, "window": 64}, "sdpa", "dense mask"),
-        ({"cached": True, "num_queries": 1}, "fused", "our own"),
-        ({"cached": True, "num_queries": 1, "num_kv_heads": 8}, "sdpa", "memory"),
-        ({"cached": True, "num_queries": 1, "num_kv_heads": 8, "dtype": torch.bfloat16}, "fused", "our own"),
-        ({"softcap": True}, "reference", "caps"),
-        ({"device": "cuda", "dtype": torch.bfloat16}, "sdpa", "fused"),
-        ({"device": "cuda"}, "sdpa", "expanded"),
-        ({"device": "cuda", "dtype": torch.bfloat16, "padding": True}, "sdpa", "expanded"),
-        ({"device": "cuda", "dtype": torch.bfloat16, "window": 8, "grad": True}, "flex", "skips"),
-        ({"device": "cuda", "dtype": torch.bfloat16, "documents": True, "head_dim": 24}, "sdpa", "expanded"),
-        ({"device": "cuda", "softcap": True}, "flex", "caps"),
+        ({"window": 8, "padding": True, "sinks": 2}, "sdpa", "dense mask"),
+        ({"window": 8, "num_queries": 3}, "fused", "our own"),
+        ({"window": 8, "num_queries": 3, "grad": True}, "sdpa", "dense mask"),
+        ({"padding": True, "num_queries": 1}, "fused", "our own"),
+        ({"padding": True, "num_queries": 1, "window": 64}, "sdpa", "dense mask"),
+        ({"num_queries": 1}, "fused", "our own"),
+        ({"num_queries": 1, "shared": False}, "sdpa", "memory"),
+        ({"num_queries": 1, "shared": False, "dtype": torch.bfloat16}, "fused", "our own"),
+        ({"softcap": 5.0}, "reference", "caps"),
     ],
 )
 def test_choice(changes: dict, kernel: str, reason: str) -> None:
@@ -417,19 +408,107 @@ def test_choice(changes: dict, kernel: str, reason: str) -> None:
     assert KERNELS[kernel].lacks(case(**changes)) is None
 
 
+def hopper(dtype, num_heads, num_kv_heads, head_dim, masked, causal, grad) -> tuple[str, ...]:
+    """What PyTorch 2.13 answers on an H100 (sm_90): cuDNN shares KV heads under a mask, the efficient kernel never."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    shared = num_heads != num_kv_heads
+    return (
+        *(("flash",) if half and not masked and head_dim <= 256 else ()),
+        *(("efficient",) if not shared else ()),
+        *(("cudnn",) if half and head_dim <= 128 else ()),
+    )
+
+
+def turing(dtype, num_heads, num_kv_heads, head_dim, masked, causal, grad) -> tuple[str, ...]:
+    """A GPU before Ampere (sm_75) has the efficient kernel alone, in fp32 and fp16."""
+    return ("efficient",) if num_heads == num_kv_heads and dtype != torch.bfloat16 else ()
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "kernel", "reason"),
+    [
+        (hopper, {"dtype": BF16}, "sdpa", "fused (flash or cudnn)"),
+        (hopper, {}, "sdpa", "expanded"),
+        (hopper, {"shared": False}, "sdpa", "fused (efficient)"),
+        (hopper, {"dtype": BF16, "padding": True}, "sdpa", "fused (cudnn)"),
+        (hopper, {"dtype": BF16, "padding": True, "head_dim": 256}, "sdpa", "expanded"),
+        (hopper, {"dtype": BF16, "num_queries": 1}, "sdpa", "fused (flash or cudnn)"),
+        (hopper, {"dtype": BF16, "window": 8, "grad": True}, "varlen", "skips"),
+        (hopper, {"dtype": BF16, "documents": True, "head_dim": 24}, "varlen", "skips"),
+        (hopper, {"dtype": BF16, "documents": True, "causal": False}, "varlen", "skips"),
+        (hopper, {"window": 8}, "flex", "skips"),
+        (hopper, {"dtype": BF16, "window": 8, "sinks": 2}, "flex", "skips"),
+        (hopper, {"dtype": BF16, "window": 8, "padding": True}, "flex", "skips"),
+        (hopper, {"dtype": BF16, "window": 8, "head_dim": 320}, "sdpa", "expanded"),
+        (hopper, {"softcap": 5.0}, "flex", "caps"),
+        (hopper, {"softcap": 5.0, "head_dim": 24}, "reference", "caps"),
+        (turing, {"dtype": FP16}, "sdpa", "expanded"),
+        (turing, {"dtype": FP16, "window": 8}, "flex", "skips"),
+        (turing, {"dtype": FP16, "documents": True, "head_dim": 24}, "sdpa", "expanded"),
+        (turing, {"dtype": BF16}, "sdpa", "not fused"),
+    ],
+)
+def test_choice_on_cuda_is_what_pytorch_answers(gpu, changes, kernel, reason, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch, "_answer", gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call = case(**{"device": "cuda", **changes})
+    choice = resolve(call)
+    assert (choice.kernel, reason in choice.reason) == (kernel, True), choice
+    assert KERNELS[kernel].lacks(call) is None
+
+
+def test_choice_for_cuda_without_a_device_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("gpu: there is a CUDA device")
+    choice = resolve(case(device="cuda", dtype=BF16))
+    assert choice == ("sdpa", "PyTorch decides what runs, and without a CUDA device it cannot be asked")
+
+
+@pytest.mark.parametrize(
+    "kind", ["causal+window", "causal+documents", "documents", "causal+window+documents", "causal"]
+)
+@pytest.mark.parametrize("name", ["gqa", "rsqa"])
+def test_varlen_says_what_the_mask_says(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's function runs on CUDA alone: here a plain loop with its documented meaning stands in for it."""
+
+    def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert cu_q.dtype == torch.int32
+        assert max_q == int(cu_q.diff().max())
+        parts = []
+        for start, stop in zip(cu_q.tolist()[:-1], cu_q.tolist()[1:], strict=True):
+            i, j = torch.arange(stop - start)[:, None], torch.arange(stop - start)
+            left, right = (stop if size < 0 else size for size in window_size)
+            part = [x[None, start:stop] for x in (q, k, v)]
+            parts.append(reference_attention(*part, (i - left <= j) & (j <= i + right), scale=scale)[0])
+        return torch.cat(parts)
+
+    monkeypatch.setattr(pytorch, "_varlen_attn", lambda: plain_varlen)
+    monkeypatch.setitem(KERNELS, "varlen", kernels.Kernel(**{**vars(KERNELS["varlen"]), "lacks": lambda call: None}))
+    qkv, grad = draw(HEADS[name], 63)
+    got = with_gradients(attend(*qkv, make_mask(kind, 63), kernel="varlen"), qkv, grad)
+    assert_all_close(got, oracle(qkv, grad, seen(kind, 63)))
+
+
 @pytest.mark.parametrize(
     ("kernel", "changes", "message"),
     [
         ("sdpaa", {}, r"kernel: 'sdpaa' is unknown; did you mean 'sdpa'\?"),
         ("flex", {"grad": True}, "kernel: flex cannot do this call \\(no CPU backward\\)"),
         ("flex", {"head_dim": 24}, "head_dim must be a power of two from 16, got 24"),
-        ("flex", {"cached": True}, "no cache"),
+        ("flex", {"num_queries": 64}, "no cache"),
         ("flex", {"device": "mps"}, "not for mps"),
+        ("varlen", {}, "CUDA only"),
+        ("varlen", {"device": "cuda"}, "fp16 and bf16 only, got torch.float32"),
+        ("varlen", {"device": "cuda", "dtype": torch.bfloat16, "padding": True}, "no padding mask"),
+        ("varlen", {"device": "cuda", "dtype": torch.bfloat16, "num_queries": 3}, "no cache"),
         ("blocks", {"padding": True}, "no padding mask"),
         ("blocks", {"device": "cuda"}, "CPU only"),
-        ("blocks", {"softcap": True}, "soft-capping"),
+        ("blocks", {"softcap": 5.0}, "soft-capping"),
         ("blocks", {"dtype": torch.float64}, "fp32, fp16 and bf16 only, got torch.float64"),
-        ("sdpa", {"softcap": True}, "soft-capping"),
+        ("sdpa", {"softcap": 5.0}, "soft-capping"),
     ],
 )
 def test_a_kernel_that_cannot_says_so(kernel: str, changes: dict, message: str) -> None:
@@ -438,7 +517,7 @@ def test_a_kernel_that_cannot_says_so(kernel: str, changes: dict, message: str) 
 
 
 def test_explain_covers_the_table() -> None:
-    rows = dict(explain(case(softcap=True, grad=True)))
+    rows = dict(explain(case(softcap=5.0, grad=True)))
     assert list(rows) == list(KERNELS)
     assert rows["reference"] == "yes"
     assert "soft-capping" in rows["sdpa"]
@@ -447,11 +526,15 @@ def test_explain_covers_the_table() -> None:
 
 def test_of_layer_is_what_attend_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     config = variant("rsqa", d_model=64, num_heads=8, window=4)
-    cases = []
-    monkeypatch.setattr("sqa.attention.kernels.resolve", lambda c, kernel: cases.append(c) or resolve(c, kernel))
+    calls = []
+    monkeypatch.setattr("sqa.attention.kernels.resolve", lambda c, kernel: calls.append(c) or resolve(c, kernel))
     qkv, _ = draw(config, 9)
     attend(*qkv, Mask(window=4))
-    assert cases == [Case.of_layer(config, length=9)]
+    calls.append(Call.of_layer(config, length=9))
+    seen, told = (
+        (c.q.shape[1:], c.k.shape[1:], c.dtype, c.device, c.mask, c.scale, c.softcap, c.grad, c.masked) for c in calls
+    )
+    assert seen == told
 
 
 @pytest.mark.parametrize(
@@ -464,14 +547,102 @@ def test_of_layer_is_what_attend_sees(monkeypatch: pytest.MonkeyPatch) -> None:
         (((2, 9, 4, 4), (2, 9, 4, 8)), Mask(), "differ in batch or head_dim"),
         (((2, 3, 4, 4), (2, 9, 4, 4)), Mask(), "as many queries as keys, got 3 and 9"),
         (((2, 9, 4, 4),) * 2, Mask(padding_mask=torch.ones(2, 8) > 0), r"padding_mask must be \(2, 9\), got \(2, 8\)"),
-        (((2, 9, 4, 4),) * 2, Mask(document_ids=torch.ones(1, 9)), r"document_ids must be \(2, 9\), got \(1, 9\)"),
-        (((2, 9, 4, 4),) * 2, Mask(padding_mask=torch.ones(2, 9)), "padding_mask must be bool"),
+        (
+            ((2, 9, 4, 4),) * 2,
+            Mask(document_ids=torch.arange(9)[None]),
+            r"document_ids must be \(2, 9\), got \(1, 9\)",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(shapes: tuple, mask: Mask, message: str) -> None:
     q, k = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         attend(q, k, k, mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mask(window=0), "window must be at least 1, or None for no window, got 0"),
+        (lambda: Mask(window=-1), "window must be at least 1, or None for no window, got -1"),
+        (lambda: Mask(causal=False, window=3), "a window needs causal=True, got window=3 and causal=False"),
+        (lambda: Mask(num_sink_tokens=-1), "num_sink_tokens must be 0 or more, got -1"),
+        (lambda: Mask(padding_mask=torch.ones(2, 9)), "padding_mask must be bool"),
+        (lambda: Mask(document_ids=torch.ones(2, 9)), "document_ids must be integers, got torch.float32"),
+    ],
+)
+def test_masks_that_mean_nothing(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_soft_caps_that_mean_nothing(kernel: str, softcap: float) -> None:
+    x = torch.zeros(2, 9, 4, 4)
+    with pytest.raises(InputError, match="softcap must be above 0 and finite"):
+        attend(x, x, x, Mask(), softcap=softcap, kernel=kernel)
+
+
+def test_documents_of_fewer_queries_than_keys_are_refused() -> None:
+    """Which document a key belongs to is not said: the answer was wrong without a word."""
+    q, k = torch.randn(1, 3, 4, 16), torch.randn(1, 9, 4, 16)
+    with pytest.raises(InputError, match="document_ids need as many queries as keys, got 3 and 9"):
+        attend(q, k, k, Mask(causal=False, document_ids=torch.zeros(1, 3, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+@pytest.mark.parametrize("kernel", ["auto", "fused", "sdpa", "blocks", "reference"])
+def test_mixed_dtypes_are_refused_or_cast_by_autocast(kernel: str, which: int) -> None:
+    """The native kernel once read all three with q's dtype; rotary positions of transformers give fp32 q and k."""
+    needs(kernel)
+    qkv, grad = draw(HEADS["sqa"], 40)
+    mixed = [x.detach().to(torch.bfloat16 if i == which else torch.float32) for i, x in enumerate(qkv)]
+    with pytest.raises(InputError, match="q, k and v must have one floating dtype"):
+        attend(*mixed, Mask(), kernel=kernel)
+    low = [x.to(torch.bfloat16).requires_grad_() for x in mixed]
+    leaves = [x.requires_grad_() for x in mixed]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = attend(*leaves, Mask(), kernel=kernel)
+    assert got.dtype == torch.bfloat16
+    expected = with_gradients(attend(*low, Mask(), kernel=kernel), low, grad)
+    for name, value in with_gradients(got, leaves, grad).items():
+        assert torch.equal(value.to(torch.bfloat16), expected[name]), name
+
+
+def test_integers_and_other_devices_are_refused() -> None:
+    x = torch.zeros(2, 9, 4, 4)
+    with pytest.raises(InputError, match="one floating dtype"):
+        attend(x.int(), x.int(), x.int(), Mask())
+    with pytest.raises(InputError, match="q is on cpu, but k on meta"):
+        attend(x, x.to("meta"), x.to("meta"), Mask())
+    with pytest.raises(InputError, match="heads and head_dim must be at least 1"):
+        attend(x[:, :, :0], x, x, Mask())
+    with pytest.raises(InputError, match="heads and head_dim must be at least 1"):
+        attend(x, x[:, :, :0], x[:, :, :0], Mask())
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 0), (0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "fused", "blocks", "reference"])
+def test_nothing_to_attend_to_is_as_in_pytorch(kernel: str, masked: bool, sizes: tuple[int, int, int]) -> None:
+    needs(kernel)
+    batch, num_queries, num_keys = sizes
+    causal = num_queries == num_keys
+    ids = torch.zeros(batch, num_queries, dtype=torch.long) if masked and causal else None
+    mask = Mask(causal=causal, window=2 if masked and causal else None, document_ids=ids)
+    q, k = torch.randn(batch, num_queries, 4, 16), torch.randn(batch, num_keys, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k, k.clone())]
+    if kernel in ("fused", "blocks") and num_queries != num_keys:
+        with pytest.raises(InputError, match="no cache or cross-attention"):
+            attend(*leaves, mask, kernel=kernel)
+        return
+    got = attend(*leaves, mask, kernel=kernel)
+    their = [x.transpose(1, 2) for x in leaves]
+    expected = torch.nn.functional.scaled_dot_product_attention(*their, enable_gqa=True).transpose(1, 2)
+    assert torch.equal(got, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (got, expected)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_keys_and_values_of_two_shapes() -> None:

@@ -163,3 +163,76 @@ def test_model_decodes_as_it_reads(full_every: int) -> None:
         alone = decoder(ids[1:, 4:]).logits
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
     torch.testing.assert_close(whole[1:, 4:], alone)
+
+
+def test_a_model_of_ones_own_decodes_with_one_cache() -> None:
+    """Layers of several kinds, called by nobody but the user."""
+    torch.manual_seed(0)
+    kinds = (config(None, 0), config(3, 1), config(None, 0), config(3, 1, (8, 4)))
+    layers = [SparseQueryAttention(kind, layer_index=i) for i, kind in enumerate(kinds)]
+    cache = KVCache(kinds, batch_size=2, capacity=12)
+    x = torch.randn(2, 12, 64)
+
+    def run(x: Tensor, cache: KVCache | None) -> Tensor:
+        for layer in layers:
+            x = x + layer(x, cache=cache)
+        return x
+
+    with torch.no_grad():
+        steps = [run(x[:, start:stop], cache) for start, stop in pairwise((0, 5, 5, 6, 12))]
+        torch.testing.assert_close(torch.cat(steps, 1), run(x, None))
+    assert cache.length == 12
+
+
+def test_layers_that_share_a_place_in_the_cache_are_an_error() -> None:
+    attention = config(None, 0)
+    first, second = (SparseQueryAttention(attention) for _ in range(2))
+    cache = KVCache(attention, batch_size=1, capacity=9)
+    with torch.no_grad():
+        first(torch.randn(1, 3, 64), cache=cache)
+        with pytest.raises(ValueError, match="two layers have layer_index=0; make layer i of your model with"):
+            second(torch.randn(1, 3, 64), cache=cache)
+        first(torch.randn(1, 1, 64), cache=cache)
+    assert cache.length == 4
+
+
+def test_a_second_call_in_one_step_is_an_error() -> None:
+    kinds = (config(None, 0), config(4, 0))
+    layers = [SparseQueryAttention(kind, layer_index=i) for i, kind in enumerate(kinds)]
+    cache = KVCache(kinds, batch_size=1, capacity=9)
+    with torch.no_grad():
+        layers[0](torch.randn(1, 3, 64), cache=cache)
+        with pytest.raises(ValueError, match="layer 0 was called twice before layer 1"):
+            layers[0](torch.randn(1, 3, 64), cache=cache)
+        layers[1](torch.randn(1, 3, 64), cache=cache)
+        layers[0](torch.randn(1, 3, 64), cache=cache)
+    shared = KVCache((kinds[0],) * 2, batch_size=1, capacity=9)
+    step = shared.begin(0, (1, 3))
+    keys = torch.randn(1, 3, 2, 8)
+    shared.extend(0, step, keys, keys)
+    with pytest.raises(ValueError, match="layer 0 was called twice for one piece"):
+        shared.extend(0, step, keys, keys)
+    with pytest.raises(ValueError, match="layer 1 got 2 tokens after 0, another one 3 after 0"):
+        shared.begin(1, (1, 2))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (5, 0), (5, 2)], ids=["static", "rolling", "sinks"])
+def test_chunks_without_a_token_change_nothing(window: int | None, sinks: int) -> None:
+    check(config(window, sinks, head_dim=16), 12, [0, 2], [0, 0, 7, 7, 12, 12])
+
+
+def test_activation_checkpointing_extends_a_cache_once() -> None:
+    torch.manual_seed(0)
+    decoder = Transformer(model(config(None, 0), 2))
+    ids = torch.randint(16, (1, 8))
+    gradients = []
+    for checkpointing in (False, True):
+        decoder.model.activation_checkpointing = checkpointing
+        cache = KVCache(decoder.config, batch_size=1, capacity=8)
+        decoder(ids[:, :5], cache=cache)
+        loss = decoder(ids[:, 5:], labels=ids[:, 5:], cache=cache).loss
+        # keys and values get no gradient through a cache
+        gradients.append(torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True))
+        assert cache.length == 8
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is again is None or torch.equal(plain, again)

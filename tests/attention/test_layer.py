@@ -13,6 +13,7 @@ from sqa.attention.reference import reference_attention
 from sqa.variants import VARIANTS
 
 LENGTH = 11
+IDS = torch.zeros(2, 9, dtype=torch.long)
 
 
 def layer_config(kind: str, name: str = "sqa") -> AttentionConfig:
@@ -78,8 +79,8 @@ def test_model_influence(kind: str) -> None:
 def test_a_kernel_in_the_wrong_layout_cannot_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads attending to heads: every shape fits, nothing raises, and tokens never mix."""
 
-    def swapped(q, k, v, mask, case, scale, softcap):
-        out = reference_attention(*(x.transpose(1, 2) for x in (q, k, v)), None, scale=scale)
+    def swapped(call, form):
+        out = reference_attention(*(x.transpose(1, 2) for x in (call.q, call.k, call.v)), None, scale=call.scale)
         return out.transpose(1, 2)
 
     torch.manual_seed(0)
@@ -217,10 +218,18 @@ def test_cache_of_a_lower_precision() -> None:
         (False, {"context": torch.zeros(2, 9, 32)}, r"context must be \(B, T, 64\), got \(2, 9, 32\)"),
         (True, {"context": torch.zeros(2, 9, 64)}, "context needs causal=False"),
         (False, {"context": torch.zeros(3, 9, 64)}, "one batch size, got 2 and 3"),
-        (False, {"context": torch.zeros(2, 9, 64), "document_ids": torch.zeros(2, 9)}, "neither a cache nor document"),
-        (True, {"cache": True, "document_ids": torch.zeros(2, 9)}, "a cache holds one document a row"),
+        (
+            False,
+            {"context": torch.zeros(2, 9, 64), "document_ids": IDS},
+            "neither a cache nor document",
+        ),
+        (
+            True,
+            {"cache": True, "document_ids": IDS},
+            "a cache holds one document a row",
+        ),
         (True, {"padding_mask": torch.ones(2, 8) > 0}, r"padding_mask must be \(2, 9\), got \(2, 8\)"),
-        (True, {"document_ids": torch.ones(2, 8)}, r"document_ids must be \(2, 9\), got \(2, 8\)"),
+        (True, {"document_ids": IDS[:, 1:]}, r"document_ids must be \(2, 9\), got \(2, 8\)"),
     ],
 )
 def test_errors(causal: bool, given: dict, message: str) -> None:
@@ -234,4 +243,10 @@ def test_errors(causal: bool, given: dict, message: str) -> None:
 
 def test_unknown_kernel() -> None:
     with pytest.raises(ValueError, match="kernel: 'flash' is unknown"):
-        SparseQueryAttention(variant("sqa", d_model=64, num_heads=8), kernel="flash")(torch.zeros(1, 2, 64))
+        SparseQueryAttention(variant("sqa", d_model=64, num_heads=8), kernel="flash")
+
+
+def test_repr_shows_the_heads() -> None:
+    layer = SparseQueryAttention(variant("sqa", d_model=64, num_heads=8, window=9), kernel="sdpa")
+    assert "4 query and 2 KV heads of 8 (nominal 8), causal, window 9, kernel sdpa" in repr(layer)
+    assert "both ways" in repr(SparseQueryAttention(variant("sqa", d_model=64, num_heads=8, causal=False)))

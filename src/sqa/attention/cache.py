@@ -1,6 +1,13 @@
-"""Keys and values kept between calls: made by the caller, passed by the caller."""
+"""Keys and values kept between calls: made by the caller, passed by the caller.
+
+What belongs to tokens (which are real, where they stand) is kept once for all layers of one window; keys and values
+are kept layer by layer.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,114 +17,144 @@ from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError
 
 
-class StaticLayerCache:
-    """All keys and values of one full-attention layer, in tensors allocated once."""
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The new tokens of one forward pass, at positions start .. start + length - 1.
 
-    def __init__(
-        self,
-        config: AttentionConfig,
-        batch_size: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    keys: what the layers attend to, `num_keys` of them; None for the new ones alone, as without a cache.
+    sink_slots: int64 (B, T), where a layer with sinks keeps each new token; the last slot is a bin.
+    """
+
+    start: int
+    length: int
+    num_keys: int
+    keys: CachedKeys | None = None
+    sink_slots: Tensor | None = None
+
+
+class _Positions:
+    """The tokens held by layers without a window."""
+
+    def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
         self.real = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
         self.padded = False
         self.length = 0
+        self.step: Step | None = None
 
-    def extend(self, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """Append k, v (B, T, Hkv, D); return all keys and values and their mask (None: as without a cache)."""
-        start, end = self.length, self.length + k.shape[1]
-        self.keys[:, start:end], self.values[:, start:end] = k.detach(), v.detach()
+    def add(self, length: int, padding_mask: Tensor | None) -> Step:
+        start, end = self.length, self.length + length
         if padding_mask is not None:
             self.real[:, start:end], self.padded = padding_mask, True
-        self.length = end
-        if start == 0:
-            return k, v, None
-        real = self.real[:, :end] if self.padded else self.real[:1, :end]
-        positions = torch.arange(end, device=k.device)
-        cached = CachedKeys(
-            query_positions=positions[start:], key_positions=positions, near=real, far=real, holes=self.padded
+        self.length, keys = end, None
+        if start > 0:
+            real = self.real[:, :end] if self.padded else self.real[:1, :end]
+            positions = torch.arange(end, device=real.device)
+            keys = CachedKeys(
+                query_positions=positions[start:], key_positions=positions, near=real, far=real, holes=self.padded
+            )
+        return Step(start=start, length=length, num_keys=end, keys=keys)
+
+
+class _RollingPositions:
+    """The tokens held by layers with a window: the last window - 1 and the sinks."""
+
+    def __init__(self, batch_size: int, recent: int, num_sinks: int, device: torch.device) -> None:
+        self.num_sinks = num_sinks
+        self.real = torch.zeros(batch_size, recent, dtype=torch.bool, device=device)
+        # slot num_sinks is a bin for everything that is no sink, so that writing needs no data-dependent shape
+        self.sink_positions = torch.zeros(batch_size, num_sinks + 1, dtype=torch.long, device=device)
+        self.seen = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # real tokens so far, a row
+        self.padded = False
+        self.length = 0
+        self.step: Step | None = None
+
+    def add(self, length: int, padding_mask: Tensor | None) -> Step:
+        start, recent, batch_size = self.length, self.real.shape[1], self.real.shape[0]
+        self.length, self.padded = start + length, self.padded or padding_mask is not None
+        real = self.real.new_ones(batch_size, length) if padding_mask is None else padding_mask
+        before = self.seen + real.cumsum(1) - real.long()
+        is_sink = real & (before < self.num_sinks)
+        all_real = torch.cat((self.real, real), 1)
+        positions = torch.arange(start - recent, start + length, device=real.device)
+        slots = torch.where(is_sink, before, self.num_sinks)
+        keys, num_keys = None, length
+        if start > 0 and not self.padded and self.num_sinks == 0:
+            empty = max(0, recent - start)
+            held = all_real[:1, empty:]
+            num_keys = held.shape[1]
+            keys = CachedKeys(
+                query_positions=positions[recent:], key_positions=positions[empty:], near=held,
+                far=torch.zeros_like(held), holes=False,
+            )  # fmt: skip
+        elif start > 0:
+            filled = torch.arange(self.num_sinks, device=real.device) < self.seen
+            sink_positions = self.sink_positions[:, : self.num_sinks]
+            num_keys = self.num_sinks + recent + length
+            keys = CachedKeys(
+                query_positions=positions[recent:],
+                key_positions=torch.cat((sink_positions, positions.expand(batch_size, -1)), 1),
+                # a kept sink is also among the recent keys while the window reaches it: seen there, not twice
+                near=torch.cat((torch.zeros_like(filled), all_real), 1),
+                far=torch.cat((filled, torch.zeros_like(self.real), is_sink), 1),
+                holes=True,
+            )
+        self.sink_positions.scatter_(1, slots, positions[recent:].expand_as(slots))
+        self.real.copy_(all_real[:, length:])
+        self.seen += real.sum(1, keepdim=True)
+        return Step(
+            start=start, length=length, num_keys=num_keys, keys=keys, sink_slots=slots if self.num_sinks else None
         )
-        return self.keys[:, :end], self.values[:, :end], cached
+
+
+class _Keys:
+    """All keys and values of one layer without a window, in tensors (B, capacity, Hkv, D) allocated once."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, positions: _Positions) -> None:
+        self.positions = positions
+        self.keys = torch.zeros(shape, dtype=dtype, device=positions.real.device)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+        self.owner: int | None = None
+
+    def extend(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = step.start + step.length
+        self.keys[:, step.start : end], self.values[:, step.start : end] = k.detach(), v.detach()
+        return (k, v) if step.keys is None else (self.keys[:, :end], self.values[:, :end])
 
     @property
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
-class RollingLayerCache:
-    """The last window - 1 keys and values of one window layer, and the sinks: memory does not grow with length."""
+class _RollingKeys:
+    """The last window - 1 keys and values of one layer, and the sinks: memory does not grow with length."""
 
-    def __init__(
-        self,
-        config: AttentionConfig,
-        batch_size: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        assert config.window is not None
-        heads = (config.num_kv_heads, config.head_dim)
-        recent, self.num_sinks = min(config.window - 1, capacity), config.num_sink_tokens
-        self.keys = torch.zeros(batch_size, recent, *heads, dtype=dtype, device=device)
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, positions: _RollingPositions) -> None:
+        self.positions = positions
+        self.keys = torch.zeros(shape, dtype=dtype, device=positions.real.device)
         self.values = torch.zeros_like(self.keys)
-        self.real = torch.zeros(batch_size, recent, dtype=torch.bool, device=device)
-        # slot num_sinks is a bin for everything that is no sink, so that writing needs no data-dependent shape
-        self.sink_keys = torch.zeros(batch_size, self.num_sinks + 1, *heads, dtype=dtype, device=device)
+        self.sink_keys = self.keys.new_zeros(shape[0], positions.num_sinks + 1, *shape[2:])
         self.sink_values = torch.zeros_like(self.sink_keys)
-        self.sink_positions = torch.zeros(batch_size, self.num_sinks + 1, dtype=torch.long, device=device)
-        self.seen = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # real tokens so far, a row
-        self.padded = False
         self.length = 0
+        self.owner: int | None = None
 
-    def extend(self, k: Tensor, v: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """As StaticLayerCache.extend; the keys returned are sinks, then the last window - 1, then the new ones."""
-        start, new = self.length, k.shape[1]
-        self.length, self.padded = start + new, self.padded or padding_mask is not None
-        real = k.new_ones(k.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask
-        before = self.seen + real.cumsum(1) - real.long()
-        is_sink = real & (before < self.num_sinks)
+    def extend(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values returned are sinks, then the last window - 1, then the new ones."""
         keys, values = torch.cat((self.keys, k.detach()), 1), torch.cat((self.values, v.detach()), 1)
-        all_real = torch.cat((self.real, real), 1)
-        positions = torch.arange(start + new - keys.shape[1], start + new, device=k.device)
-        result: tuple[Tensor, Tensor, CachedKeys | None] = (k, v, None)
-        if start > 0 and not self.padded and self.num_sinks == 0:
-            empty = max(0, self.keys.shape[1] - start)
-            held = all_real[:1, empty:]
-            cached = CachedKeys(
-                query_positions=positions[-new:], key_positions=positions[empty:], near=held,
-                far=torch.zeros_like(held), holes=False,
-            )  # fmt: skip
-            result = keys[:, empty:], values[:, empty:], cached
-        elif start > 0:
-            filled = torch.arange(self.num_sinks, device=k.device) < self.seen
-            sink_positions = self.sink_positions[:, : self.num_sinks]
-            cached = CachedKeys(
-                query_positions=positions[-new:],
-                key_positions=torch.cat((sink_positions, positions.expand(k.shape[0], -1)), 1),
-                # a kept sink is also among the recent keys while the window reaches it: seen there, not twice
-                near=torch.cat((torch.zeros_like(filled), all_real), 1),
-                far=torch.cat((filled, torch.zeros_like(self.real), is_sink), 1),
-                holes=True,
-            )
-            result = (
-                torch.cat((self.sink_keys[:, : self.num_sinks], keys), 1),
-                torch.cat((self.sink_values[:, : self.num_sinks], values), 1),
-                cached,
-            )
-        slots = torch.where(is_sink, before, self.num_sinks)
-        index = slots[:, :, None, None].expand_as(k)
-        self.sink_keys.scatter_(1, index, k.detach().to(self.sink_keys.dtype))
-        self.sink_values.scatter_(1, index, v.detach().to(self.sink_values.dtype))
-        self.sink_positions.scatter_(1, slots, positions[-new:].expand_as(slots))
-        self.keys.copy_(keys[:, new:])
-        self.values.copy_(values[:, new:])
-        self.real.copy_(all_real[:, new:])
-        self.seen += real.sum(1, keepdim=True)
+        result = k, v
+        if step.keys is not None:
+            sinks = self.positions.num_sinks if step.keys.holes else 0
+            empty = keys.shape[1] + sinks - step.num_keys
+            result = keys[:, empty:], values[:, empty:]
+            if sinks:
+                held = self.sink_keys[:, :sinks], self.sink_values[:, :sinks]
+                result = torch.cat((held[0], result[0]), 1), torch.cat((held[1], result[1]), 1)
+        if step.sink_slots is not None:
+            index = step.sink_slots[:, :, None, None].expand_as(k)
+            self.sink_keys.scatter_(1, index, k.detach().to(self.sink_keys.dtype))
+            self.sink_values.scatter_(1, index, v.detach().to(self.sink_values.dtype))
+        self.keys.copy_(keys[:, step.length :])
+        self.values.copy_(values[:, step.length :])
         return result
 
     @property
@@ -126,15 +163,19 @@ class RollingLayerCache:
 
 
 class KVCache:
-    """The caches of every layer of a model, or of one layer when given an AttentionConfig.
+    """The caches of every layer of a model, of the layers of your own model, or of one layer.
 
+    config: a ModelConfig, or one AttentionConfig a layer in their order, or one AttentionConfig for a single layer. In
+    your own model, layer i must be made with `layer_index=i`, and each layer is called once for each piece of text.
     Window layers roll (memory O(window)); the others are allocated whole, `capacity` tokens for each row. `capacity`
     bounds the tokens fed in, whatever the layers keep. Gradients do not pass through a cache.
+
+    Raises InputError for a size below 1, a layer that is not causal, or a dtype that is not a floating-point one.
     """
 
     def __init__(
         self,
-        config: ModelConfig | AttentionConfig,
+        config: ModelConfig | AttentionConfig | Sequence[AttentionConfig],
         *,
         batch_size: int,
         capacity: int,
@@ -144,27 +185,52 @@ class KVCache:
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
             if value < 1:
                 raise InputError(f"cache: {name} must be at least 1, got {value}")
-        layers = (config,) if isinstance(config, AttentionConfig) else config.layers
-        if not layers[0].causal:
+        if isinstance(config, ModelConfig):
+            config = config.layers
+        layers = (config,) if isinstance(config, AttentionConfig) else tuple(config)
+        if not layers:
+            raise InputError("cache: config must name at least one layer, got none")
+        if not all(layer.causal for layer in layers):
             raise InputError("cache: only a causal model can be decoded with a cache, got causal=False")
         if not dtype.is_floating_point:
             raise InputError(f"cache: dtype must be a floating-point one, got {dtype}")
         self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
-        self.layers = [
-            (StaticLayerCache if layer.window is None else RollingLayerCache)(
-                layer, batch_size, capacity, dtype, torch.device(device)
+        kept: dict[tuple[int | None, int], _Positions | _RollingPositions] = {}
+        self.layers: list[_Keys | _RollingKeys] = []
+        for layer in layers:
+            size = capacity if layer.window is None else min(layer.window - 1, capacity)
+            key = layer.window, layer.num_sink_tokens
+            if key not in kept:
+                kept[key] = (
+                    _Positions(batch_size, size, torch.device(device))
+                    if layer.window is None
+                    else _RollingPositions(batch_size, size, layer.num_sink_tokens, torch.device(device))
+                )
+            positions, shape = kept[key], (batch_size, size, layer.num_kv_heads, layer.head_dim)
+            self.layers.append(
+                _Keys(shape, dtype, positions)
+                if isinstance(positions, _Positions)
+                else _RollingKeys(shape, dtype, positions)
             )
-            for layer in layers
-        ]
 
     def check(self, layer_index: int, config: AttentionConfig) -> None:
-        """Raise ValueError when the layer at `layer_index` is not the one that this cache was made for."""
+        """Raise InputError when the layer at `layer_index` is not the one that this cache was made for."""
         if layer_index >= len(self._configs):
             raise InputError(f"cache: made for {len(self._configs)} layers, got layer {layer_index}")
         made = self._configs[layer_index]
         for name in ("num_kv_heads", "head_dim", "window", "num_sink_tokens"):
             if getattr(made, name) != getattr(config, name):
                 raise InputError(f"cache: made for {name}={getattr(made, name)}, got {getattr(config, name)}")
+
+    def claim(self, layer_index: int, owner: int) -> None:
+        """Note that the layer object with id `owner` has this place; raise InputError when another one has it."""
+        layer = self.layers[layer_index]
+        if layer.owner not in (None, owner):
+            raise InputError(
+                f"cache: two layers have layer_index={layer_index}; make layer i of your model with layer_index=i "
+                f"and the cache with one AttentionConfig a layer"
+            )
+        layer.owner = owner
 
     @property
     def length(self) -> int:
@@ -176,23 +242,49 @@ class KVCache:
         """Bytes of the keys and values held."""
         return sum(layer.num_bytes for layer in self.layers)
 
-    def extend(
-        self, layer_index: int, k: Tensor, v: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """Append new keys and values (B, T, Hkv, D) to one layer; see StaticLayerCache.extend.
+    def begin(self, layer_index: int, shape: tuple[int, int], padding_mask: Tensor | None = None) -> Step:
+        """Enter the new tokens of a pass, shape (B, T), which continue what the layer holds.
 
-        Raises ValueError when batch or padding_mask do not fit, or the tokens do not, before anything is written.
+        The first layer of a window enters them; the others get the same step. padding_mask: bool (B, T), True = real.
+
+        Raises InputError, before anything is written, when batch, tokens or padding_mask do not fit, and when a layer
+        is called a second time before the others were called.
         """
-        layer = self.layers[layer_index]
-        if k.shape[0] != self.batch_size:
-            raise InputError(f"cache: made for batch_size={self.batch_size}, got a batch of {k.shape[0]}")
-        if padding_mask is not None and (padding_mask.shape != k.shape[:2] or padding_mask.dtype != torch.bool):
+        layer, (batch_size, length) = self.layers[layer_index], shape
+        if batch_size != self.batch_size:
+            raise InputError(f"cache: made for batch_size={self.batch_size}, got a batch of {batch_size}")
+        if padding_mask is not None and (padding_mask.shape != shape or padding_mask.dtype != torch.bool):
             raise InputError(
-                f"cache: padding_mask must be bool {tuple(k.shape[:2])}, of the new tokens alone, "
+                f"cache: padding_mask must be bool {tuple(shape)}, of the new tokens alone, "
                 f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
             )
-        if layer.length + k.shape[1] > self.capacity:
+        if layer.length + length > self.capacity:
             raise InputError(
-                f"cache: capacity is {self.capacity} tokens, {layer.length} are held and {k.shape[1]} more were given"
+                f"cache: capacity is {self.capacity} tokens, {layer.length} are held and {length} more were given"
             )
-        return layer.extend(k, v, padding_mask)
+        behind = [i for i, other in enumerate(self.layers) if other.length < layer.length]
+        if behind:
+            raise InputError(
+                f"cache: layer {layer_index} was called twice before layer {behind[0]}; "
+                f"each layer is called once for each piece of text"
+            )
+        positions, step = layer.positions, layer.positions.step
+        if step is None or layer.length == positions.length:
+            step = positions.step = positions.add(length, padding_mask)
+        if (step.start, step.length) != (layer.length, length):
+            raise InputError(
+                f"cache: layer {layer_index} got {length} tokens after {layer.length}, "
+                f"another one {step.length} after {step.start}"
+            )
+        return step
+
+    def extend(self, layer_index: int, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new keys and values (B, T, Hkv, D) of a step to one layer; return all that it attends to.
+
+        Raises InputError when the layer has had this step.
+        """
+        layer = self.layers[layer_index]
+        if layer.length != step.start:
+            raise InputError(f"cache: layer {layer_index} was called twice for one piece of text")
+        layer.length = step.start + step.length
+        return layer.extend(step, k, v)

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
-BACKWARD_DTYPES = DTYPES  # the others of DTYPES take the backward of blocks
 _MOST_TOKENS = 2**31 - 1024  # positions are int32, and tiles reach past the end
 
 _SOURCE = Path(__file__).with_name("fused.cpp")

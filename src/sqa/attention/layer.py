@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
-from sqa.attention.cache import KVCache
-from sqa.attention.kernels import attend
+from sqa.attention.cache import KVCache, Step
+from sqa.attention.call import Call
+from sqa.attention.kernels import attend, check_kernel, prepare
 from sqa.attention.masks import Mask
 from sqa.attention.rope import RotaryEmbedding
 from sqa.config import AttentionConfig
 from sqa.errors import InputError
+
+
+class Shared(NamedTuple):
+    """What layers of one AttentionConfig share in one forward pass: made once, by `SparseQueryAttention.share`.
+
+    The mask in the form that their kernel reads, the rotary tables, and where the tokens stand in the cache.
+    """
+
+    mask: Mask
+    tables: tuple[Tensor, Tensor] | None
+    step: Step | None
 
 
 class SparseQueryAttention(nn.Module):
@@ -17,6 +32,8 @@ class SparseQueryAttention(nn.Module):
 
     `output_bias` adds a bias to the output projection; `norm_eps` belongs to QK-norm; `layer_index` is this layer's
     place in a KVCache; `kernel` is "auto" or a name from sqa.attention.kernels.KERNELS.
+
+    Raises InputError for an unknown kernel.
     """
 
     def __init__(
@@ -29,6 +46,7 @@ class SparseQueryAttention(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
+        check_kernel(kernel)
         self.config, self.layer_index, self.kernel = config, layer_index, kernel
         self.q_proj = nn.Linear(config.d_model, config.query_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.d_model, config.kv_width, bias=config.qkv_bias)
@@ -38,6 +56,14 @@ class SparseQueryAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.rotary = None if config.rope is None else RotaryEmbedding(config.rope, config.head_dim)
 
+    def extra_repr(self) -> str:
+        c = self.config
+        parts = [f"{c.num_query_heads} query and {c.num_kv_heads} KV heads of {c.head_dim} (nominal {c.num_heads})"]
+        parts += ["causal"] if c.causal else ["both ways"]
+        parts += [f"window {c.window}"] if c.window is not None else []
+        parts += [f"kernel {self.kernel}"] if self.kernel != "auto" else []
+        return ", ".join(parts)
+
     def forward(
         self,
         x: Tensor,
@@ -46,19 +72,23 @@ class SparseQueryAttention(nn.Module):
         padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """x (B, T, d_model) -> (B, T, d_model).
 
         context (B, Tk, d_model): keys and values come from there, without rotary positions (needs causal=False).
         padding_mask: bool, True = real, (B, T), or (B, Tk) with a context; with a cache, of the new tokens.
         document_ids: int (B, T); attention stays within runs of equal ids. cache: x continues what it holds.
+        shared: of a layer with the same config, by `share`, in place of padding_mask and document_ids.
         Right padding under a causal mask needs no padding_mask: no real token sees it.
 
-        Raises ValueError for shapes that do not fit or options that exclude each other.
+        Raises InputError for shapes that do not fit or options that exclude each other.
         """
         self._check(x, context, document_ids, cache)
-        if cache is not None:
-            cache.check(self.layer_index, self.config)
+        if shared is None:
+            if cache is not None:
+                cache.claim(self.layer_index, id(self))
+            shared = self.share(x, context=context, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
         batch_size, length, _ = x.shape
         source = x if context is None else context
         q = self.q_proj(x).view(batch_size, length, self.config.num_query_heads, self.config.head_dim)
@@ -67,12 +97,38 @@ class SparseQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norm_dtype = self.q_norm.weight.dtype  # differs under autocast, which nn.RMSNorm does in a slow way
             q, k = self.q_norm(q.to(norm_dtype)).to(v.dtype), self.k_norm(k.to(norm_dtype)).to(v.dtype)
-        if self.rotary is not None and context is None:
-            q, k = self.rotary(q, k, 0 if cache is None else cache.layers[self.layer_index].length)
-        cached = None
-        if cache is not None:
-            k, v, cached = cache.extend(self.layer_index, k, v, padding_mask)
+        if self.rotary is not None and shared.tables is not None:
+            q, k = self.rotary(q, k, *shared.tables)
+        if cache is not None and shared.step is not None:
+            k, v = cache.extend(self.layer_index, shared.step, k, v)
             k, v = k.to(q.dtype), v.to(q.dtype)
+        heads = attend(
+            q, k, v, shared.mask, scale=self.config.scale, softcap=self.config.logit_softcap, kernel=self.kernel
+        )
+        return self.o_proj(heads.flatten(2))
+
+    def share(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Shared:
+        """What this layer and those of the same config need to know of x (B, T, d_model), arguments as of `forward`.
+
+        Enters the new tokens into the cache's positions; their keys and values follow layer by layer.
+        """
+        batch_size, length = x.shape[:2]
+        num_keys = length if context is None else context.shape[1]
+        step, cached = None, None
+        if cache is not None:
+            step = cache.begin(self.layer_index, (batch_size, length), padding_mask)
+            cached, num_keys = step.keys, step.num_keys
+        tables = None
+        if self.rotary is not None and context is None:
+            tables = self.rotary.tables(0 if step is None else step.start, length)
         mask = Mask(
             causal=self.config.causal,
             window=self.config.window,
@@ -81,8 +137,16 @@ class SparseQueryAttention(nn.Module):
             document_ids=document_ids,
             cached=cached,
         )
-        heads = attend(q, k, v, mask, scale=self.config.scale, softcap=self.config.logit_softcap, kernel=self.kernel)
-        return self.o_proj(heads.flatten(2))
+        device = x.device
+        call = Call.described(
+            self.config,
+            mask,
+            (batch_size, length, num_keys),
+            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype,
+            device=device,
+            grad=torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())),
+        )
+        return Shared(prepare(call, self.kernel), tables, step)
 
     def _check(self, x: Tensor, context: Tensor | None, document_ids: Tensor | None, cache: KVCache | None) -> None:
         d_model = self.config.d_model
@@ -97,3 +161,5 @@ class SparseQueryAttention(nn.Module):
             raise InputError("attention: context needs causal=False, and neither a cache nor document_ids")
         if cache is not None and document_ids is not None:
             raise InputError("attention: a cache holds one document a row; document_ids cannot be given with it")
+        if cache is not None:
+            cache.check(self.layer_index, self.config)

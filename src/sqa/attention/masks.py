@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sqa.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +27,23 @@ class CachedKeys:
     holes: bool
 
 
+class Prepared(NamedTuple):
+    """A mask in the form that one kernel reads, for one batch and one length: see `sqa.attention.kernels.prepare`."""
+
+    kernel: str
+    form: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mask:
     """The mask of one attention call.
 
-    padding_mask: bool (B, Tk), True = real; document_ids: int (B, T), a document being a run of equal ids;
-    cached: set when the keys come out of a cache. The first `num_sink_tokens` real tokens of a document stay
-    visible beyond the window.
+    causal: a query sees no later key. window: of the keys before it, a query sees itself and the window - 1 nearest.
+    num_sink_tokens: the first real tokens of a document stay visible beyond the window. padding_mask: bool (B, Tk),
+    True = real. document_ids: integers (B, T), a document being a run of equal ids. cached: set when the keys come out
+    of a cache. prepared: set by whoever uses one mask for several calls of the same length.
+
+    Raises InputError for a window below 1 or without causal, and for tensors of the wrong dtype.
     """
 
     causal: bool = True
@@ -39,6 +52,22 @@ class Mask:
     padding_mask: Tensor | None = None
     document_ids: Tensor | None = None
     cached: CachedKeys | None = None
+    prepared: Prepared | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise InputError(f"attention: window must be at least 1, or None for no window, got {self.window}")
+        if self.window is not None and not self.causal:
+            raise InputError(f"attention: a window needs causal=True, got window={self.window} and causal=False")
+        if self.num_sink_tokens < 0:
+            raise InputError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens}")
+        if self.padding_mask is not None and self.padding_mask.dtype != torch.bool:
+            raise InputError(f"attention: padding_mask must be bool (True = real), got {self.padding_mask.dtype}")
+        if self.cached is not None and (self.padding_mask is not None or self.document_ids is not None):
+            raise InputError("attention: with keys from a cache, padding_mask and document_ids must be None")
+        ids = self.document_ids
+        if ids is not None and (ids.is_floating_point() or ids.is_complex()):
+            raise InputError(f"attention: document_ids must be integers, got {ids.dtype}")
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
@@ -46,48 +75,6 @@ def document_starts(document_ids: Tensor) -> Tensor:
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return starts
-
-
-def real_first(real: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Keys or values (B, Tk, H, D) in their order but with the padding (real (B, Tk) False) at the end of each row."""
-    batch_size, length = real.shape
-    order = real.argsort(dim=1, descending=True, stable=True)
-    rows = (order + torch.arange(0, batch_size * length, length, device=real.device)[:, None]).flatten()
-    # whole rows: a gather along the axis would take them number by number, 15 times as slow
-    return [x.flatten(0, 1).index_select(0, rows).view(x.shape) for x in tensors]
-
-
-def key_ranges(
-    batch_size: int,
-    length: int,
-    num_keys: int,
-    real: Tensor | None,
-    document_ids: Tensor | None,
-    *,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor, Tensor]:
-    """First key that each query sees and one past the last, int32 (B, T), on the CPU. window=0: none.
-
-    The queries are at the end of the keys. Documents need as many keys as queries. With `real`, bool (B, Tk), the
-    keys are counted as `real_first` leaves them.
-    """
-    positions = torch.arange(num_keys - length, num_keys, dtype=torch.int32).expand(batch_size, length)
-    first, past = torch.zeros_like(positions), torch.full_like(positions, num_keys)
-    if document_ids is not None:
-        starts = document_starts(document_ids)
-        first = torch.where(starts, positions, 0).cummax(1).values
-        ends = torch.ones_like(starts)
-        ends[:, :-1] = starts[:, 1:]
-        past = torch.where(ends, positions + 1, length).flip(1).cummin(1).values.flip(1)
-    if causal:
-        past = positions + 1
-    if window:
-        first = torch.maximum(first, positions - window + 1)
-    if real is not None:
-        before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
-        first, past = (before.gather(1, x.long()) for x in (first, past))
-    return first.to(torch.int32), past.to(torch.int32)
 
 
 def sink_keys(mask: Mask, num_keys: int, device: torch.device) -> Tensor:

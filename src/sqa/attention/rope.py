@@ -69,9 +69,8 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, self.inverse)[:, None, :]
         return angles.cos() * self.table_factor, angles.sin() * self.table_factor
 
-    def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """q (B, T, Hq, D), k (B, T, Hkv, D) at positions start .. start + T - 1, rotated; computed in fp32."""
-        cos, sin = self.tables(start, q.shape[1])
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, Hq, D) and k (B, T, Hkv, D) rotated by the `tables` of their positions; computed in fp32."""
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

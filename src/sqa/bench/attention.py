@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sqa import cost
-from sqa.attention.kernels import KERNELS, Case, attend, resolve
+from sqa.attention.call import Call
+from sqa.attention.kernels import KERNELS, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
 from sqa.attention.reference import reference_attention
@@ -145,11 +146,11 @@ class Setting:
         """All of a row that is known before timing; `peak` in FLOP/s."""
         kernel = f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
         if self.kernel == "auto":
-            case = Case.of_layer(
+            call = Call.of_layer(
                 self.config, length=self.n, device=self.device.type, dtype=find_dtype(self.dtype),
                 documents=self.mask == "documents", grad=self.what != "forward",
             )  # fmt: skip
-            kernel = resolve(case).kernel
+            kernel = resolve(call).kernel
         row: Row = {
             "kind": "attention", "d_model": self.config.d_model, "variant": self.variant, **heads(self.config),
             "batch_size": self.batch_size, "n": self.n, "dtype": self.dtype, "mask": self.mask,

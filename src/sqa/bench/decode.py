@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from sqa import cost
 from sqa.attention.cache import KVCache
-from sqa.attention.kernels import Case, resolve
+from sqa.attention.call import Call
+from sqa.attention.kernels import resolve
 from sqa.bench.peers import OURS, model_row
 from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline, timed
 from sqa.config import ModelConfig
@@ -34,7 +34,7 @@ def filled_cache(
     for index, layer in enumerate(config.layers):
         shape = (batch_size, n, layer.num_kv_heads, layer.head_dim)
         k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-        cache.extend(index, k, v, None)
+        cache.extend(index, cache.begin(index, (batch_size, n)), k, v)
     return cache
 
 
@@ -73,8 +73,9 @@ def run_decode(
             group[name] = model_row(
                 "decode", preset, OURS, name, config, dtype, batch_size=batch_size, n=n, device=where, grad=False
             ) | {"cache_bytes": cache_bytes}
-            case = Case.of_layer(config.layers[0], length=n, device=where.type, dtype=torch_dtype, grad=False)
-            group[name]["kernel"] = resolve(replace(case, num_queries=1, cached=True)).kernel
+            layer = config.layers[0]
+            call = Call.of_layer(layer, length=n, num_queries=1, device=where.type, dtype=torch_dtype, grad=False)
+            group[name]["kernel"] = resolve(call).kernel
         for name, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
             group[name] |= timed(timing) | {"tokens_per_s": batch_size * steps / timing.median}
         add_ratios(group.values(), same=(), baseline=baseline)

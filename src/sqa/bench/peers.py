@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sqa.attention.kernels import Case, resolve
+from sqa.attention.call import Call
+from sqa.attention.kernels import resolve
 from sqa.bench.report import Row, add_ratios, choose_baseline, heads, time_rows
 from sqa.config import ModelConfig, unknown
 from sqa.errors import MissingExtraError
@@ -237,8 +238,8 @@ def model_row(
     """What is known of a model's row before it is timed."""
     layer, kernel = config.layers[0], "sdpa"
     if implementation == OURS:
-        case = Case.of_layer(layer, length=n, device=device.type, dtype=find_dtype(dtype), grad=grad)
-        kernel = resolve(case).kernel
+        call = Call.of_layer(layer, length=n, device=device.type, dtype=find_dtype(dtype), grad=grad)
+        kernel = resolve(call).kernel
     row: Row = {"kind": kind, "preset": preset, "implementation": implementation, "variant": variant, **heads(layer)}
     return row | {"batch_size": batch_size, "n": n, "dtype": dtype, "kernel": kernel}
 

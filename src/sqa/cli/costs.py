@@ -149,9 +149,10 @@ def kernels(
     import torch
     from rich.table import Table
 
-    from sqa.attention.kernels import KERNELS, Case, explain, resolve
+    from sqa.attention.call import Call
+    from sqa.attention.kernels import KERNELS, explain, resolve
 
-    case = Case.of_layer(
+    call = Call.of_layer(
         config,
         length=n,
         device=device,
@@ -161,12 +162,12 @@ def kernels(
         grad=training,
     )
     table = Table("kernel", "devices", "masks", "backward", "this shape", box=None, padding=(0, 2, 0, 0))
-    for name, verdict in explain(case):
+    for name, verdict in explain(call):
         row = KERNELS[name]
         table.add_row(name, row.devices, row.masks, row.backward, verdict)
     console = make_console()
     console.print(table)
-    choice = resolve(case)
+    choice = resolve(call)
     heads = f"{config.num_query_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
     console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
     if device == "cuda" and not torch.cuda.is_available():

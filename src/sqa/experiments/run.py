@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from sqa.attention.kernels import Case, resolve
+from sqa.attention.call import Call
+from sqa.attention.kernels import resolve
 from sqa.config import ModelConfig
 from sqa.cost import parameters
 from sqa.data import Prepared, prepare
@@ -102,7 +103,7 @@ def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
     """Names of the kernels that the layers of a model use in training, as a result has them."""
     names = {
         resolve(
-            Case.of_layer(
+            Call.of_layer(
                 layer,
                 length=plan.context,
                 device=device,
