@@ -20,6 +20,8 @@ from sqa.variants import VARIANTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
+HORIZONS = ("horizon-2M", "horizon-6M", "horizon-16M")
+
 # of middle lightness, to be told apart on white and on black; the names too, since they are written in these colours
 _COLOURS = {
     "MHA": "#808488", "GQA": "#e0585b", "MQA": "#d9822b", "SQA": "#3a86d8", "sSQA": "#279f8a", "xSQA": "#a266c8",
@@ -121,7 +123,8 @@ def speed() -> Chart:
         ),
         y=alt.Y(
             "tokens:Q", title="tokens a second",
-            axis=alt.Axis(format="~s", values=[5000, 10_000, 20_000, 50_000]), scale=alt.Scale(type="log", nice=False),
+            axis=alt.Axis(format="~s", values=[5000, 10_000, 20_000, 50_000]),
+            scale=alt.Scale(type="log", nice=False, padding=12),
         ),
     )  # fmt: skip
     several = len({row["by"] for row in lines_data}) > 1
@@ -191,10 +194,59 @@ def losses(name: str, directories: Sequence[str], variants: Sequence[str]) -> Ch
     )
 
 
-CHARTS: dict[str, Callable[[], Chart]] = {
-    "speed": speed,
-    "verdict": lambda: losses("verdict", ["articles"], ["sqa", "ssqa", "wide-gqa", "xsqa"]),
-}
+def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> Chart:
+    """Loss against GQA at the end of complete trainings of several lengths; each directory is one length."""
+    data = []
+    for line in read_experiment([RESULTS / directory for directory in directories]).summaries():
+        if line.variant in variants and line.difference is not None:
+            mean, half = line.difference.mean, line.difference.half_width or 0.0
+            tokens = round(line.tokens, -5)
+            data.append({
+                "variant": line.label, "tokens": tokens, "mean": mean, "low": mean - half, "high": mean + half,
+                # a little beside each other, so that intervals do not hide one another
+                "x": tokens * 1.03 ** (variants.index(line.variant) - len(variants) // 2),
+            })  # fmt: skip
+    labels = list(dict.fromkeys(row["variant"] for row in data))
+    lengths = sorted({row["tokens"] for row in data})
+    colour = alt.Color(
+        "variant:N", scale=alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels]), legend=None
+    )
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=alt.X(
+            "x:Q", title="tokens of the whole training", axis=alt.Axis(values=lengths, format="~s"),
+            scale=alt.Scale(type="log", domain=[0.85 * lengths[0], 1.6 * lengths[-1]], nice=False),
+        ),
+        color=colour,
+    )  # fmt: skip
+    y_title = "loss minus GQA's, nats a token (lower is better)"
+    lines = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=70)).encode(y=alt.Y("mean:Q", title=y_title))
+    bars = base.mark_rule(strokeWidth=1.5).encode(y="low:Q", y2="high:Q")
+    names = (
+        base.transform_filter(f"datum.tokens == {lengths[-1]}")
+        .mark_text(align="left", dx=10, fontSize=12, fontWeight="bold")
+        .encode(y="mean:Q", text="variant:N")
+    )
+    zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(y="y:Q")
+    words = "; ".join(
+        f"{row['variant']} at {row['tokens'] / 1e6:.0f} M {row['mean']:+.4f} ± {row['high'] - row['mean']:.4f}"
+        for row in data
+    )
+    return Chart(
+        name=name,
+        alt=f"Validation loss minus GQA's with 95 % intervals, by the tokens of the training: {words}.",
+        svg=_draw(alt.layer(zero, bars, lines, names).properties(width=520, height=300)),
+    )
+
+
+def verdict() -> Chart:
+    """The figure of the first screen: complete trainings of several lengths, once two of them are committed."""
+    found = [name for name in HORIZONS if (RESULTS / name / "results.jsonl").exists()]
+    if len(found) > 1:
+        return horizons("verdict", found, ["sqa", "ssqa", "xsqa", "wide-gqa"])
+    return losses("verdict", ["articles"], ["sqa", "ssqa", "wide-gqa", "xsqa"])
+
+
+CHARTS: dict[str, Callable[[], Chart]] = {"speed": speed, "verdict": verdict}
 
 
 def speed_words() -> str:

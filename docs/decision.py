@@ -9,6 +9,7 @@ from typing import Any
 
 from sqa.cost import kv_cache_bytes, prefill_flops
 from sqa.experiments.report import read_experiment
+from sqa.experiments.summary import Summary
 from sqa.variants import VARIANTS, preset
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -148,16 +149,29 @@ def choices() -> str:
     return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
 
 
-def verdict(directory: str) -> str:
-    """One sentence: what SQA lost against GQA in a committed comparison, and what it gained."""
-    experiment = read_experiment([RESULTS / directory])
-    plan = experiment.plan
-    (line,) = (line for line in experiment.summaries() if line.variant == "sqa")
+def verdict(directories: Sequence[str], *, timed: str) -> str:
+    """One sentence: what SQA lost against GQA in the last of the comparisons that is there, and how fast its steps are.
+
+    `timed` is the comparison that the speed is taken from.
+    """
+    last = [name for name in directories if (RESULTS / name / "results.jsonl").exists()][-1]
+    line, steps = _sqa(last), _sqa(timed)
     difference = line.difference
-    size = f"{line.parameters / 1e6:.0f} M parameters, {plan.budget.removeprefix('tokens=')} tokens a run"
-    known = "an established difference" if difference.established else "no established difference"
+    assert difference is not None, f"{last} has no runs of GQA to compare with"
+    if difference.half_width is None:
+        loss, known = f"{difference.mean:+.3f}", "one seed, which establishes nothing"
+    else:
+        loss = f"{difference.mean:+.3f} ± {difference.half_width:.3f}"
+        known = "an established difference" if difference.established else "no established difference"
     return (
-        f"**Verdict so far** ({size}, {difference.runs} seeds, a context of {plan.context:,}): SQA's steps are "
-        f"{line.speed_vs_gqa:.2f} times as fast as GQA's, and its loss is {difference.mean:+.3f} ± "
-        f"{difference.half_width:.3f} nats from GQA's: {known}."
+        f"**Verdict so far**: after a training of {line.budget.removeprefix('tokens=')} tokens "
+        f"({line.parameters / 1e6:.1f} M parameters, seeds: {difference.runs}) SQA's loss is {loss} nats from GQA's: "
+        f"{known}. Its training steps are {steps.speed_vs_gqa:.2f} times as fast ({steps.parameters / 1e6:.1f} M "
+        f"parameters, a context of {read_experiment([RESULTS / timed]).plan.context:,})."
     )
+
+
+def _sqa(name: str) -> Summary:
+    """The summary of SQA in a committed comparison."""
+    (line,) = (line for line in read_experiment([RESULTS / name]).summaries() if line.variant == "sqa")
+    return line

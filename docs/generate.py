@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 import decision
-from charts import CHARTS, Chart, speed_words
+from charts import CHARTS, HORIZONS, Chart, speed_words
 from sqa.bench.report import BenchResult
 from sqa.conversion.importance import METHODS
 from sqa.conversion.report import quality_table, speed_table
@@ -159,7 +159,7 @@ SECTIONS = {
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
-    "verdict": lambda: decision.verdict("articles"),
+    "verdict": lambda: decision.verdict(["articles", *HORIZONS], timed="articles"),
     "speed words": speed_words,
     "choices": decision.choices,
     "lost": lambda: decision.lost("articles", "small-tokens"),

@@ -44,8 +44,9 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the changelog and the API reference, which are not written in docs/."""
+    """Add the changelog, the commands and the API reference, which are not written in docs/."""
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    files.append(File.generated(config, "commands.md", content=_commands()))
     content = "# The package\n\n::: sqa\n    options: { members: false, show_root_heading: false }\n\n"
     content += "What `from sqa import ...` gives:\n\n" + "\n".join(f"- {line}" for line in _exported()) + "\n"
     files.append(File.generated(config, "reference/index.md", content=content))
@@ -54,6 +55,18 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         parts = [f"::: {first}\n    options: {{ heading_level: 1 }}", *(f"::: {module}" for module in rest)]
         content = "\n\n".join(parts) + "\n"
         files.append(File.generated(config, f"reference/{name}.md", content=content))
+
+
+def _commands() -> str:
+    """Every command of `sqa` with its options, from their help texts."""
+    import typer
+    from typer.cli import get_docs_for_click
+
+    from sqa.cli import app
+
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="sqa"), name="sqa", title="Commands")
+    return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # cut off after some words; the contents name them all
 
 
 def _exported() -> list[str]:
