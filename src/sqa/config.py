@@ -54,11 +54,18 @@ def _read(cls: type, values: Any, where: str) -> Any:
     return cls(**made)
 
 
+MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
+"""The most layers, tokens and anything else (rows, columns, heads, entries) that a config may ask for."""
+
+
 def _positive(where: str, config: Any, *names: str) -> None:
+    limits = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_len": LONGEST, "window": LONGEST}
     for name in names:
-        value = getattr(config, name)
+        value, limit = getattr(config, name), limits.get(name, LARGEST)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{where}: {name} must be a positive whole number, got {value!r}")
+        if value > limit:
+            raise InputError(f"{where}: {name} must be at most {limit:,}, got {value:,}")
 
 
 def _check_types(where: str, config: Any) -> None:

@@ -15,3 +15,9 @@ class MissingExtraError(ImportError):
         return (
             f"{self.args[0]}; run in a clone of the repository: pip install -c constraints.txt -e '.[{self.args[1]}]'"
         )
+
+
+def shown(name: str, limit: int = 100) -> str:
+    """A name out of a file as a sentence can hold it: on one line, unprintable characters escaped, cut at `limit`."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name[: limit + 1])
+    return text if len(text) <= limit else f"{text[:limit]}..."

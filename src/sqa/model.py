@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sysconfig
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,14 +195,14 @@ class Transformer(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        end_id: int | None = None,
+        end_id: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue prompts (B, T) -> (B, T + n), n <= max_new_tokens, by prefill and cached decoding.
 
         temperature 0 takes the most likely token; otherwise one is drawn, from the `top_k` likeliest, and of those
         from the fewest that hold probability `top_p`. Shorter prompts are padded on the left (padding_mask, True =
-        real). A row that produced `end_id` goes on with it; generation stops when all have.
+        real). A row that produced `end_id`, one or several ids, goes on with it; generation stops when all have.
 
         Raises ValueError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
@@ -232,17 +232,17 @@ class Transformer(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
         )
+        ends = torch.tensor([] if end_id is None else end_id, dtype=torch.int64, device=input_ids.device)
         ended = torch.zeros(batch_size, 1, dtype=torch.bool, device=input_ids.device)
         tokens = [input_ids]
         output = self(input_ids, padding_mask=padding_mask, cache=cache, num_logits=1)
         for step in range(max_new_tokens):
             assert output.logits is not None
             new = sample(output.logits[:, -1], temperature, top_k, top_p, generator)[:, None]
-            if end_id is not None:
-                new = torch.where(ended, end_id, new)
-                ended |= new == end_id
+            new = torch.where(ended, tokens[-1][:, -1:], new)
+            ended |= torch.isin(new, ends)
             tokens.append(new)
-            if step + 1 == max_new_tokens or (end_id is not None and bool(ended.all())):
+            if step + 1 == max_new_tokens or bool(ended.all()):
                 break
             output = self(new, cache=cache, num_logits=1)
         return torch.cat(tokens, dim=1)
@@ -275,6 +275,11 @@ class Transformer(nn.Module):
 
         Raises ValueError naming tensors that are missing, unknown, misshapen or quantised.
         """
+        if config.num_layers > len(tensors):  # each layer has several
+            raise InputError(
+                f"model: {where} does not fit its config: num_layers is {config.num_layers:,}, but there are "
+                f"{len(tensors)} tensors in all"
+            )
         with torch.device("meta"):  # no time spent on weights that are replaced at once
             model = cls(config)
         expected = model.state_dict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,17 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sqa.config import ModelConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.files import new_folder, write_json, write_safetensors
 
 MODEL_TYPE = "sqa"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+
+
+@contextmanager
+def in_file(path: Path) -> Iterator[None]:
+    """An InputError of the block names the file that the values are from, if it does not already."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{error} (in {path})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,20 +109,20 @@ def require_counts(values: Mapping[str, Any], *names: str) -> None:
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise ValueError naming the tensors that are missing, unknown, misshapen or quantised."""
     problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unknown {key}" for key in tensors if key not in expected]
+    problems += [f"unknown {shown(key)}" for key in tensors if key not in expected]
     problems += [
         f"{key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]
     problems += [
-        f"{key} is {str(value.dtype).removeprefix('torch.')}, expected floating point of 16 bits or more"
+        f"{shown(key)} is {str(value.dtype).removeprefix('torch.')}, expected floating point of 16 bits or more"
         for key, value in tensors.items()
         if not value.is_floating_point() or value.element_size() < 2
     ]
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(f"model: {where} does not fit its config: {shown}")
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"model: {where} does not fit its config: {listed}")
 
 
 def save_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -144,27 +147,16 @@ def new_directory(out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def read_tokenizer(directory: Path, vocab_size: int) -> Any:
-    """The `tokenizers.Tokenizer` of tokenizer.json, or None. Raises ValueError when damaged or too large."""
-    path = directory / "tokenizer.json"
+def regular_file(path: Path) -> bool:
+    """Whether there is such a file. Raises InputError for a link to another place and for what is no regular file.
+
+    A link may lead to a file beside it, or to where the Hub's cache keeps the files of a snapshot.
+    """
+    if not path.exists() and not path.is_symlink():
+        return False
+    folder = path.parent.resolve()
+    if path.is_symlink() and path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+        raise InputError(f"model: {path} is a link to another place; put the file itself there")
     if not path.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"tokenizer: {path} is damaged: {error}") from None
-    if (size := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
-        raise InputError(
-            f"tokenizer: {path} has {size} entries, but the model's vocab_size is only {vocab_size}; "
-            f"put the tokenizer it was trained with there"
-        )
-    return tokenizer
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer and generation files that are there."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        raise InputError(f"model: {path} must be a regular file")
+    return True

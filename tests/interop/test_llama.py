@@ -344,7 +344,7 @@ def test_a_failed_write_leaves_nothing(
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("sqa.interop.write_json", fail)
+    monkeypatch.setattr("sqa.interop.writers.write_json", fail)
     with pytest.raises(OSError, match="disk full"):
         export(run, tmp_path / "out", format="hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

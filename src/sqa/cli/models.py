@@ -17,41 +17,52 @@ app = typer.Typer()
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run's directory (runs/demo/sqa-0), or a comparison with one run.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    model: Annotated[str, typer.Argument(help="A run, a model directory, a .gguf file, or a name on the Hub.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat what the user says.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest that hold this probability.")] = None,
     seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
 ) -> None:
-    """Continue a prompt with cached decoding."""
-    folder = _run_folder(run)
+    """Continue a prompt with cached decoding, up to the token that ends a text; with --chat print the answer alone."""
     import torch
 
-    from sqa.data import Tokenizer
-    from sqa.interop import load_model
+    from sqa.interop import open_source
 
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    model = load_model(folder).eval()
-    ids = tokenizer.encode(prompt)
-    if not ids:
+    source = open_source(_find_run(model))
+    text = source.read_text_side()
+    if text.tokenizer is None:
+        raise InputError(f"model: {source.path} has no tokenizer.json, which the prompt is encoded with")
+    try:
+        ids = text.encode_chat(prompt) if chat else text.encode(prompt)
+    except UnicodeEncodeError:
+        raise InputError("--prompt must be UTF-8 text") from None
+    if not ids or not prompt:
         raise InputError("--prompt must not be empty")
-    tokens = model.generate(
-        torch.tensor([ids]),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        end_id=tokenizer.end_id,
-        generator=torch.Generator().manual_seed(seed),
+    tokens = (
+        source.load()
+        .eval()
+        .generate(
+            torch.tensor([ids]),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            end_id=text.special.eos,
+            generator=torch.Generator().manual_seed(seed),
+        )[0]
+        .tolist()
     )
-    print(tokenizer.decode(tokens[0].tolist()))
+    print(text.decode(tokens[len(ids) if chat else 0 :]))
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run, finished or not, or a directory written by Transformer.save.")],
+    model: Annotated[
+        str, typer.Argument(help="A run, finished or not, a model directory, a .gguf file or a Hub name.")
+    ],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; for gguf a new .gguf file.")],
     format: Annotated[str, typer.Option(help="hf (no code of ours), hf-remote (our own class) or gguf.")] = "hf",
     dtype: Annotated[
@@ -63,18 +74,18 @@ def export(
 
     if dtype is not None and format != "gguf":
         dtype = long_dtype(dtype)
-    with _model_folder(run) as folder:
-        for note in interop.export(folder, out, format=format, dtype=dtype):
+    with _exportable(model) as source:
+        for note in interop.export(source, out, format=format, dtype=dtype):
             print(note)
     print(f"wrote {out}")
 
 
 @app.command(name="import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="A Hugging Face directory, an SQA author's, or a name on the Hub.")],
+    source: Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
 ) -> None:
-    """Read a Llama, Mistral, Qwen2, Qwen3 or SQAT model into a directory that sqa generate and export take."""
+    """Read a Llama, Mistral, Qwen2, Qwen3 or SQAT model, or a GGUF file, into a directory that every command takes."""
     from sqa import interop
 
     for note in interop.import_model(source, out):
@@ -83,31 +94,34 @@ def import_model(
 
 
 @contextmanager
-def _model_folder(run: Path) -> Iterator[Path]:
-    """The directory of a run's model; for an unfinished run one that passes, written from its last checkpoint."""
+def _exportable(source: str) -> Iterator[Path | str]:
+    """What can be opened of `source`; for an unfinished run a directory that passes, of its last checkpoint."""
+    run = Path(source)
     if (run / "model.safetensors").is_file() or not (run / "checkpoints").is_dir():
-        yield _run_folder(run)
+        yield _find_run(source)
         return
     import tempfile
 
-    from sqa.storage import copy_tokenizer
+    from sqa.interop.text import read_text_side
     from sqa.training.checkpoint import read_model
 
     model, step = read_model(run / "checkpoints")
     print(f"unfinished: the model after step {step}")
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        copy_tokenizer(run, Path(folder))
+        text = read_text_side(run, {}, vocab_size=model.config.vocab_size, max_seq_len=model.config.max_seq_len)
+        text.write(Path(folder))
         yield Path(folder)
 
 
-def _run_folder(path: Path) -> Path:
-    """The directory of one finished run: `path`, or the only run inside it."""
-    if (path / "model.safetensors").is_file():
-        return path
+def _find_run(source: str) -> Path | str:
+    """`source`; of a comparison's directory the only run inside it."""
+    path = Path(source)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return source
     inside = sorted(item.parent for item in path.glob("*/model.safetensors"))
     if len(inside) == 1:
         return inside[0]
     if inside:
         raise InputError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
-    raise InputError(f"run: {path} holds no finished run (no model.safetensors)")
+    raise InputError(f"run: {path} holds no finished run and no model (no config.json)")

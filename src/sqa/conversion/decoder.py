@@ -41,7 +41,7 @@ class Decoder(Subject):
         self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
     ) -> list[Batch]:
         tokenizer = self.tokenizer(directory)
-        end_id = interop.end_token(directory, tokenizer)
+        end_id = interop.open_source(directory).read_text_side().end_of_document
         encoded = (tokenizer.encode(text).ids + ([] if end_id is None else [end_id]) for text in documents)
         return packed_batches(encoded, rows=rows, length=length, batch_size=batch_size)
 

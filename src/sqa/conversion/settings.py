@@ -14,7 +14,7 @@ from sqa.conversion.subject import Subject
 from sqa.data import open_corpus
 from sqa.errors import InputError
 from sqa.interop import check_like, load_config
-from sqa.interop.hub import local_directory
+from sqa.interop.hub import local_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Settings:
 
 def subject_class(directory: Path) -> type[Subject]:
     """Decoder or Encoder, by the model_type of the directory."""
-    if storage.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
+    if directory.is_dir() and storage.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
         from sqa.conversion.encoder import Encoder
 
         return Encoder
@@ -119,7 +119,7 @@ class Job:
 
 def prepare(source: str, out: Path, calibration: str, settings: Settings) -> Job:
     """Check all that can be checked without reading a weight. Raises ValueError; nothing is written."""
-    directory = local_directory(source)
+    directory = local_path(source)
     storage.refuse_existing(out)
     if directory.resolve() in out.resolve().parents:
         raise InputError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from sqa import storage
+from sqa import interop
 from sqa.config import AttentionConfig
 from sqa.errors import InputError
 
@@ -91,7 +91,7 @@ class Subject(ABC):
 
     def tokenizer(self, directory: Path) -> Any:
         """The `tokenizers.Tokenizer` of a model directory. Raises ValueError without one."""
-        tokenizer = storage.read_tokenizer(directory, self.model.config.vocab_size)
+        tokenizer = interop.read_tokenizer(directory, self.model.config.vocab_size)
         if tokenizer is None:
             raise InputError(f"model: {directory} has no tokenizer.json, which the calibration text is encoded with")
         return tokenizer

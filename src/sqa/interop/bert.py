@@ -14,7 +14,8 @@ from torch import Tensor
 from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.errors import InputError, MissingExtraError
-from sqa.files import write_json, write_safetensors
+from sqa.files import write_json, write_safetensors, write_text
+from sqa.interop.text import read_text_side
 
 try:
     from transformers import BertConfig, BertModel
@@ -133,7 +134,10 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     )
     write_json(folder / "config.json", values)
     shutil.copyfile(Path(__file__).with_name("modeling_sqa_bert.py"), folder / "modeling_sqa_bert.py")
-    storage.copy_tokenizer(source, folder)
+    text = read_text_side(source, storage.read_config(source), vocab_size=model.config.vocab_size)
+    for name, content in text.files.items():
+        if (source / name).is_file():  # a task of language models wants more files
+            write_text(folder / name, content)
     for name in SENTENCE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -17,16 +17,18 @@ from sqa.variants import VARIANTS
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_directory(source: str | Path) -> Path:
-    """`source` if it is a folder; else the Hub's model of that name, downloaded into the Hub's cache.
+def local_path(source: str | Path) -> Path:
+    """`source` if it is a folder or a GGUF file; else the Hub's model of that name, downloaded into the Hub's cache.
 
-    Raises ValueError when it is neither, ImportError when huggingface-hub is missing.
+    Raises InputError when it is none of these, ImportError when huggingface-hub is missing.
     """
-    directory = Path(source)
-    if directory.is_dir():
-        return directory
-    if not _HUB_NAME.fullmatch(str(source)):
-        raise InputError(f"model: {source} is no directory, nor a name on the Hub (owner/name)")
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise InputError(f"model: {source} is a file; give the directory it is in, or a .gguf file")
+    if not _HUB_NAME.fullmatch(str(source)) or path.suffix == ".gguf":
+        raise InputError(f"model: {source} is no directory, no .gguf file, nor a name on the Hub (owner/name)")
     hub = _hub()
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:

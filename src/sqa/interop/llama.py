@@ -6,7 +6,7 @@ A layer with fewer query heads is a plain Llama layer with num_attention_heads =
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -126,13 +126,21 @@ def state_from_stock(
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors
-    sizes = {} if values.get("attention_bias") else {"self_attn.o_proj": config.d_model}
-    if not values.get("mlp_bias"):
-        sizes |= {"mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff, "mlp.down_proj": config.d_model}
-    absent = {f"model.layers.{i}.{name}.bias": size for i in range(config.num_layers) for name, size in sizes.items()}
-    absent["lm_head.bias"] = config.vocab_size
+    absent = [] if values.get("attention_bias") else ["self_attn.o_proj"]
+    absent += [] if values.get("mlp_bias") else ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    return with_zero_biases(tensors, config, [*absent, "lm_head"])
+
+
+def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors, and zeros for the biases of these parts of a layer, or of lm_head, that they do not have."""
+    sizes = {"lm_head": config.vocab_size, "mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff}
     dtype = next((tensor.dtype for tensor in tensors.values()), None)
-    return tensors | {key: torch.zeros(size, dtype=dtype) for key, size in absent.items()}
+    result = dict(tensors)
+    for part in parts:
+        zeros = torch.zeros(sizes.get(part, config.d_model), dtype=dtype)
+        layers = [""] if part == "lm_head" else [f"model.layers.{i}." for i in range(config.num_layers)]
+        result |= {f"{layer}{part}.bias": zeros.clone() for layer in layers}
+    return result
 
 
 def stock_config(config: ModelConfig) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa.config import ModelConfig
-from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
+from sqa.interop.gguf_reader import NAMES
 from sqa.interop.llama import repaired, stock_config, stock_state
+from sqa.interop.text import TextSide
 from sqa.model import Transformer
 
 try:
@@ -21,6 +24,7 @@ try:
 except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
+_THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -58,14 +62,13 @@ def _is_gpt2_bpe(tokenizer: dict[str, Any]) -> bool:
     )
 
 
-def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> None:
+def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> None:
     """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
     config, layer = model.config, model.config.layers[0]
     arch = gguf.MODEL_ARCH.QWEN3 if layer.qk_norm else gguf.MODEL_ARCH.LLAMA
     tensors = stock_state(model.float().tensors(), config)
     if arch == gguf.MODEL_ARCH.LLAMA:  # llama.cpp pairs (2j, 2j+1) there, and (j, j + head_dim/2) for qwen3
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
-    names = gguf.get_tensor_name_map(arch, config.num_layers)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
@@ -86,18 +89,24 @@ def write_gguf(model: Transformer, tokenizer: Any, out: Path, dtype: str) -> Non
             assert layer.rope is not None  # check_gguf
             writer.add_rope_freq_base(layer.rope.base)
             writer.add_layer_norm_rms_eps(config.norm_eps)
-            if tokenizer is not None:
-                _add_tokenizer(writer, tokenizer, config.vocab_size)
+            if text.tokenizer is not None:
+                _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
             for key, tensor in tensors.items():
-                name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                assert name is not None, key
                 data, stored = _quantized(tensor, kind)
-                writer.add_tensor(name, data, raw_dtype=stored)
+                writer.add_tensor(_their_name(key), data, raw_dtype=stored)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
         finally:
             writer.close()
+
+
+def _their_name(key: str) -> str:
+    """What llama.cpp calls one of our tensors."""
+    part, _, kind = key.rpartition(".")
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part):
+        return f"blk.{found[1]}.{_THEIRS[found[2]]}.{kind}"
+    return f"{_THEIRS[part]}.{kind}"
 
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
@@ -111,7 +120,7 @@ def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
     return gguf.quants.quantize(data, kind), kind
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, text: TextSide, vocab_size: int) -> None:
     values = json.loads(tokenizer.to_str())
     special = {entry["id"] for entry in values["added_tokens"] if entry["special"]}
     tokens = [f"<|unused{i}|>" for i in range(vocab_size)]
@@ -126,7 +135,11 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_add_bos_token(False)
-    if (end_id := tokenizer.token_to_id(END_TOKEN)) is not None:
-        writer.add_eos_token_id(end_id)
-    if (pad_id := tokenizer.token_to_id(PAD_TOKEN)) is not None:
-        writer.add_pad_token_id(pad_id)
+    if text.special.bos is not None:
+        writer.add_bos_token_id(text.special.bos)
+    for add, end_id in zip((writer.add_eos_token_id, writer.add_eot_token_id), text.special.eos, strict=False):
+        add(end_id)
+    if text.special.pad is not None:
+        writer.add_pad_token_id(text.special.pad)
+    if text.chat_template is not None:
+        writer.add_chat_template(text.chat_template)

@@ -1,0 +1,310 @@
+"""GGUF files of llama.cpp: the header read and checked as a whole, the weights dequantised.
+
+The format is that of docs/gguf.md in ggml, versions 2 and 3, little-endian. The `gguf` package's own reader follows
+any length that a damaged file states and takes seconds for a vocabulary; here every length is checked against the file.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqa.attention.rope import inverse_frequencies
+from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
+from sqa.errors import InputError, MissingExtraError, shown
+from sqa.interop.llama import repaired, with_zero_biases
+
+try:
+    import gguf
+    from gguf import GGMLQuantizationType
+except ImportError:
+    raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# what llama.cpp calls our tensors
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTER = ("attn_output", "ffn_gate", "ffn_up", "ffn_down")  # what our `bias` adds to, beside the head
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+# keys that change what a model computes, and the value that ours computes
+_FIXED: dict[str, Any] = {
+    "expert_count": 0,
+    "attention.sliding_window": 0,
+    "attention.causal": True,
+    "attention.scale": 0.0,
+    "logit_scale": 0.0,
+    "residual_scale": 0.0,
+    "embedding_scale": 0.0,
+    "rope.scaling.alpha": 0.0,
+}
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as the file holds it: `data` are its bytes, a row at a time."""
+
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    data: np.ndarray
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The values, dequantised."""
+        values = gguf.quants.dequantize(self.data, self.kind).reshape(self.shape)
+        return torch.from_numpy(np.require(values, requirements="W")).to(dtype)  # F32 is a view of the file
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a file says of its model, and its tensors by llama.cpp's names."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of a key, of this type, or the default where there is none. Raises InputError for another type."""
+        value = self.metadata.get(key, default)
+        if value is not default and type(value) is not kind:
+            raise InputError(f"model: {key} in {self.path} must be of type {kind.__name__}, got {shown(repr(value))}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value: int | None = self.get(key, int, default)
+        if value is None or value < 1:
+            raise InputError(f"model: {key} in {self.path} must be a whole number above 0, got {value}")
+        return value
+
+
+class _Cursor:
+    """Reads a header from its beginning. Raises InputError for whatever lies past the end of the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise InputError(f"model: {self.path} is truncated or damaged: its header goes beyond its end")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self) -> str:
+        start = self.at
+        try:
+            return self.take(self.scalar("Q")).decode()
+        except UnicodeDecodeError:
+            raise InputError(f"model: {self.path} is damaged: the text at byte {start} is not UTF-8") from None
+
+    def value(self, key: str) -> Any:
+        kind = self.scalar("I")
+        if kind == _TEXT:
+            return self.text()
+        if kind in _SCALARS:
+            return self._plain(kind, self.scalar(_SCALARS[kind]))
+        if kind == _ARRAY:
+            kind, count = self.scalar("I"), self.scalar("Q")
+            if kind == _TEXT:
+                return [self.text() for _ in range(count)]  # a count that is too large runs into the end of the file
+            if kind in _SCALARS:
+                code = f"<{_SCALARS[kind]}"
+                raw = self.take(count * struct.calcsize(code))
+                return [self._plain(kind, each) for each in np.frombuffer(raw, dtype=np.dtype(code)).tolist()]
+        raise InputError(f"model: {self.path} is damaged: {shown(key)} has a value of type {kind}, which is not known")
+
+    def _plain(self, kind: int, value: Any) -> Any:
+        return float(str(np.float32(value))) if _SCALARS[kind] == "f" else value  # 1e-05, not 9.999999747e-06
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of a GGUF file and check that its tensors are there and can be dequantised.
+
+    Raises InputError for a file that is none, truncated, damaged, or quantised in a way that `gguf` cannot read.
+    """
+    with open(path, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"model: {path} is no GGUF file: it does not begin with the letters GGUF")
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(path, data)
+    cursor.take(4)
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise InputError(f"model: {path} must be a little-endian GGUF of version 2 or 3, got version {version}")
+    num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata = {}
+    for _ in range(num_keys):
+        key = cursor.text()
+        metadata[key] = cursor.value(key)
+    found = {}
+    for _ in range(num_tensors):
+        name = cursor.text()
+        dims = [cursor.scalar("Q") for _ in range(cursor.scalar("I"))]
+        if name in found or not 1 <= len(dims) <= 4 or 0 in dims:
+            raise InputError(f"model: {path} is damaged: {shown(name)} is there twice, or not of 1 to 4 dimensions")
+        found[name] = tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
+    file = GgufFile(path, metadata, {})
+    alignment = file.count("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    start = math.ceil(cursor.at / alignment) * alignment
+    whole = np.frombuffer(data, dtype=np.uint8)
+    for name, (shape, number, offset) in found.items():
+        kind = _kind(path, name, number)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise InputError(f"model: {path} is damaged: {shown(name)} has rows of {shape[-1]}, no multiple of {block}")
+        row_bytes = shape[-1] // block * size
+        begin, end = start + offset, start + offset + math.prod(shape[:-1]) * row_bytes
+        if end > len(data):
+            raise InputError(
+                f"model: {path} is truncated: {shown(name)} ends at byte {end:,}, the file has {len(data):,}"
+            )
+        file.tensors[name] = StoredTensor(shape, kind, whole[begin:end].reshape(-1, row_bytes))
+    return file
+
+
+def _kind(path: Path, name: str, number: int) -> GGMLQuantizationType:
+    """The quantisation of a tensor, if `gguf` can read it."""
+    try:
+        kind = GGMLQuantizationType(number)
+        gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        called = GGMLQuantizationType(number).name if number in list(GGMLQuantizationType) else f"number {number}"
+        raise InputError(
+            f"model: {path} holds {shown(name)} in the quantisation {called}, which the gguf package cannot read; "
+            f"give a file in F32, F16, BF16, Q8_0 or a Q4, Q5 or Q6 type"
+        ) from None
+    return kind
+
+
+def model_config(file: GgufFile) -> ModelConfig:
+    """The config of a file of one of ARCHITECTURES. Raises InputError for another one and for what ours has not."""
+    arch = file.get("general.architecture", str)
+    if arch not in ARCHITECTURES:
+        raise InputError(
+            f"model: {file.path} is of architecture {shown(str(arch))}; supported are {', '.join(ARCHITECTURES)}"
+        )
+    for name, plain in _FIXED.items():
+        if (value := file.metadata.get(f"{arch}.{name}", plain)) != plain:
+            raise InputError(f"model: {arch}.{name} in {file.path} must be {plain} to be read here, got {value}")
+    d_model, heads = file.count(f"{arch}.embedding_length"), file.count(f"{arch}.attention.head_count")
+    head_dim = file.count(f"{arch}.attention.key_length", max(d_model // heads, 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (value := file.count(f"{arch}.{name}", head_dim)) != head_dim:
+            raise InputError(f"model: {arch}.{name} in {file.path} must be the head_dim {head_dim}, got {value}")
+    max_seq_len = file.count(f"{arch}.context_length")
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"model: {file.path} has no tensor token_embd.weight")
+    return ModelConfig(
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        num_layers=file.count(f"{arch}.block_count"),
+        d_ff=file.count(f"{arch}.feed_forward_length"),
+        max_seq_len=max_seq_len,
+        attention=AttentionConfig(
+            d_model=d_model,
+            num_heads=max(heads, d_model // head_dim),  # the nominal count of a layer with fewer query heads
+            num_query_heads=heads,
+            num_kv_heads=file.count(f"{arch}.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+            rope=_read_rope(file, arch, head_dim, max_seq_len),
+        ),
+        bias=any(f"blk.0.{part}.bias" in file.tensors for part in _OUTER),
+        tie_embeddings="output.weight" not in file.tensors,
+        norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5),
+    )
+
+
+def _read_rope(file: GgufFile, arch: str, head_dim: int, max_seq_len: int) -> Rope:
+    base = file.get(f"{arch}.rope.freq_base", float, 10_000.0)
+    prefix = f"{arch}.rope.scaling"
+    kind = file.get(f"{prefix}.type", str, "none")
+    factor = file.get(f"{prefix}.factor", float, file.get(f"{arch}.rope.scale_linear", float, 1.0))
+    length = file.get(f"{prefix}.original_context_length", int, max_seq_len)
+    if f"{prefix}.type" not in file.metadata and factor != 1.0:
+        kind = "linear"
+    if kind == "linear":
+        return Rope(base=base, scaling=RopeScaling(kind="linear", factor=factor))
+    if kind == "yarn":
+        known = {f"{prefix}.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+        if others := [key for key in file.metadata if key.startswith(prefix) and key not in known]:
+            raise InputError(f"model: {file.path} has rope scaling fields not read here: {', '.join(others)}")
+        return Rope(base=base, scaling=RopeScaling(kind="yarn", factor=factor, original_max_seq_len=length))
+    if kind != "none":
+        raise InputError(f"model: {prefix}.type in {file.path} must be none, linear or yarn, got {shown(kind)}")
+    if (stored := file.tensors.get("rope_freqs.weight")) is None:
+        return Rope(base=base)
+    return _llama3_rope(file.path, base, stored.read(torch.float32).double(), head_dim)
+
+
+def _llama3_rope(path: Path, base: float, factors: Tensor, head_dim: int) -> Rope:
+    """The scaling of Llama 3 whose division of each frequency the file holds as a tensor.
+
+    Solved from conversion/llama.py of llama.cpp, for the low and high frequency factors 1 and 4 of all Llama 3 models.
+    """
+    plain = inverse_frequencies(Rope(base=base), head_dim)[0].double()
+    if factors.shape == plain.shape and bool((factors == 1).all()):
+        return Rope(base=base)
+    if factors.shape == plain.shape and bool(((factors > 1) & (factors < factors.max())).any()):
+        factor = float(factors.max())
+        # 1 / factors = (1 - keep) / factor + keep, where keep = (turns - 1) / 3 and turns = length / wavelength
+        keep = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        lengths = (1 + 3 * keep) * 2 * math.pi / plain
+        length = round(float(lengths[(factors > 1) & (factors < factor)].median()))
+        scaling = RopeScaling(kind="llama3", factor=factor, original_max_seq_len=length)
+        rope = Rope(base=base, scaling=scaling)
+        if torch.allclose(inverse_frequencies(rope, head_dim)[0].double() * factors, plain, rtol=1e-4):
+            return rope
+    raise InputError(f"model: rope_freqs.weight in {path} is not the rope scaling of a Llama 3 model")
+
+
+def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors from the file's, dequantised: in half precision where all matrices are, else in fp32.
+
+    The llama architecture pairs rotary dimensions (2j, 2j+1), the others as Llama does in transformers.
+    """
+    kinds = {stored.kind for stored in file.tensors.values() if len(stored.shape) > 1}
+    half = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
+    dtype = half.get(next(iter(kinds)), torch.float32) if len(kinds) == 1 else torch.float32
+    tensors = {_our_name(name): each.read(dtype) for name, each in file.tensors.items() if name != "rope_freqs.weight"}
+    if config.bias:
+        absent = [NAMES[part] for part in _OUTER if f"blk.0.{part}.bias" not in file.tensors]
+        tensors = with_zero_biases(tensors, config, [*absent, "lm_head"])
+    if file.metadata["general.architecture"] == "llama":
+        tensors = repaired(tensors, config.layers[0].head_dim, interleaved=False)
+    return tensors
+
+
+def _our_name(name: str) -> str:
+    """Our name of a tensor; one that is not known is kept, for the model to refuse."""
+    if found := _IN_LAYER.fullmatch(name):
+        layer, part, kind = found.groups()
+        return f"model.layers.{layer}.{NAMES[part]}.{kind}" if part in NAMES else name
+    part, _, kind = name.rpartition(".")
+    return f"{NAMES[part]}.{kind}" if part in NAMES else name

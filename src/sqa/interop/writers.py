@@ -1,0 +1,111 @@
+"""Models written for other software, and other software's models written as ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from sqa import storage
+from sqa.config import ModelConfig
+from sqa.errors import InputError
+from sqa.files import write_json, write_safetensors
+from sqa.interop import llama
+from sqa.interop.source import ModelSource, open_source
+from sqa.interop.text import TextSide
+from sqa.model import Transformer
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def import_model(source: str | Path, out: Path) -> list[str]:
+    """Read a model of any kind and write it as our own directory, with its tokenizer; returns notes to print.
+
+    Raises InputError for whatever `load_model` refuses, for a tokenizer that is damaged, and when `out` exists.
+    """
+    storage.refuse_existing(out)
+    opened = open_source(source)
+    text = opened.read_text_side()
+    model = opened.load()
+    with storage.new_directory(out) as folder:
+        model.save(folder)
+        text.write(folder)
+    return _notes(opened, text)
+
+
+def export(source: str | Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
+    """Write a model for other software; returns notes to print.
+
+    format "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as one file beside the
+    weights (trust_remote_code); "gguf": one file for llama.cpp. dtype: float32, float16 or bfloat16 (default: as
+    stored), for gguf f32 (default), f16, bf16 or q8_0.
+
+    Raises InputError when `out` exists, when the format cannot hold the model (with what to change), and for anything
+    `load_model` refuses. Nothing is left half-written.
+    """
+    storage.refuse_existing(out)
+    opened = open_source(source)
+    text, config = opened.read_text_side(), opened.config
+    # what a format cannot hold is refused before the weights are read
+    if format == "gguf":
+        from sqa.interop.gguf_writer import check_gguf, write_gguf
+
+        check_gguf(config, text.tokenizer, out, dtype or "f32")
+        write_gguf(opened.load(), text, out, dtype or "f32")
+        return _notes(opened, text)
+    if format == "hf":
+        llama.stock_config(config)
+    elif format != "hf-remote":
+        raise InputError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
+    elif not config.causal:
+        raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    model = opened.load()
+    if dtype is not None:
+        model.to(_DTYPES[dtype])
+    with storage.new_directory(out) as folder:
+        _write_hugging_face(model, folder, text, stock=format == "hf")
+    return _notes(opened, text)
+
+
+def check_like(config: ModelConfig, source: Path) -> None:
+    """Raise InputError when a model of this config cannot be written as the kind that `source` is."""
+    if open_source(source).stock:
+        llama.stock_config(config)
+
+
+def write_like(model: Transformer, folder: Path, source: Path) -> None:
+    """Write the kind of directory that `source` is, with its tokenizer: a stock one of transformers, else ours."""
+    opened = open_source(source)
+    text = opened.read_text_side()
+    if opened.stock:
+        _write_hugging_face(model, folder, text, stock=True)
+    else:
+        model.save(folder)
+        text.write(folder)
+
+
+def _notes(source: ModelSource, text: TextSide) -> list[str]:
+    return [] if text.tokenizer is not None else [f"{source.path} has no tokenizer.json: only the weights were written"]
+
+
+def _write_hugging_face(model: Transformer, folder: Path, text: TextSide, *, stock: bool) -> None:
+    tensors = model.tensors()
+    if stock:
+        values = llama.stock_config(model.config)
+        tensors = llama.stock_state(tensors, model.config)
+    else:
+        values = {"model_type": storage.MODEL_TYPE, **model.config.to_dict()} | {
+            "architectures": ["SqaForCausalLM"],
+            "auto_map": {
+                "AutoConfig": "modeling_sqa.SqaConfig",
+                "AutoModelForCausalLM": "modeling_sqa.SqaForCausalLM",
+            },
+        }
+        shutil.copyfile(Path(__file__).with_name("modeling_sqa.py"), folder / "modeling_sqa.py")
+    values["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_json(folder / "config.json", values | text.special.to_dict())  # null where transformers would guess
+    text.write(folder)
