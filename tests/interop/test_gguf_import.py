@@ -380,7 +380,7 @@ BAD_TOKENIZERS = {
     ),
     "many": (
         lambda w: (add_byte_level(w, "gpt-2"), set_keys(tokenizer__ggml__tokens=[f"x{i}" for i in range(301)])(w)),
-        "301 tokens, but its embedding has only 300 rows",
+        "301 tokens, but its embedding only 300 rows",
     ),
     "scores": (lambda w: (w.add_tokenizer_model("llama"), w.add_token_list(["a", "b"])), "lacks the scores"),
 }

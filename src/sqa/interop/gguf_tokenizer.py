@@ -57,7 +57,7 @@ def read_text_side(file: GgufFile, *, vocab_size: int, max_seq_len: int) -> Text
         )
     tokens = _texts(file, "tokens")
     if len(tokens) > vocab_size:
-        raise InputError(f"tokenizer: {file.path} has {len(tokens)} tokens, but its embedding has only {vocab_size} rows")
+        raise InputError(f"tokenizer: {file.path} has {len(tokens)} tokens, but its embedding only {vocab_size} rows")
     types = file.get(f"{_KEYS}.token_type", list, [1] * len(tokens))
     if len(types) != len(tokens):
         raise InputError(f"tokenizer: {file.path} has {len(tokens)} tokens, but {len(types)} types of them")
