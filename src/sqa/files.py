@@ -114,7 +114,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
+        if error.errno is not None and (
+            error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name)
+        ):
             error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:

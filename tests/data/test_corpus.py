@@ -150,14 +150,28 @@ def test_bad_paths(tmp_path: Path) -> None:
 def test_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, ["x"], column="content")
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text', only: id, content"):
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text'; its columns are: id, content"):
         open_corpus(str(path))
     pq.write_table(pa.table({"text": [1, 2]}), path)
     with pytest.raises(ValueError, match="must hold strings, not int64"):
         open_corpus(str(path))
     path.write_bytes(b"no parquet at all")
-    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet"):
         open_corpus(str(path))
+    columns = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(columns, path)
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns named 'text'"):
+        open_corpus(str(path))
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pa.table({"text": not_utf8}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet \('utf-8' codec"):
+        documents(path)
+    write_parquet(path, [f"{i} {'x' * 500}" for i in range(5000)])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as Parquet"):
+        documents(path)
     path = tmp_path / "a.jsonl"
     for line in ('{"content": "x"}', "[1]", '{"text": 7}', "nonsense", "[" * 200_000):
         path.write_text('{"text": "fine"}\n' + line)
@@ -216,7 +230,7 @@ def test_wikipedia_out_of_reach_names_the_way_out(monkeypatch: pytest.MonkeyPatc
 
 def test_wikipedia_without_datasets_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"sparse-query-attention\[hub\]"):
+    with pytest.raises(ImportError, match=r"\.\[hub\]"):
         next(open_corpus("wikipedia").documents("train"))
 
 

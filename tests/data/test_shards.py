@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     data = bytearray((folder / name).read_bytes())
     data[3] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(ValueError, match=rf"{name} is missing or does not match.*delete the folder .*/s and run"):
+    with pytest.raises(ValueError, match=rf"/s is damaged \({name} does not match .*: delete the folder and run"):
         TokenShards(folder)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"{name} is missing"):
@@ -111,13 +111,35 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     write(folder, [[1, 2]])
     manifest = folder / "manifest.json"
-    for text in ("{", '{"format": 0}', "[]", "[" * 200_000):
+    whole = json.loads(manifest.read_text())
+    changes: list[dict[str, object]] = [
+        {"format": 0}, {"sha256": None}, {"sha256": {}}, {"sha256": {"../x": "y"}}, {"dtype": "<f8"}, {"dtype": None},
+        {"num_documents": 0}, {"num_documents": 2}, {"num_tokens": 3}, {"num_tokens": -1}, {"num_tokens": 10**18},
+        {"num_tokens": "2"}, {"tokens_per_file": 0}, {"tokens_per_file": 1}, {"tokens_per_file": 2.5},
+    ]  # fmt: skip
+    texts = ["{", "[]", "null", "[" * 200_000, *(json.dumps(whole | change) for change in changes)]
+    texts += [json.dumps({key: whole[key] for key in whole if key != left_out}) for left_out in ("sha256", "dtype")]
+    for text in texts:
         manifest.write_text(text)
-        with pytest.raises(ValueError, match=r"manifest\.json .*: delete the folder"):
+        with pytest.raises(ValueError, match=r"/s is damaged \(.*\): delete the folder"):
             TokenShards(folder)
     manifest.unlink()
-    with pytest.raises(ValueError, match=r"manifest\.json .*: delete the folder"):
+    with pytest.raises(ValueError, match=r"/s is damaged \(.*manifest\.json'\): delete the folder"):
         TokenShards(folder)
+
+
+def test_of_the_processes_of_a_machine_one_compares_checksums(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path)
+    checked: list[str] = []
+    monkeypatch.setattr("sqa.data.shards.sha256", lambda path: checked.append(path.name) or "wrong")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path).num_documents
+    assert not checked
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path)
 
 
 def test_a_failed_encoding_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -155,7 +177,7 @@ def test_what_a_killed_writer_left_is_removed(corpus: Corpus, tokenizer: Tokeniz
     tokenizer.save(cache / "t.json")
     killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, cache], check=False)
     assert killed.returncode == -signal.SIGKILL
-    (left,) = cache.glob("tokens-*.tmp")
+    (left,) = cache.glob(".tokens-*.tmp")
     load_or_encode(corpus, tokenizer, split="train", cache_dir=cache)
     assert not left.exists()
     assert sorted(path.name for path in cache.iterdir() if not path.name.startswith("tokens-")) == ["t.json"]

@@ -1,4 +1,8 @@
+import os
+import signal
 import string
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from sqa.data import Corpus, Tokenizer
 from sqa.data import tokenizer as tokenizer_module
 from sqa.data.tokenizer import load_or_train_tokenizer
+from sqa.progress import Interrupted, stop_flag
 
 TEXTS = [
     "plain words",
@@ -120,9 +125,24 @@ def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path, monkeypatch: py
 def test_vocabularies_that_cannot_be(make_corpus: Callable[..., Corpus], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vocab_size must be at least 258 .* not 200"):
         load_or_train_tokenizer(make_corpus(), vocab_size=200, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"vocab_size must be at most 1,048,576, not 1,000,000,000,000"):
+        load_or_train_tokenizer(make_corpus(), vocab_size=10**12, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size 5000 is more than the corpus memory fills.* \d+ entries"):
         load_or_train_tokenizer(make_corpus(), vocab_size=5000, cache_dir=tmp_path)
     empty = Corpus(name="empty.jsonl", fingerprint="0", read=lambda split: iter([""]))
     with pytest.raises(ValueError, match=r"train split of empty\.jsonl has no documents: give more text"):
         load_or_train_tokenizer(empty, vocab_size=300, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_a_signal_ends_a_long_training(tmp_path: Path) -> None:
+    """The library spends seconds in one call on this text, and does not look for signals."""
+    words = [" ".join(f"w{seed * 7919 % 100_003 + i * 31 % 5003}" for i in range(400)) for seed in range(3000)]
+    corpus = Corpus(name="long", fingerprint="1", read=lambda split: iter(words))
+    timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted), stop_flag():
+        load_or_train_tokenizer(corpus, vocab_size=30_000, cache_dir=tmp_path)
+    assert time.monotonic() - start < 2.5
+    assert not list(tmp_path.iterdir())

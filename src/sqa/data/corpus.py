@@ -6,6 +6,7 @@ import logging
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -223,13 +224,23 @@ def _read_files(files: Sequence[Path]) -> Iterator[str]:
         yield from readers.get(file.suffix, _read_text)(file)
 
 
-def _check_parquet(path: Path) -> None:
+@contextmanager
+def _naming_parquet(path: Path) -> Iterator[None]:
+    """What the library says of a file that it cannot read names the file."""
     try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as Parquet ({reason})") from error
+
+
+def _check_parquet(path: Path) -> None:
+    with _naming_parquet(path):
         schema = pq.read_schema(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file ({error})") from error
-    if "text" not in schema.names:
-        raise InputError(f"{path} has no column 'text', only: {', '.join(schema.names)}")
+    count = schema.names.count("text")
+    if count != 1:
+        what = "no column 'text'" if not count else f"{count} columns named 'text'"
+        raise InputError(f"{path} has {what}; its columns are: {', '.join(schema.names)}")
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise InputError(f"The column 'text' of {path} must hold strings, not {kind}")
@@ -237,9 +248,17 @@ def _check_parquet(path: Path) -> None:
 
 def _read_parquet(path: Path) -> Iterator[str]:
     # pre_buffer would keep every row group in memory
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-        for batch in file.iter_batches(batch_size=256, columns=["text"]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    with _naming_parquet(path):
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    with file:
+        batches = file.iter_batches(batch_size=256, columns=["text"])
+        while True:
+            with _naming_parquet(path):
+                batch = next(batches, None)
+                texts = [] if batch is None else batch.column(0).to_pylist()
+            if batch is None:
+                return
+            yield from (text for text in texts if text is not None)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:

@@ -2,23 +2,53 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from sqa.data.corpus import Corpus, Split, fingerprint_of
 from sqa.data.tokenizer import Tokenizer
 from sqa.errors import InputError
-from sqa.files import LOCK, locked, sha256, sync_directory, write_json
+from sqa.files import LOCK, locked, new_folder, sha256, write_json
+from sqa.records import read_json, read_record
 
 TOKENS_PER_FILE = 1 << 26
 
 _FORMAT = 1  # part of the cache key and of the manifest: raise it when the files change
 _CHARACTERS_PER_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What manifest.json holds, beside where the documents come from."""
+
+    format: int
+    dtype: Literal["<u2", "<u4"]
+    num_documents: int
+    num_tokens: int
+    tokens_per_file: int
+    sha256: dict[str, str]
+
+    def check_counts(self, folder: Path) -> None:
+        """Raise InputError where counts and sizes of the files do not belong together."""
+        if min(self.num_documents, self.tokens_per_file) < 1 or self.num_tokens < self.num_documents:
+            raise InputError("its counts cannot be true")
+        sizes = {"offsets.bin": 8 * (self.num_documents + 1)}
+        for i in range(-(-self.num_tokens // self.tokens_per_file)):
+            held = min(self.tokens_per_file, self.num_tokens - i * self.tokens_per_file)
+            sizes[f"tokens-{i:05d}.bin"] = int(self.dtype[2:]) * held
+            if i > len(self.sha256):
+                break
+        if sizes.keys() != self.sha256.keys():
+            raise InputError("its files are not those of its counts")
+        for name, size in sizes.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise InputError(f"{name} is missing or has not the {size:,} bytes of its counts")
 
 
 class TokenShards:
@@ -28,27 +58,32 @@ class TokenShards:
     (num_documents + 1,) int64 and memory-mapped, says where each document starts, then `num_tokens`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open `folder` and verify every checksum; ValueError names a file that is missing or damaged."""
-        advice = f"delete the folder {folder} and run again to encode it anew"
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
+        """Open `folder`; InputError names a file that is missing or damaged. `verify`: compare the checksums too."""
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{folder / 'manifest.json'} cannot be read ({error}): {advice}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-            raise InputError(f"{folder / 'manifest.json'} is not of format {_FORMAT}: {advice}")
-        for name, checksum in manifest["sha256"].items():
-            if not (folder / name).is_file() or sha256(folder / name) != checksum:
-                raise InputError(f"{folder / name} is missing or does not match its checksum: {advice}")
-        self.num_documents: int = manifest["num_documents"]
-        self.num_tokens: int = manifest["num_tokens"]
-        self.fingerprint: str = fingerprint_of("shards", json.dumps(manifest, sort_keys=True))
-        self._tokens_per_file: int = manifest["tokens_per_file"]
-        self.offsets: np.ndarray = np.memmap(folder / "offsets.bin", dtype="<i8", mode="r")
+            values = read_json(folder / "manifest.json")
+            if values.get("format") != _FORMAT:
+                raise InputError(f"manifest.json is not of format {_FORMAT}")
+            manifest = read_record(_Manifest, values, "manifest.json")
+            manifest.check_counts(folder)
+            for name, checksum in manifest.sha256.items() if verify else ():
+                if sha256(folder / name) != checksum:
+                    raise InputError(f"{name} does not match its checksum")
+            self.offsets: np.ndarray = np.memmap(folder / "offsets.bin", dtype="<i8", mode="r")
+            if self.offsets[0] != 0 or self.offsets[-1] != manifest.num_tokens or np.any(np.diff(self.offsets) < 1):
+                raise InputError("offsets.bin does not fit the counts")
+        except (OSError, InputError) as error:
+            raise InputError(
+                f"data: the encoded text in {folder} is damaged ({error}): delete the folder and run again to encode it"
+            ) from None
+        self.num_documents = manifest.num_documents
+        self.num_tokens = manifest.num_tokens
+        self.fingerprint = fingerprint_of("shards", json.dumps(values, sort_keys=True))
+        self._tokens_per_file = manifest.tokens_per_file
         self._files = [
-            np.memmap(folder / name, dtype=manifest["dtype"], mode="r")
-            for name in sorted(manifest["sha256"])
-            if name.startswith("tokens-")
+            np.memmap(folder / name, dtype=manifest.dtype, mode="r")
+            for name in sorted(manifest.sha256)
+            if name != "offsets.bin"
         ]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
@@ -79,9 +114,9 @@ def load_or_encode(
     """The documents of one split, encoded in parallel as they stream by, or opened where that is done.
 
     `progress` gets a line with the counts so far after every chunk of about a million characters. One process at a
-    time encodes, and others wait for it. What one that was killed has left is removed.
+    time encodes, and others wait for it. Of the processes that train together on a machine one checks the files.
 
-    Raises ValueError if the split has no documents or cached files are damaged.
+    Raises InputError if the split has no documents or cached files are damaged.
     """
     key = fingerprint_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, split)
     folder = cache_dir / f"tokens-{key}"
@@ -104,12 +139,10 @@ def load_or_encode(
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(cache_dir / LOCK, progress or (lambda text: None)):
-            for abandoned in cache_dir.glob("tokens-*.tmp"):
-                shutil.rmtree(abandoned)
             if not folder.exists():
                 origin = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "split": split}
                 write_shards(folder, encoded(), vocab_size=tokenizer.vocab_size, origin=origin)
-    return TokenShards(folder)
+    return TokenShards(folder, verify=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def write_shards(
@@ -125,14 +158,8 @@ def write_shards(
     `origin` says in the manifest where the documents come from. `folder` appears at once and complete.
     """
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    temporary.mkdir()
-    try:
+    with new_folder(folder) as temporary:
         num_documents, num_tokens = _write_documents(temporary, chunks, dtype, tokens_per_file)
-        files = sorted(temporary.iterdir())
-        for path in files:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
         manifest = {
             "format": _FORMAT,
             **origin,
@@ -140,14 +167,10 @@ def write_shards(
             "num_documents": num_documents,
             "num_tokens": num_tokens,
             "tokens_per_file": tokens_per_file,
-            "sha256": {path.name: sha256(path) for path in files},
+            "sha256": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
         }
-        write_json(temporary / "manifest.json", manifest)  # syncs the folder too
-        temporary.rename(folder)
-        sync_directory(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return TokenShards(folder)
+        write_json(temporary / "manifest.json", manifest)
+    return TokenShards(folder, verify=False)
 
 
 def _write_documents(

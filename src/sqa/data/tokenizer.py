@@ -10,10 +10,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from sqa.data.corpus import Corpus, fingerprint_of
 from sqa.errors import InputError
 from sqa.files import write_text
+from sqa.progress import interruptible
 
 END_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 MIN_VOCAB_SIZE = 2 + 256  # the special tokens and the single bytes
+MAX_VOCAB_SIZE = 1 << 20  # four times that of the largest known; the library ends the process where memory is short
 MAX_TRAINING_CHARACTERS = 100_000_000
 
 _FORMAT = 1  # part of the cache key: raise it when the same corpus would give another tokenizer
@@ -43,7 +45,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without end tokens; the texts are encoded in parallel."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
+        encodings = interruptible(lambda: self._backend.encode_batch_fast(list(texts)))
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, incomplete UTF-8 becomes U+FFFD."""
@@ -70,16 +73,18 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"The tokenizer file {path} is damaged ({error}): delete it") from error
+            raise InputError(f"The tokenizer file {path} is damaged ({error}): delete it") from None
         return cls(backend)
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise ValueError if `vocab_size` is too small to hold every byte."""
+    """Raise InputError if `vocab_size` is too small to hold every byte, or beyond reason."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
             f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 2 special tokens), not {vocab_size}"
         )
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise InputError(f"vocab_size must be at most {MAX_VOCAB_SIZE:,}, not {vocab_size:,}")
 
 
 def load_or_train_tokenizer(
@@ -126,7 +131,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    interruptible(lambda: backend.train_from_iterator(texts, trainer))
     return backend
 
 
