@@ -180,3 +180,30 @@ def test_token_losses(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(nll.flatten(), F.cross_entropy(logits, labels, reduction="none"))
     assert torch.equal(correct.flatten(), (logits.argmax(1) == labels) & (labels != IGNORE))
     assert not nll.flatten()[:3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("frozen", ["weight", "bias", "hidden"])
+def test_what_is_frozen_gets_no_gradient_computed(frozen: str, dtype: torch.dtype) -> None:
+    """A frozen head once cost its full gradient (vocabulary x width in fp32) and a product a chunk."""
+    hidden, weight, bias, labels = draw(20, 11, 5)
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias}
+    tensors[frozen] = tensors[frozen].detach()
+    shapes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default):
+                shapes.append(tuple(out.shape))
+            return out
+
+    with Watch(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        loss = linear_cross_entropy(*tensors.values(), labels)
+    gradient = {"weight": (11, 5), "bias": (1, 11), "hidden": (20, 5)}
+    expected = {shape for name, shape in gradient.items() if name != frozen}
+    assert {shape for shape in shapes if shape in gradient.values()} == expected
+    leaves = [x for x in tensors.values() if x.requires_grad]
+    got, wanted = (torch.autograd.grad(x, leaves) for x in (loss, whole(*tensors.values(), labels)))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 if dtype == torch.float32 else 0.5, rtol=1e-4)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sqa import KVCache, ModelConfig, SparseQueryAttention, Transformer, variant, window_pattern
+from sqa.attention.kernels import KERNELS, Kernel
+from sqa.attention.rope import RotaryEmbedding
 from sqa.model import sample
 from sqa.variants import preset
 
@@ -343,3 +345,51 @@ def test_forward_derivatives_are_right_or_refused() -> None:
     torch.testing.assert_close(gradient, y.grad)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(layer, (x,), (direction,))
+
+
+def test_a_kernel_by_name_reaches_every_layer() -> None:
+    torch.manual_seed(0)
+    model, ids = Transformer(config(), kernel="reference"), torch.randint(VOCAB, (2, 9))
+    assert {layer.self_attn.kernel for layer in model.model.layers} == {"reference"}
+    other = Transformer(config())
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(ids).logits, other(ids).logits)
+    with pytest.raises(ValueError, match="kernel: 'flash' is unknown"):
+        Transformer(config(), kernel="flash")
+
+
+def test_what_layers_share_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks and rotary tables of three layers alike: one of each, also with a cache and for the backward pass."""
+    made = []
+    prepare, tables = KERNELS["reference"].prepare, RotaryEmbedding.tables
+    row = Kernel(**{**vars(KERNELS["reference"]), "prepare": lambda call: made.append("mask") or prepare(call)})
+    monkeypatch.setitem(KERNELS, "reference", row)
+    monkeypatch.setattr(RotaryEmbedding, "tables", lambda *args: made.append("tables") or tables(*args))
+    attention = variant("sqa", d_model=32, num_heads=4, window=3)
+    model = Transformer(config(attention=attention), kernel="reference")
+    ids = torch.randint(VOCAB, (2, 9))
+    model(ids, labels=ids).loss.backward()
+    assert sorted(made) == ["mask", "tables"]
+    cache = KVCache(model.config, batch_size=2, capacity=20)
+    for piece in (ids[:, :4], ids[:, 4:6]):
+        made.clear()
+        model(piece, cache=cache)
+        assert sorted(made) == ["mask", "tables"]
+    made.clear()
+    Transformer(config(attention=window_pattern(attention, num_layers=3, window=4, full_every=2)), kernel="reference")(
+        ids
+    )
+    assert sorted(made) == ["mask", "mask", "tables", "tables"]
+
+
+def test_compiling_leaves_the_settings_of_pytorch_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    model, ids = Transformer(config()), torch.zeros(1, 4, dtype=torch.long)
+    monkeypatch.setattr("sqa.model._compiler_lacks", lambda: None)
+    monkeypatch.setattr("sqa.model.Block.compile", lambda self, **options: None)
+    model.model.register_forward_pre_hook(lambda *_: seen.append(torch._dynamo.config.recompile_limit))
+    before = torch._dynamo.config.recompile_limit
+    model.compile()
+    model(ids)
+    assert seen == [64]
+    assert torch._dynamo.config.recompile_limit == before

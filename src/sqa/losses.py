@@ -32,14 +32,19 @@ def linear_cross_entropy(
     dtype and the softmax in fp32. `compiled` runs the softmax and its gradient as one pass by torch.compile.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if not needs_grad:
         nll, _ = token_losses(hidden, weight, bias, labels)
         return nll.sum()
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, None, dtype, compiled)
+    softmax_gradient = _compiled(_softmax_gradient) if compiled else _softmax_gradient
+    valid = labels != IGNORE
+    labels = labels.masked_fill(~valid, 0)
+
+    def cross_entropy(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        nll, gradient = softmax_gradient(logits, labels[part], valid[part])
+        return nll, gradient
+
+    total: Tensor = _ChunkedLoss.apply(hidden, weight, bias, cross_entropy, _product_dtype(hidden), compiled)
     return total
 
 
@@ -51,21 +56,19 @@ def linear_distillation(
     hidden (..., d), weight (V, d), bias (V,) or None, and the same of the teacher, whose width may differ and who gets
     no gradient. Chunked, autocast and gradients as in `linear_cross_entropy`.
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = _product_dtype(hidden)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     rows = teacher[0].detach().reshape(-1, teacher[0].shape[-1]).to(dtype)
-    kept = (rows, teacher[1].to(dtype), _to(teacher[2], dtype))
+    head = teacher[1].detach().to(dtype), None if teacher[2] is None else teacher[2].detach().to(dtype)
+
+    def divergence(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return _divergence_gradient(logits, _linear(rows[part], *head))
+
     if not torch.is_grad_enabled():
-        student = (weight.to(dtype), _to(bias, dtype))
-        parts = (
-            _divergence_gradient(_linear(hidden[part].to(dtype), *student), _linear(rows[part], *kept[1:]))[0]
-            for part in _chunks(hidden, weight)
-        )
-        return torch.stack(list(parts)).sum()
-    labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # every token counts
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, kept, dtype, False)
+        student = weight.to(dtype), _to(bias, dtype)
+        parts = [divergence(_linear(hidden[part].to(dtype), *student), part)[0] for part in _chunks(hidden, weight)]
+        return torch.stack(parts).sum()
+    total: Tensor = _ChunkedLoss.apply(hidden, weight, bias, divergence, dtype, False)
     return total
 
 
@@ -87,6 +90,11 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         nll[part] = (logits.logsumexp(1) - picked) * valid
         correct[part] = (logits.argmax(1) == target[:, 0]) & valid
     return nll.view(shape), correct.view(shape)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -130,40 +138,41 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
+    """A sum over rows of a loss of their logits, whose gradients are made with it, chunk by chunk.
+
+    `chunk_loss(logits, part)` gives the sum of a chunk of logits (rows, V), and its gradient by them in their dtype.
+    Only what wants a gradient gets one: a frozen head costs neither its memory nor its product.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+        chunk_loss: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
         dtype: torch.dtype,
         compiled: bool,
     ) -> Tensor:
-        softmax_gradient, accumulate = _softmax_gradient, _accumulate
-        if compiled:
-            softmax_gradient, accumulate = _compiled(_softmax_gradient), _compiled(_accumulate)
-        valid = labels != IGNORE
-        labels = labels.masked_fill(~valid, 0)
+        accumulate = _compiled(_accumulate) if compiled else _accumulate
         low_weight, low_hidden, low_bias = weight.to(dtype), hidden.to(dtype), _to(bias, dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(low_hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        wanted = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(low_hidden) if wanted[0] else None
+        grad_weight, grad_bias = (
+            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if x is not None and wants else None
+            for x, wants in ((weight, wanted[1]), (bias, wanted[2]))
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _chunks(hidden, weight):
-                logits = _linear(low_hidden[part], low_weight, low_bias)
-                if teacher is None:
-                    nll, gradient = softmax_gradient(logits, labels[part], valid[part])
-                else:
-                    nll, gradient = _divergence_gradient(logits, _linear(teacher[0][part], *teacher[1:]))
-                total += nll
-                torch.mm(gradient, low_weight, out=grad_hidden[part])
-                if dtype == torch.float32:
+                loss, gradient = chunk_loss(_linear(low_hidden[part], low_weight, low_bias), part)
+                total += loss
+                if grad_hidden is not None:
+                    torch.mm(gradient, low_weight, out=grad_hidden[part])
+                if grad_weight is not None and dtype == torch.float32:
                     grad_weight.addmm_(gradient.T, low_hidden[part])
-                else:
+                elif grad_weight is not None:
                     accumulate(grad_weight, gradient.T @ low_hidden[part])
                 if grad_bias is not None:
                     # a product with ones: sum() would first copy the chunk to fp32
@@ -179,4 +188,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if saved is None else (saved * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *grads, None, None, None, None
+        return *grads, None, None, None

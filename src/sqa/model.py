@@ -41,10 +41,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionConfig, layer_index: int) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, layer_index: int, kernel: str) -> None:
         super().__init__()
         self.self_attn = SparseQueryAttention(
-            attention, output_bias=config.bias, norm_eps=config.norm_eps, layer_index=layer_index
+            attention, output_bias=config.bias, norm_eps=config.norm_eps, layer_index=layer_index, kernel=kernel
         )
         self.mlp = SwiGLU(config.d_model, config.d_ff, bias=config.bias)
         self.input_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -62,11 +62,11 @@ class Decoder(nn.Module):
     with a cache, which a block must not extend twice, it has no effect.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
         super().__init__()
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, layer, i) for i, layer in enumerate(config.layers))
+        self.layers = nn.ModuleList(Block(config, layer, i, kernel) for i, layer in enumerate(config.layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
 
     def forward(
@@ -104,13 +104,17 @@ class Output:
 
 
 class Transformer(nn.Module):
-    """A decoder language model, or an encoder when the attention is not causal."""
+    """A decoder language model, or an encoder when the attention is not causal.
 
-    def __init__(self, config: ModelConfig) -> None:
+    kernel: "auto" or a name from sqa.attention.kernels.KERNELS, for the attention of every layer; a layer's own is
+    `model.model.layers[i].self_attn.kernel`. Raises InputError for an unknown one.
+    """
+
+    def __init__(self, config: ModelConfig, *, kernel: str = "auto") -> None:
         super().__init__()
         self.config = config
         self._compiled = False
-        self.model = Decoder(config)
+        self.model = Decoder(config, kernel)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -145,7 +149,7 @@ class Transformer(nn.Module):
         bool (B, T), True = real; document_ids: int (B, T); cache: the tokens continue what it holds.
         num_logits: only those of the last so many positions.
 
-        Raises ValueError when the tokens exceed max_seq_len or shapes do not fit.
+        Raises InputError when the tokens exceed max_seq_len or shapes do not fit.
         """
         if num_logits is not None and num_logits < 1:
             raise InputError(f"num_logits must be at least 1, got {num_logits}")
@@ -175,7 +179,11 @@ class Transformer(nn.Module):
                 f"input_ids: {held + input_ids.shape[1]} tokens, "
                 f"but the model's max_seq_len is {self.config.max_seq_len}"
             )
-        return self.model(input_ids, padding_mask, document_ids, cache)
+        if not self._compiled:
+            return self.model(input_ids, padding_mask, document_ids, cache)
+        # blocks share one code object: every shape of a comparison takes an entry of its cache
+        with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, 64)):
+            return self.model(input_ids, padding_mask, document_ids, cache)
 
     @torch.no_grad()
     def token_losses(
@@ -204,7 +212,7 @@ class Transformer(nn.Module):
         from the fewest that hold probability `top_p`. Shorter prompts are padded on the left (padding_mask, True =
         real). A row that produced `end_id`, one or several ids, goes on with it; generation stops when all have.
 
-        Raises ValueError for settings out of range or when prompt and new tokens exceed max_seq_len.
+        Raises InputError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
         for name, value, wanted, good in (
             ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
@@ -256,8 +264,6 @@ class Transformer(nn.Module):
         if lack is not None and next(self.parameters()).device.type == "cpu":
             warnings.warn(f"running eager: torch.compile needs {lack}", stacklevel=2)
             return
-        # blocks share one code object: every shape of a comparison takes an entry of its cache
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.model.layers:
             block.compile(backend=_frugal_inductor)
         self._compiled = True
@@ -273,7 +279,7 @@ class Transformer(nn.Module):
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Transformer:
         """A model of these weights, in the dtype of its embedding; `where` names them in errors.
 
-        Raises ValueError naming tensors that are missing, unknown, misshapen or quantised.
+        Raises InputError naming tensors that are missing, unknown, misshapen or quantised.
         """
         if config.num_layers > len(tensors):  # each layer has several
             raise InputError(
@@ -303,7 +309,7 @@ class Transformer(nn.Module):
     def load(cls, directory: str | Path) -> Transformer:
         """Read a directory written by `save`; `sqa.load_model` reads every kind.
 
-        Raises ValueError for a missing file, another kind of directory, and for any key that is missing, unknown or of
+        Raises InputError for a missing file, another kind of directory, and for any key that is missing, unknown or of
         another shape.
         """
         directory = Path(directory)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sqa import ModelConfig, Transformer, cost
+from sqa import ModelConfig, SparseQueryAttention, Transformer, cost, variant
 from sqa.interop import replace_attention
 
 Make = Callable[..., ModelConfig]
@@ -133,3 +133,11 @@ def test_what_is_left_out_is_reported_and_nothing_half_done() -> None:
     assert isinstance(model[0], nn.MultiheadAttention)
     with pytest.raises(ValueError, match="did you mean"):
         replace_attention(encoder(), "sqaa")
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(64, 8), SparseQueryAttention(variant("sqa", d_model=64, num_heads=8))]
+)
+def test_a_layer_by_itself_cannot_be_replaced_in_place(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"model is itself a {type(layer).__name__}"):
+        replace_attention(layer, "xsqa")

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from sqa.interop import export
-from sqa.interop.transformers import register
+from sqa.interop.transformers import register, sqa_attention
 
 SHAPE = {
     "vocab_size": 120,
@@ -133,6 +133,60 @@ def test_encoder() -> None:
         with torch.no_grad():
             outputs.append([model(ids).last_hidden_state, model(ids, attention_mask=mask).last_hidden_state[0, :8]])
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_bf16_autocast_trains_as_with_sdpa(prompt, checkpointing: bool, padded: bool) -> None:
+    """Rotary positions hand fp32 queries and keys and bf16 values to the attention: this ended the process."""
+    ids, mask = prompt
+    labels = ids.masked_fill(mask == 0, -100) if padded else ids
+    results = {}
+    for implementation, dtype in (("sdpa", None), ("sdpa", torch.bfloat16), ("sqa", torch.bfloat16)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CASES["llama"][0], attn_implementation=implementation).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses, gradients = [], []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(5):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+                loss = model(ids, attention_mask=mask if padded else None, labels=labels).loss
+            loss.backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        results[implementation, dtype] = torch.stack(losses), gradients[0]
+    exact, theirs, ours = results.values()
+    assert ours[1].dtype == torch.float32
+    assert (ours[1] - exact[1]).norm() <= 2 * (theirs[1] - exact[1]).norm()
+    assert exact[0][-1] < exact[0][0] - 0.1
+    torch.testing.assert_close(ours[0], theirs[0], atol=0, rtol=torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_compiles_in_one_graph(pair, prompt, padded: bool) -> None:
+    ids, mask = prompt
+    given = mask if padded else torch.ones_like(mask)
+    torch.compiler.reset()
+    compiled = torch.compile(pair[1], fullgraph=True, backend="eager")
+    with torch.no_grad():
+        got = compiled(ids, attention_mask=given, use_cache=False).logits
+        expected = pair[0](ids, attention_mask=given).logits
+    torch.compiler.reset()
+    torch.testing.assert_close(got[given.bool()], expected[given.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_several_queries_over_more_keys_need_a_mask() -> None:
+    """The keys were cut to the number of queries without a word, which is right for an empty static cache alone."""
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 9, 16)
+    module = torch.nn.Module()
+    with pytest.raises(ValueError, match="needs a mask for 3 queries over 9 keys, got None"):
+        sqa_attention(module, q, k, k, None)
+    assert sqa_attention(module, q[:, :, :1], k, k, None)[0].shape == (1, 1, 4, 16)
 
 
 def test_dropout_is_refused_not_dropped() -> None:

@@ -76,7 +76,7 @@ class MultiheadSparseQueryAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """query (B, T, d) or (T, B, d) as `batch_first` says; key_padding_mask (B, Tk): True, or -inf, = padding.
 
-        Raises ValueError for a mask it cannot honour, and when key and value are not the same tensor.
+        Raises InputError for a mask it cannot honour, and when key and value are not the same tensor.
         """
         causal = self.config.causal
         if value is not key:
@@ -107,8 +107,13 @@ def replace_attention(
     nn.TransformerEncoder), whose replacement has no rotary positions, and is masked causally if `causal`.
     `variant` and `num_kv_heads` are those of `sqa.variant`, for each layer's own width and number of heads.
 
-    Raises ValueError, before anything is changed, when there is no such layer or one does not fit.
+    Raises InputError, before anything is changed, when there is no such layer or one does not fit.
     """
+    if isinstance(model, SparseQueryAttention | nn.MultiheadAttention):
+        raise InputError(
+            f"replace_attention: model is itself a {type(model).__name__}, and is changed in place; "
+            f"give the module that holds it"
+        )
     parameters_before = sum(p.numel() for p in model.parameters())
     before: dict[str, AttentionConfig] = {}
     new: dict[str, SparseQueryAttention | MultiheadSparseQueryAttention] = {}

@@ -31,6 +31,7 @@ def register() -> None:
 
 def sqa_mask(
     *,
+    batch_size: int,
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
@@ -40,14 +41,23 @@ def sqa_mask(
     config: Any = None,
     **rest: Any,  # the interface passes what every mask function may need
 ) -> Tensor | None:
-    """None: causal (windowed if the layer is) and unpadded. (B, S) bool: that, padded. (B, 1, T, S) bool: dense."""
-    plain = allow_is_causal_skip and isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length
+    """None: causal (windowed if the layer is) and unpadded. (B, T) bool: that over the first T keys, True = real.
+
+    (B, 1, T, S) bool: dense. While a graph is compiled no number of a tensor is read.
+    """
+    compiling = torch.compiler.is_compiling()
+    first = int(q_offset) == 0 if isinstance(q_offset, int) or not compiling else False
     windowed = local_size is None or local_size == getattr(config, "sliding_window", None)  # not chunked
-    if plain and windowed:
-        if attention_mask is None or bool(attention_mask.all()):
+    if allow_is_causal_skip and first and windowed and kv_length >= q_length:
+        if attention_mask is not None and (compiling or not bool(attention_mask[:, :q_length].all())):
+            return attention_mask[:, :q_length].bool()
+        if kv_length == q_length:
             return None
-        return attention_mask[:, :kv_length].bool()
+        # the rest of a static cache is empty
+        device = rest.get("device") if attention_mask is None else attention_mask.device
+        return torch.ones(batch_size, q_length, dtype=torch.bool, device=device)
     return sdpa_mask(
+        batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         q_offset=q_offset,
@@ -74,7 +84,10 @@ def sqa_attention(
 ) -> tuple[Tensor, None]:
     """The attention function of the interface: query (B, Hq, T, D), key and value (B, Hkv, S, D) -> (B, T, Hq, D).
 
-    Raises ValueError for what our kernels cannot honour: dropout, learned sinks, position biases.
+    attention_mask: as `sqa_mask` makes it. Under autocast the result has its dtype, whatever query and key have.
+
+    Raises InputError for what our kernels cannot honour (dropout, learned sinks, position biases), and for several
+    queries over more keys without a mask, which would not say where the queries stand.
     """
     for name, used in (
         ("dropout", dropout),
@@ -92,11 +105,13 @@ def sqa_attention(
         visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         return reference_attention(q, k, v, visible, scale=scale, softcap=softcap), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    length = query.shape[2]
-    if causal and length == 1:
+    length, num_keys = query.shape[2], key.shape[2]
+    if attention_mask is not None and causal:
+        key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
+    elif causal and length == 1:
         causal = False  # one new token sees all that the cache holds
-    elif causal:
-        key, value = key[:, :, :length], value[:, :, :length]  # the rest of a static cache is empty
+    elif causal and num_keys != length:
+        raise InputError(f"attention 'sqa' needs a mask for {length} queries over {num_keys} keys, got None")
     mask = Mask(causal=causal, window=sliding_window if causal else None, padding_mask=attention_mask)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return attend(q, k, v, mask, scale=scaling, softcap=softcap).contiguous(), None
