@@ -15,6 +15,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
+from sqa.experiments.figures import COLOURS
 from sqa.experiments.report import read_experiment
 from sqa.variants import VARIANTS
 
@@ -22,11 +23,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 HORIZONS = ("horizon-2M", "horizon-6M", "horizon-16M")
 
-# of middle lightness, to be told apart on white and on black; the names too, since they are written in these colours
-_COLOURS = {
-    "MHA": "#808488", "GQA": "#e0585b", "MQA": "#d9822b", "SQA": "#3a86d8", "sSQA": "#279f8a", "xSQA": "#a266c8",
-    "xSMQA": "#cf6ba9", "wide GQA": "#b08900",
-}  # fmt: skip
+_BY_LABEL = {VARIANTS[name].label: colour for name, colour in COLOURS.items()}
 _IMPLEMENTATIONS = {"sqa": "this package", "hf-llama": "transformers Llama", "x-transformers": "x-transformers"}
 _STYLE = """<style>
 .paper { fill: #fff } text { fill: #24292f; font-family: system-ui, sans-serif }
@@ -114,7 +111,7 @@ def speed() -> Chart:
     labels = list(dict.fromkeys(row["variant"] for row in lines_data))
     lengths = sorted({row["n"] for row in lines_data})
     colour = alt.Color(
-        "variant:N", scale=alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels]), legend=None
+        "variant:N", scale=alt.Scale(domain=labels, range=[_BY_LABEL[label] for label in labels]), legend=None
     )
     base = alt.Chart(alt.Data(values=lines_data)).encode(
         x=alt.X(
@@ -175,7 +172,7 @@ def losses(name: str, directories: Sequence[str], variants: Sequence[str]) -> Ch
             "text:N", title=None, sort=None, axis=alt.Axis(labelLimit=300, minExtent=190, domain=False, ticks=False)
         )
     )
-    scale = alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels])
+    scale = alt.Scale(domain=labels, range=[_BY_LABEL[label] for label in labels])
     colour = alt.Color("variant:N", scale=scale, legend=None)
     rule = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(x="x:Q")
     bars = base.mark_rule(strokeWidth=3).encode(
@@ -209,7 +206,7 @@ def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> 
     labels = list(dict.fromkeys(row["variant"] for row in data))
     lengths = sorted({row["tokens"] for row in data})
     colour = alt.Color(
-        "variant:N", scale=alt.Scale(domain=labels, range=[_COLOURS[label] for label in labels]), legend=None
+        "variant:N", scale=alt.Scale(domain=labels, range=[_BY_LABEL[label] for label in labels]), legend=None
     )
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X(
@@ -228,7 +225,8 @@ def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> 
     )
     zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(y="y:Q")
     words = "; ".join(
-        f"{row['variant']} at {row['tokens'] / 1e6:.0f} M {row['mean']:+.4f} ± {row['high'] - row['mean']:.4f}"
+        f"{row['variant']} at {row['tokens'] / 1e6:.0f} M {row['mean']:+.4f} "
+        + (f"± {row['high'] - row['mean']:.4f}" if row["high"] > row["mean"] else "(one seed)")
         for row in data
     )
     return Chart(

@@ -27,7 +27,8 @@ const cut = [...document.querySelectorAll(".chart svg")].flatMap(svg => {
     return r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + 1;
   }).map(t => svg.closest(".chart").id + ": " + t.textContent);
 });
-return {page: document.documentElement.scrollWidth, window: window.innerWidth, wide, cut};
+const scrolled = [...document.querySelectorAll(".wide")].filter(e => e.scrollWidth > e.clientWidth).length;
+return {page: document.documentElement.scrollWidth, window: window.innerWidth, wide, cut, scrolled};
 """
 
 # Texts of one chart that lie on each other by more than a sliver.
@@ -159,11 +160,12 @@ def test_page_draws_everything_and_asks_nobody(browser: Browser, page: Path) -> 
 @pytest.mark.parametrize(("figure", "words"), [
     ("loss-over-tokens", ("variant", "loss", "tokens")),
     ("loss-over-seconds", ("variant", "loss", "seconds")),
+    ("loss-against-gqa", ("variant", "difference", "tokens")),
     ("parameters", ("variant", "value")),
 ])  # fmt: skip
 def test_values_show_under_the_pointer(browser: Browser, page: Path, figure: str, words: tuple[str, ...]) -> None:
     browser.show(page)
-    browser.point_at(f"#{figure} svg", 0.4, 0.4 if figure.startswith("loss") else 0.3)
+    browser.point_at(f"#{figure} svg", 0.4, 0.4 if figure.startswith("loss-over") else 0.3)
     shown = browser.ask(
         'const tip = document.querySelector("#vg-tooltip-element.visible"); return tip && '
         "[tip.innerText, tip.getBoundingClientRect().right <= innerWidth]"
@@ -182,6 +184,7 @@ def test_nothing_overflows_or_overlaps(browser: Browser, page: Path, width: int)
     assert found["page"] <= width
     assert found["wide"] == []
     assert found["cut"] == []
+    assert width < 600 or found["scrolled"] == 0  # tables scroll on a telephone only
     assert browser.ask(OVERLAPPING) == []
 
 
@@ -193,7 +196,7 @@ def test_words_and_marks_stand_out_from_the_paper(browser: Browser, page: Path, 
     assert len(contrasts["marks"]) >= 8
     # WCAG 2.1 asks for 4.5 of text (1.4.3) and 3 of marks that have no label beside them (1.4.11)
     assert {what: c for what, c in contrasts["words"].items() if c < 4.5} == {}
-    assert {what: c for what, c in contrasts["marks"].items() if c < 2.25} == {}
+    assert {what: c for what, c in contrasts["marks"].items() if c < 3} == {}
 
 
 def test_a_broken_page_would_be_noticed(browser: Browser, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 INTERVALS = "Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
 
-# of middle lightness, to be told apart on white and on black
-_COLOURS = {
-    "mha": "#8a8a8a", "gqa": "#e15759", "mqa": "#f28e2b", "sqa": "#2f7fd0", "ssqa": "#2ca58d", "xsqa": "#a05fc4",
-    "xsmqa": "#d67bb1", "lsqa": "#63b3e8", "rsqa": "#8c9a2b", "wide-mha": "#b5754b", "wide-gqa": "#c79b00",
+COLOURS = {
+    "mha": "#808488", "gqa": "#e0585b", "mqa": "#d2761a", "sqa": "#3a86d8", "ssqa": "#279f8a", "xsqa": "#a266c8",
+    "xsmqa": "#cf6ba9", "lsqa": "#3f9bd6", "rsqa": "#7f8c24", "wide-mha": "#b5754b", "wide-gqa": "#b08900",
 }  # fmt: skip
+"""Of middle lightness: each has a contrast of 3 and more with white paper and with nearly black paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,22 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     found = []
     if curves:
         note = (
-            "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first tenth is left out."
+            "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first third is left out, "
+            "so that the rest can be told apart."
         )
         clock = (
             " Seconds: steps times the step time of the timing phase."
             if timed
             else (" Seconds of training alone, on whatever else the machine did.")
         )
-        found += [
-            _curves_figure("loss-over-tokens", "Loss over tokens", note, curves, "tokens", "training tokens", colour),
-            _curves_figure("loss-over-seconds", "Loss over time", note + clock, curves, "seconds", "seconds", colour),
-        ]
+        found.append(
+            _curves_figure("loss-over-tokens", "Loss over tokens", note, curves, "tokens", "training tokens", colour)
+        )
+        if differences := difference_curves(curves, plan.label(BASELINE)):
+            found.append(_difference_figure(differences, colour))
+        found.append(
+            _curves_figure("loss-over-seconds", "Loss over time", note + clock, curves, "seconds", "seconds", colour)
+        )
     if timed:
         found.append(_pareto_figure(timed, colour, front))
     if any(line.speed_vs_gqa for line in timed):
@@ -106,7 +111,7 @@ def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float 
     tokens, seconds, loss = np.array(values, dtype=float).mean(axis=0).T
     if step_seconds is not None:
         seconds = step_seconds * np.arange(1, steps + 1)
-    shown = np.unique(np.linspace(steps // 10, steps - 1, CURVE_POINTS).round().astype(int))
+    shown = np.unique(np.linspace(steps // 3, steps - 1, CURVE_POINTS).round().astype(int))
     first, last = np.maximum(shown - steps // 50, 0), np.minimum(shown + steps // 50, steps - 1)
     sums = np.concatenate([[0.0], loss.cumsum()])
     smooth = (sums[last + 1] - sums[first]) / (last + 1 - first)
@@ -122,13 +127,30 @@ def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float 
     ]
 
 
+def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
+    """What each line has above the baseline's at the same number of tokens, as far as both go."""
+    tokens, loss = (
+        np.array([(row["tokens"], row["loss"]) for row in curves if row["variant"] == baseline]).reshape(-1, 2).T
+    )
+    return [
+        {
+            "variant": row["variant"],
+            "step": row["step"],
+            "tokens": row["tokens"],
+            "difference": round(row["loss"] - float(np.interp(row["tokens"], tokens, loss)), 4),
+        }
+        for row in curves
+        if row["variant"] != baseline and len(tokens) and tokens[0] <= row["tokens"] <= tokens[-1]
+    ]
+
+
 class Colours:
     """One colour a variant in all figures, and dashes for those that have all of their query heads."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._labels = [experiment.plan.label(name) for name in experiment.names]
-        spare = (colour for name, colour in _COLOURS.items() if name not in experiment.names)
-        self._range = [_COLOURS.get(name) or next(spare, "#8a8a8a") for name in experiment.names]
+        spare = (colour for name, colour in COLOURS.items() if name not in experiment.names)
+        self._range = [COLOURS.get(name) or next(spare, "#808488") for name in experiment.names]
         configs = [experiment.plan.model_config(name).layers[0] for name in experiment.names]
         self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
 
@@ -147,7 +169,29 @@ def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str,
         y=alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False)),
         color=colour.encoding(),
     )
-    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=colour.dashes())
+    return Figure(name=name, title=title, caption=caption, **_lines(base, colour))
+
+
+def _difference_figure(data: list[Row], colour: Colours) -> Figure:
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=5)),
+        y=alt.Y("difference:Q", title="nats a token above GQA's"),
+        color=colour.encoding(),
+    )
+    zero = alt.Chart(alt.Data(values=[{"difference": 0}])).mark_rule(color="#808488").encode(y="difference:Q")
+    drawn = _lines(base, colour)
+    return Figure(
+        name="loss-against-gqa",
+        title="Loss against GQA",
+        caption="The curves of the first figure minus GQA's. All variants see the same batches, so most of the noise "
+        "cancels. Below zero is better than GQA. Training loss: the table has validation loss and its intervals.",
+        chart=zero + drawn["chart"],
+        hover=drawn["hover"],
+    )
+
+
+def _lines(base: Any, colour: Colours) -> dict[str, Any]:
+    """A line a variant, and points that show their values under the pointer."""
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
     )
@@ -155,7 +199,8 @@ def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str,
     points = base.mark_point(filled=True, size=70, tooltip=alt.TooltipContent("data")).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
     )
-    return Figure(name=name, title=title, caption=caption, chart=lines, hover=points.add_params(near))
+    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=colour.dashes())
+    return {"chart": lines, "hover": points.add_params(near)}
 
 
 def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[str]) -> Figure:
@@ -172,7 +217,7 @@ def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[st
             "interval": f"± {half:.4f}" if half else "one seed", "front": line.variant in front, "right": right,
         })  # fmt: skip
     base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("ms:Q", title="ms a step", scale=alt.Scale(zero=False, padding=55)),
+        x=alt.X("ms:Q", title="ms a step", axis=alt.Axis(tickCount=6), scale=alt.Scale(zero=False, padding=55)),
         y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False, padding=14)),
         color=colour.encoding(legend=None),
     )
@@ -193,7 +238,7 @@ def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[st
         title="Loss against step time",
         caption="Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and "
         "better." + (f" {INTERVALS}" if several else ""),
-        chart=alt.layer(joined.encode(color=alt.value("#8a8a8a")), bars, dots, *names),
+        chart=alt.layer(joined.encode(color=alt.value("#808488")), bars, dots, *names),
     )
 
 
@@ -213,10 +258,10 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
         )
     ]
     kinds = ["step, measured", "step, in theory", "attention, in theory"]
-    colours = alt.Scale(domain=kinds, range=["#2f7fd0", "#f28e2b", "#8a8a8a"])
+    colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", "#808488"])
     shapes = alt.Scale(domain=kinds, range=["circle", "triangle-up", "diamond"])
     base = alt.Chart(alt.Data(values=data)).encode(y=alt.Y("variant:N", title=None, sort=None))
-    span = base.mark_rule(strokeWidth=1, color="#8a8a8a", opacity=0.5).encode(
+    span = base.mark_rule(strokeWidth=1, color="#808488", opacity=0.5).encode(
         x="min(ratio):Q",
         x2="max(ratio):Q",
     )
