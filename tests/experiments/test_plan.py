@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sqa.cost import train_step_flops
+from sqa.config import AttentionConfig
+from sqa.cost import parameters, train_step_flops
 from sqa.experiments.plan import Budget, Plan, preset_names
+
+PLANS = Path(__file__).resolve().parents[2] / "benchmarks" / "plans"
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -73,6 +76,68 @@ def test_other_variants_leave_shapes_behind(tmp_path: Path) -> None:
         Plan.read(str(path), {"variants": ("sqa",)})
 
 
+def test_a_plan_holds_several_shapes_of_one_variant_and_head_counts_of_its_own() -> None:
+    plan = Plan(
+        name="p",
+        variants=("gqa", "SQA", "sqa-wider", "q3"),
+        shapes={
+            "sqa-wider": {"variant": "SQA", "d_ff": 448, "label": "SQA, wider"},
+            "q3": {"num_query_heads": 3, "head_dim": 32},
+        },
+        learning_rates={"sqa-wider": 1e-3},
+    )
+    assert plan.variants == ("gqa", "sqa", "sqa-wider", "q3")
+    sqa, wider, own = (plan.model_config(name) for name in plan.variants[1:])
+    assert wider == sqa.replace(d_ff=448)
+    assert own.attention == AttentionConfig(d_model=128, num_heads=8, num_query_heads=3, num_kv_heads=3, head_dim=32)
+    assert [plan.label(name) for name in plan.variants] == ["GQA", "SQA", "SQA, wider", "q3"]
+    assert [plan.base(name) for name in plan.variants] == ["gqa", "sqa", "sqa", None]
+    assert plan.find_cells(["sqa-wider:0"]) == [("sqa-wider", 0)]
+    assert plan.steps(batches_per_epoch=7, step_seconds={})["q3"] == 7
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"x": {"d_ff": 8}}, "shapes.x must have either a variant or num_query_heads"),
+        ({"x": {"variant": "sqa", "num_query_heads": 2}}, "shapes.x must have either a variant or num_query_heads"),
+        ({"sqq": {}}, "or be named after a variant; did you mean 'sqa'"),
+        ({"sqa": {"variant": "gqa"}}, "shapes.sqa is a variant and has no variant"),
+        ({"sqa": {"num_query_heads": 2}}, "shapes.sqa is a variant and has no num_query_heads"),
+        ({"x": {"variant": "sqx"}}, "'sqx' is unknown; did you mean 'sqa'"),
+        ({"x": {"variant": 3}}, r"shapes\.x\.variant must be text, got 3"),
+        ({"x": {"num_query_heads": "2"}}, "num_query_heads must be a positive whole number, got '2'"),
+        ({"x": {"num_query_heads": 9}}, "num_query_heads must be at most num_heads=8, got 9"),
+        ({"x": {"num_query_heads": 3, "num_kv_heads": 2}}, "num_kv_heads must divide num_query_heads=3"),
+        ({"x": {"variant": "sqa", "label": ""}}, "label be as short"),
+        ({"X": {"variant": "sqa"}}, "must be named by at most 40 of a-z"),
+        ({"a/b": {"variant": "sqa"}}, "must be named by at most 40 of a-z"),
+        ({"x": 3}, r"shapes\.x must be a table, got 3"),
+        ({"x": {"variant": "sqa"}, "y": {"variant": "sqa"}}, r"shapes must be of the variants .* got 'y'"),
+    ],
+)
+def test_shapes_that_say_nothing_or_too_much_are_refused(shapes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_dict({"name": "p", "variants": ["gqa", next(iter(shapes))], "shapes": shapes})
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.toml")), ids=lambda path: path.stem)
+def test_plans_of_the_committed_results_can_be_read(path: Path) -> None:
+    assert Plan.read(str(path)).name == path.stem
+
+
+def test_the_grid_is_complete_and_its_shapes_have_equal_parameters() -> None:
+    plan = Plan.read(str(PLANS / "grid.toml"))
+    layers = [plan.model_config(name).layers[0] for name in plan.variants]
+    counts = (8, 4, 2, 1)
+    heads = {(layer.num_query_heads, layer.num_kv_heads) for layer in layers}
+    assert heads == {(q, kv) for q in counts for kv in counts if kv <= q}
+    assert {layer.head_dim for layer in layers} == {16}
+    gqa = parameters(plan.model_config("gqa"))
+    assert all(abs(parameters(plan.model_config(name)) / gqa - 1) < 0.002 for name in plan.variants)
+
+
 def test_budgets_become_steps() -> None:
     plan = Plan(name="p", variants=("gqa", "sqa"), batch_size=8, context=512)
     tokens = plan.replace(budget="tokens=409600").steps(batches_per_epoch=7, step_seconds={})
@@ -119,6 +184,19 @@ def test_budgets_become_steps() -> None:
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
         ({"seeds": (2**70,)}, r"below 2\*\*63"),
         ({"threads": 100_000}, "threads must be at most 1024"),
+        ({"model": {"max_seq_len": "long"}}, "max_seq_len must be a positive whole number, got 'long'"),
+        ({"model": {"max_seq_len": [512]}}, "max_seq_len must be a positive whole number"),
+        ({"model": {"d_ff": {"x": 1}}}, "d_ff must be a positive whole number"),
+        ({"model": {"num_heads": "8"}}, "num_heads must be a positive whole number, got '8'"),
+        ({"model": {"num_kv_heads": 2.0}, "variants": ["gqa"]}, "num_kv_heads must be a positive whole number"),
+        ({"model": 3}, "plan: model must be a table, got 3"),
+        ({"variants": "gqa"}, "plan: variants must be a list, got 'gqa'"),
+        ({"variants": [["gqa"]]}, r"plan: variants\[0\] must be text"),
+        ({"seeds": [1.5]}, r"plan: seeds\[0\] must be a whole number, got 1.5"),
+        ({"learning_rate": 10**400}, "learning_rate must be a finite number, got 1000"),
+        ({"context": 2**40}, "context must be at most 2147483648"),
+        ({"data": ["a"]}, "plan: data must be text"),
+        ({"name": "x" * 200}, "name must be letters"),
     ],
 )
 def test_bad_plans_are_refused(changes: dict[str, object], message: str) -> None:

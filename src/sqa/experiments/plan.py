@@ -187,7 +187,8 @@ class Plan:
             heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
         given = {**self.model, **own}
         fields = {**shape(self.shape), **given}
-        fields["max_seq_len"] = given.get("max_seq_len", max(fields["max_seq_len"], self.context))
+        if "max_seq_len" not in given:
+            fields["max_seq_len"] = max(fields["max_seq_len"], self.context)
         if base is not None:
             return model_config(base, **fields)
         config = model_config("mha", **fields)
