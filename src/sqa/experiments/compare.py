@@ -24,17 +24,14 @@ from sqa.experiments.run import (
     check_same_data,
     kernel_of,
     make_batches,
-    make_learner,
-    make_recipe,
     prepare_data,
     text_here,
 )
+from sqa.experiments.step_times import time_steps
 from sqa.measure.machine import git_revision, machine, versions
-from sqa.measure.timing import Timing, take_turns
-from sqa.model import Transformer
 from sqa.progress import Display, NonFiniteLoss, Silent, stop_flag
 from sqa.training.checkpoint import of_main
-from sqa.training.loop import Learner, NextToken, Recipe, make_accelerator, train_step
+from sqa.training.loop import make_accelerator
 
 if TYPE_CHECKING:
     from sqa.experiments.tracking import TensorBoard
@@ -197,35 +194,6 @@ def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Displa
             unigram_entropy=unigram_entropy(data),
         ),
     )
-
-
-def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> dict[str, Timing]:
-    """Seconds of a training step of each variant, all warm, in turns."""
-    if not plan.timing_rounds:
-        return {}
-    warmup = 2
-    display.start("timing all variants in turns", (plan.timing_rounds + warmup) * len(plan.variants))
-    batches = make_batches(plan, data, plan.seeds[0])
-    contestants = {}
-    for name in plan.variants:
-        recipe = make_recipe(plan, name, plan.timing_rounds)
-        learner = make_learner(plan, name, recipe, accelerator)
-
-        def step(learner: Learner[Transformer] = learner, recipe: Recipe = recipe) -> None:
-            # always batch 0: each contestant does the same work
-            train_step(learner, NextToken(plan.padding_in_loss), batches.batch(0), recipe, recipe.learning_rate)
-
-        contestants[name] = step
-    timings = take_turns(
-        contestants,
-        rounds=plan.timing_rounds,
-        warmup=warmup,
-        device=accelerator.device,
-        on_turn=lambda: display.step(None),
-    )
-    accelerator.free_memory()
-    display.finish("timed")
-    return of_main(timings)  # a time budget must give all processes the same steps
 
 
 def unigram_entropy(data: Prepared) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -99,17 +100,20 @@ def take_turns(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     on_turn: Callable[[], None] = lambda: None,
+    around: Callable[[Name], AbstractContextManager[None]] = lambda name: nullcontext(),
     budget: Budget | None = None,
 ) -> dict[Name, Timing]:
     """Time each contestant `rounds` times, in turns, so that a machine that drifts slows all of them alike.
 
     All are warmed `warmup` times before any is timed; every other round goes backwards, so that nobody always runs
-    after the same neighbour. `on_turn` is called after every turn, outside the clock. With a budget, no round is
-    started that would not fit into what is left of it; the first always runs, and everybody gets equally many.
+    after the same neighbour. `around` encloses every turn of a contestant and `on_turn` is called after it, outside the
+    clock. With a budget, no round is started that would not fit into what is left of it; the first always runs, and
+    everybody gets equally many.
     """
-    for run in contestants.values():
+    for name, run in contestants.items():
         for _ in range(warmup):
-            run()
+            with around(name):
+                run()
             on_turn()
     seconds: dict[Name, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
@@ -117,10 +121,11 @@ def take_turns(
         if turn and budget is not None and budget.left < sum(times[-1] for times in seconds.values()):
             break
         for name in names if turn % 2 == 0 else reversed(names):
-            synchronize(device)
-            start = time.perf_counter()
-            contestants[name]()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            with around(name):
+                synchronize(device)
+                start = time.perf_counter()
+                contestants[name]()
+                synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
             on_turn()
     return {name: Timing.of(values) for name, values in seconds.items()}
