@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -21,7 +20,8 @@ import decision
 from charts import CHARTS, HORIZONS, Chart, speed_words
 from sqa.bench.report import BenchResult
 from sqa.conversion.importance import METHODS
-from sqa.conversion.report import quality_table, speed_table
+from sqa.conversion.records import Conversion
+from sqa.conversion.report import quality_table, samples, speed_table
 from sqa.cost import attention_flops, train_step_flops
 from sqa.experiments.directory import Directory
 from sqa.experiments.summary import Experiment, results_table
@@ -131,15 +131,30 @@ def conversions() -> str:
     return text_of(table)
 
 
+def _conversion(name: str) -> Conversion:
+    """A committed conversion.json."""
+    return Conversion.from_dict(json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8")))
+
+
 def _losses(name: str) -> dict[str, float]:
     """The last loss of each stage of a conversion."""
-    state = json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
-    return {row["stage"]: row["loss"] for row in state["stages"]}
+    return {stage.stage: stage.quality.loss for stage in _conversion(name).stages}  # type: ignore[union-attr]
 
 
-def conversion(part: Callable[[dict[str, Any]], RenderableType], name: str) -> str:
+def conversion(part: Callable[[Conversion], RenderableType], name: str) -> str:
     """A part of what `sqa convert` printed."""
-    return text_of(part(json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))))
+    return text_of(part(_conversion(name)))
+
+
+def surgeries() -> str:
+    """What was compared before healing, at as many query heads in all."""
+    found = json.loads((RESULTS / "conversion" / "smollm2-surgery.json").read_text(encoding="utf-8"))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("query heads", "surgery", "loss", "kl", "agreement"):
+        table.add_column(heading, justify="right" if heading in ("loss", "kl", "agreement") else "left")
+    for row in found["rows"]:
+        table.add_row(row["heads"], row["surgery"], *(f"{row[name]:.4f}" for name in ("loss", "kl", "agreement")))
+    return f"{text_of(table)}\n\n{found['text']}"
 
 
 SECTIONS = {
@@ -157,6 +172,10 @@ SECTIONS = {
     "conversion": conversions,
     "encoder": lambda: conversion(quality_table, "minilm"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
+    "surgeries": surgeries,
+    "small model": lambda: conversion(quality_table, "smollm2-6"),
+    "small model continues": lambda: conversion(samples, "smollm2-6"),
+    "small model speed": lambda: conversion(speed_table, "smollm2-6"),
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
     "verdict": lambda: decision.verdict(["articles", *HORIZONS], timed="articles"),

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -32,20 +33,40 @@ from typer.testing import CliRunner
 from sqa import ModelConfig
 from sqa.cli import app
 from sqa.conversion import report
-from sqa.conversion.convert import convert
-from sqa.conversion.settings import Settings, prepare
+from sqa.conversion.records import Conversion
+from sqa.conversion.run import convert
+from sqa.conversion.settings import Settings
 from sqa.interop import load_model
-from sqa.progress import Interrupted, StepReport
+from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
 
 
-class Silent:
-    def note(self, text: str) -> None: ...
-    def start(self, label: str, steps: int) -> None: ...
-    def step(self, report: StepReport | None) -> None: ...
-    def finish(self, text: str) -> None: ...
-    def beside(self) -> "Silent": ...
+def converted(
+    source: Path,
+    out: Path,
+    text: Path,
+    settings: Settings,
+    display: Display | None = None,
+    stop: StopFlag | None = None,
+) -> Conversion:
+    """On one domain alone: the second is a test of its own."""
+    return convert(source, out, settings, calibration=str(text), evaluate=None, display=display, stop=stop)
+
+
+class Stopping(Silent):
+    """Keeps the reports of training, and gives the signal to stop at one of its steps, or at one of all steps."""
+
+    def __init__(self, reports: list[StepReport], *, trained: int | None = None, shown: int | None = None) -> None:
+        self.reports, self.trained, self.shown, self.flag = reports, trained, shown, StopFlag()
+        self.seen = 0
+
+    def step(self, report: StepReport | None) -> None:
+        self.seen += 1
+        if report is not None:
+            self.reports.append(report)
+        if self.seen == self.shown or (report is not None and len(self.reports) == self.trained):
+            self.flag(signal.SIGTERM, None)
 
 
 FIELDS = {
@@ -93,8 +114,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_same_kind_out_and_stock_transformers_reads_it(kind: str, hugging_face, text: Path, tmp_path: Path) -> None:
     source = hugging_face(kind)
     before = contents(source)
-    job = prepare(str(source), tmp_path / "out", str(text), Settings(query_heads=3, **SMALL))
-    state = convert(job, Silent())
+    state = converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL))
     assert contents(source) == before
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert theirs.config.num_attention_heads == 3
@@ -102,12 +122,12 @@ def test_same_kind_out_and_stock_transformers_reads_it(kind: str, hugging_face, 
     torch.testing.assert_close(
         load_model(tmp_path / "out").eval()(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4
     )
-    original, dropped, refitted = state["stages"]
-    assert [row["stage"] for row in state["stages"]] == ["original", "dropped", "refitted"]
-    assert original["kl"] == 0
-    assert 0 < refitted["kl"] < dropped["kl"]
-    assert all(layer["refitted"] <= layer["dropped"] for layer in state["layers"])
-    assert json.loads((tmp_path / "out" / "conversion.json").read_text()) == json.loads(json.dumps(state))
+    assert [stage.stage for stage in state.stages] == ["original", "dropped", "refitted"]
+    original, dropped, refitted = (stage.quality for stage in state.stages)
+    assert (original.kl, original.agreement) == (0, 1)
+    assert 0 < refitted.kl < dropped.kl
+    assert all(layer.refitted <= layer.dropped for layer in state.layers)
+    assert Conversion.from_dict(json.loads((tmp_path / "out" / "conversion.json").read_text())) == state
     if kind == "tied llama":
         assert theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
@@ -116,7 +136,7 @@ def test_same_kind_out_and_stock_transformers_reads_it(kind: str, hugging_face, 
 def test_weights_keep_their_dtype(hugging_face, text: Path, tmp_path: Path) -> None:
     source = hugging_face("llama")
     LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
-    convert(prepare(str(source), tmp_path / "out", str(text), Settings(query_heads=3, **SMALL)), Silent())
+    converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL))
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -126,11 +146,11 @@ def test_without_the_module_resource_memory_is_not_told(
 ) -> None:
     """As on Windows."""
     monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.delitem(sys.modules, "sqa.conversion.convert")
-    fresh = importlib.import_module("sqa.conversion.convert")
-    job = prepare(str(hugging_face("llama")), tmp_path / "out", str(text), Settings(query_heads=3, **SMALL))
-    state = fresh.convert(job, Silent())
-    assert state["peak_bytes"] is None
+    monkeypatch.delitem(sys.modules, "sqa.conversion.run")
+    fresh = importlib.import_module("sqa.conversion.run")
+    settings = Settings(query_heads=3, **SMALL)
+    state = fresh.convert(hugging_face("llama"), tmp_path / "out", settings, calibration=str(text), evaluate=None)
+    assert state.peak_bytes is None
     console = Console(file=io.StringIO())
     console.print(report.speed_table(state))
     assert "converting took" in console.file.getvalue()
@@ -141,10 +161,10 @@ def test_without_the_module_resource_memory_is_not_told(
 def test_as_many_heads_give_the_same_model(method: str, hugging_face, text: Path, tmp_path: Path) -> None:
     source = hugging_face("qwen2")
     settings = Settings(query_heads=6, method=method, **SMALL)
-    state = convert(prepare(str(source), tmp_path / "out", str(text), settings), Silent())
+    state = converted(source, tmp_path / "out", text, settings)
     ids = torch.arange(2, 40)[None]
     assert torch.equal(load_model(tmp_path / "out")(ids).logits, load_model(source)(ids).logits)
-    assert state["stages"][-1]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert state.stages[-1].quality.kl == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["aligned", "mean"])
@@ -153,19 +173,19 @@ def test_kv_heads_of_a_run_of_ours(
 ) -> None:
     run = saved(model_of(config_of(num_query_heads=8, num_kv_heads=8, bias=True, final_norm=False)))
     settings = Settings(query_heads=4, kv_heads=2, pooling=pooling, **SMALL)  # type: ignore[arg-type]
-    state = convert(prepare(str(run), tmp_path / "out", str(text), settings), Silent())
+    state = converted(run, tmp_path / "out", text, settings)
     layer = load_model(tmp_path / "out").config.layers[0]
     assert (layer.num_query_heads, layer.num_kv_heads, layer.head_dim) == (4, 2, 6)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    _, dropped, refitted = state["stages"]
-    assert refitted["kl"] < dropped["kl"]
+    _, dropped, refitted = state.stages
+    assert refitted.quality.kl < dropped.quality.kl
 
 
 def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) -> None:
     source = hugging_face("llama")
     settings = Settings(query_heads=3, heal_tokens=1280, layerwise=0.3, learning_rate=3e-3, control=True, **SMALL)
-    whole = convert(prepare(str(source), tmp_path / "whole", str(text), settings), Silent())
-    stages = {(row["stage"], row["tokens"]): row for row in whole["stages"]}
+    whole = converted(source, tmp_path / "whole", text, settings)
+    stages = {(stage.stage, stage.tokens): stage.quality for stage in whole.stages}
     assert {stage for stage, _ in stages} == {
         "original",
         "dropped",
@@ -176,30 +196,25 @@ def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) 
     }
     assert ("layers healed", 384) in stages
     assert ("distilled", 1280) in stages
-    assert stages["distilled", 1280]["kl"] < stages["refitted", 0]["kl"]
+    assert stages["distilled", 1280].kl < stages["refitted", 0].kl
+    out = tmp_path / "out"
     steps: list[StepReport] = []
-
-    class Counting(Silent):
-        def step(self, report: StepReport | None) -> None:
-            if report is not None:
-                steps.append(report)
-
-    job = prepare(str(source), tmp_path / "out", str(text), settings)
     for stop_at in (2, 9):  # in the first phase, then in the second
-        with pytest.raises(Interrupted):
-            convert(job, Counting(), lambda stop_at=stop_at: len(steps) >= stop_at)
-        assert not job.out.exists()
+        display = Stopping(steps, trained=stop_at)
+        with pytest.raises(Interrupted, match="of healing; the same command goes on from there"):
+            converted(source, out, text, settings, display, display.flag)
+        assert not out.exists()
     other = Settings(query_heads=3, heal_tokens=640, **SMALL)
     with pytest.raises(
         ValueError, match=r"unfinished conversion with other settings .*heal_tokens: 1280 there, 640 now"
     ):
-        convert(prepare(str(source), tmp_path / "out", str(text), other), Silent())
-    resumed = convert(job, Counting())
+        converted(source, out, text, other)
+    resumed = converted(source, out, text, settings, Stopping(steps))
     assert len(steps) == 10 + 10  # no step twice: healing and the control
-    assert resumed["stages"] == whole["stages"]
+    assert resumed.stages == whole.stages
     weights = [load_model(tmp_path / name).state_dict() for name in ("whole", "out")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    assert not job.work.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
 def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path) -> None:
@@ -220,15 +235,26 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
         query_heads=3, length=32, sequences=16, batch_size=4, evaluation_tokens=32, heal_tokens=256,
         learning_rate=3e-3, speed_at=(8,),
     )  # fmt: skip
-    job = prepare(str(tmp_path / "in"), tmp_path / "out", str(text), settings)
-    stages = {row["stage"]: row for row in convert(job, Silent())["stages"]}
-    assert stages["original"]["cosine"] == pytest.approx(1.0)
-    assert stages["original"]["cosine"] > stages["refitted"]["cosine"] > stages["dropped"]["cosine"]
-    assert stages["distilled"]["cosine"] > stages["dropped"]["cosine"]
+    whole = converted(tmp_path / "in", tmp_path / "out", text, settings)
+    cosine = {stage.stage: stage.quality.cosine for stage in whole.stages}
+    assert cosine["original"] == pytest.approx(1.0)
+    assert cosine["original"] > cosine["refitted"] > cosine["dropped"]
+    assert cosine["distilled"] > cosine["dropped"]
+    steps: list[StepReport] = []
+
+    display = Stopping(steps, trained=1)
+    with pytest.raises(Interrupted, match="step 1 of 2 of healing; the same command goes on"):
+        converted(tmp_path / "in", tmp_path / "again", text, settings, display, display.flag)
+    # the pooler has no gradient, and so nothing in the checkpoint
+    resumed = converted(tmp_path / "in", tmp_path / "again", text, settings, Stopping(steps))
+    assert len(steps) == 2
+    assert resumed.stages[-1] == whole.stages[-1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
     theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert theirs.encoder.layer[0].attention.self.query.out_features == 3 * 8
-    with pytest.raises(ValueError, match="need a loss, which an encoder has not"):
-        prepare(str(tmp_path / "in"), tmp_path / "again", str(text), replace(settings, method="taylor"))
+    with pytest.raises(ValueError, match="method taylor needs a loss, which an encoder has not"):
+        converted(tmp_path / "in", tmp_path / "third", text, replace(settings, method="taylor"))
 
 
 def test_the_command(hugging_face, text: Path, tmp_path: Path) -> None:
@@ -257,7 +283,7 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
 
     def refused(message: str, out: Path = tmp_path / "out", data: Path = text, **changes: object) -> None:
         with pytest.raises(ValueError, match=message):
-            convert(prepare(str(source), out, str(data), Settings(**{"query_heads": 3, **SMALL, **changes})), Silent())
+            converted(source, out, data, Settings(**{"query_heads": 3, **SMALL, **changes}))
         assert not out.exists() or out == source
 
     refused(r"query_heads must be a multiple of 3 KV heads, at most 6 \(3, 6\), got 4", query_heads=4)
@@ -276,3 +302,168 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
     refused("model_type 'gpt2'; supported: .*llama")
     (source / "config.json").write_text(json.dumps({**values, "quantization_config": {"bits": 4}}))
     refused("quantization_config must be None")
+
+
+def test_a_second_domain_samples_and_what_serves_it(hugging_face, text: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Telling(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    small = Settings(query_heads=3, heal_tokens=640, **SMALL)
+    state = convert(
+        hugging_face("llama"), tmp_path / "out", small, calibration=str(text), evaluate="builtin", display=Telling()
+    )
+    elsewhere = {stage.stage: stage.elsewhere for stage in state.stages}
+    assert elsewhere["original"].kl == 0 < elsewhere["distilled"].kl
+    assert elsewhere["original"].loss != state.last("original").quality.loss
+    assert elsewhere["dropped"].kl > elsewhere["refitted"].kl
+    assert len(state.samples) == 3
+    assert all(sample.prompt and sample.original and sample.converted for sample in state.samples)
+    assert state.serve == "vllm serve out"
+    told_of = [line.split(":")[0].split(" (")[0] for line in told]
+    order = [told_of.index(stage) for stage in ("original", "dropped", "refitted", "layers healed", "distilled")]
+    assert order == sorted(order)  # each as it is measured
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.quality_table(state), report.samples(state))
+    assert "the second domain" in console.file.getvalue()
+    assert state.samples[0].converted.split()[0] in console.file.getvalue()
+
+
+def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, text: Path, tmp_path: Path) -> None:
+    """A layer whose attention hardly matters gives its heads to the other."""
+    source = hugging_face("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 0.01
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = Settings(query_heads=3, allocation="measured", **SMALL)
+    with pytest.raises(ValueError, match="no spread over 2 layers has 4 query heads in all; try 6"):
+        converted(source, tmp_path / "out", text, replace(settings, query_heads=2))
+    with pytest.raises(ValueError, match="keeps the KV heads"):
+        converted(source, tmp_path / "out", text, replace(settings, kv_heads=1))
+    same = converted(source, tmp_path / "same", text, replace(settings, query_heads=6))
+    assert same.stages[-1].quality.kl == pytest.approx(0, abs=1e-6)
+    settings = replace(settings, query_heads=5)
+    with pytest.raises(ValueError, match="try 9 or 12"):
+        converted(source, tmp_path / "out", text, settings)
+    config = json.loads((source / "config.json").read_text())
+    config["num_key_value_heads"] = 1
+    for name in ("k", "v"):
+        for layer in range(2):
+            key = f"model.layers.{layer}.self_attn.{name}_proj.weight"
+            tensors[key] = tensors[key][:8].contiguous()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(config))
+    spread = converted(source, tmp_path / "spread", text, replace(settings, query_heads=4))
+    uniform = converted(source, tmp_path / "uniform", text, replace(settings, query_heads=4, allocation="uniform"))
+    counts = [len(layer.kept) for layer in spread.layers]
+    assert counts == [2, 6]
+    assert [len(layer.kept) for layer in uniform.layers] == [4, 4]
+    assert spread.stages[-1].quality.kl < uniform.stages[-1].quality.kl
+    assert spread.serve == 'sqa generate spread --prompt "..."'
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "spread", trust_remote_code=True).eval()
+    ids = torch.arange(2, 40)[None]
+    torch.testing.assert_close(
+        theirs(ids).logits, load_model(tmp_path / "spread").eval()(ids).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_stopped_in_any_phase_it_ends_the_same(hugging_face, text: Path, tmp_path: Path) -> None:
+    """Stopped again and again, ever later: what is done is kept, no step is trained twice, the weights are the same."""
+    source = hugging_face("llama")
+    settings = Settings(query_heads=3, heal_tokens=512, **{**SMALL, "speed_at": (16,)})
+    whole = converted(source, tmp_path / "whole", text, settings)
+    said: list[str] = []
+    steps: list[StepReport] = []
+    while True:
+        display = Stopping(steps, shown=1 + 3 * len(said))
+        try:
+            state = converted(source, tmp_path / "out", text, settings, display, display.flag)
+            break
+        except Interrupted as error:
+            said.append(str(error))
+    assert len(said) > 5
+    assert all("the same command goes on" in words for words in said)
+    assert [report.step for report in steps] == [1, 1, 2, 3]
+    assert state.stages == whole.stages
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_weights_are_there_before_the_timing(
+    hugging_face, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that dies while it times leaves the model; the same command adds the figures and tidies up."""
+    source, settings = hugging_face("llama"), Settings(query_heads=3, **{**SMALL, "speed_at": (16,)})
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[convert.__module__], "take_turns", killed)
+        with pytest.raises(Interrupted, match="the same command goes on"):
+            converted(source, tmp_path / "out", text, settings)
+    assert load_model(tmp_path / "out").config.layers[0].num_query_heads == 3
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["speed"] == []
+    state = converted(source, tmp_path / "out", text, settings)
+    assert [speed.n for speed in state.speed] == [16, 16]
+    assert Conversion.from_dict(json.loads((tmp_path / "out" / "conversion.json").read_text())) == state
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    with pytest.raises(ValueError, match="exists"):
+        converted(source, tmp_path / "out", text, settings)
+
+
+def test_weights_that_are_not_finite(hugging_face, text: Path, tmp_path: Path) -> None:
+    source = hugging_face("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight of .* holds nan or infinity"):
+        converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL))
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e38)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the original gives values that are not finite"):
+        converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_written_is_found_before_the_work(hugging_face, text: Path, tmp_path: Path) -> None:
+    source = hugging_face("llama")
+    (source / "generation_config.json").write_text("{")
+    told: list[str] = []
+
+    class Telling(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    (source / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+        converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL), Telling())
+    assert not told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": 100_000}, r"threads must be 0 to \d+ \(four a core\), got 100000"),
+        ({"threads": -1}, "threads must be 0 to"),
+        ({"speed_at": (16, -1)}, "speed_at must be lengths of at least 1, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0 and finite, got nan"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used here"),
+        ({"allocation": "measure"}, "allocation must be one of .*did you mean 'measured'"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(query_heads=3, **changes)
+
+
+def test_autocast_sees_the_weights_as_they_are_now(hugging_face, text: Path, tmp_path: Path) -> None:
+    """Autocast keeps cast weights until its block ends, and stages change them."""
+    settings = Settings(query_heads=3, dtype="bfloat16", heal_tokens=1280, learning_rate=3e-3, **SMALL)
+    state = converted(hugging_face("llama"), tmp_path / "out", text, settings)
+    kl = {stage.stage: stage.quality.kl for stage in state.stages}
+    assert kl["dropped"] > kl["refitted"] > kl["distilled"] > kl["original"]
+    assert all(layer.refitted < layer.dropped for layer in state.layers)

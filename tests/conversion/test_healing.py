@@ -1,5 +1,6 @@
 """Healing: its losses against plain ones, layers on their own, exact resumption."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch.nn.functional as F
 from sqa import ModelConfig, Transformer
 from sqa.conversion import surgery
 from sqa.conversion.decoder import Decoder
-from sqa.conversion.healing import distillation, heal, layerwise
+from sqa.conversion.healing import Distillation, Layerwise, heal
 from sqa.conversion.settings import Settings
 from sqa.data.batches import Batch
-from sqa.progress import Interrupted, NonFiniteLoss, StepReport
+from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag
 from sqa.training.checkpoint import Progress
+from sqa.training.loop import Hooks, Task
 
 Make = Callable[..., ModelConfig]
 Build = Callable[[ModelConfig], Transformer]
@@ -25,40 +27,40 @@ def pair(config_of: Make, model_of: Build) -> tuple[Decoder, Decoder]:
     """The original, and the same with half its query heads dropped."""
     original = Decoder(model_of(config_of()))
     after, _ = surgery.plan_heads(original.views[0].config, 2, None)
-    weights = [surgery.cut(view, after.num_kv_heads, [0, 2])[0] for view in original.views]
-    return original, original.converted([after] * 2, weights)
+    student = original.with_heads([after] * 2)
+    for view, cut in zip(original.views, student.views, strict=True):
+        cut.write(surgery.cut(view, after.num_kv_heads, [0, 2]))
+    return original, student
 
 
 def healed(
     student: Decoder,
-    objective: Callable[[Batch], torch.Tensor],
+    task: Task[Batch],
     batches: list[Batch],
     folder: Path,
     *,
     attention_only: bool = False,
     on_step: Callable[[StepReport], None] = lambda report: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: StopFlag | None = None,
 ) -> Progress:
-    return heal(
-        student.model,
-        objective,
-        batches,
-        Settings(query_heads=2, batch_size=2, length=24, learning_rate=1e-3),
-        trained=[
-            parameter
-            for name, parameter in student.model.named_parameters()
-            if ("_proj" in name and "self_attn" in name) or not attention_only
-        ],
-        folder=folder,
-        on_step=on_step,
-        should_stop=should_stop,
-    )
+    trained = [
+        parameter
+        for name, parameter in student.model.named_parameters()
+        if ("_proj" in name and "self_attn" in name) or not attention_only
+    ]
+    settings = Settings(query_heads=2, batch_size=2, length=24, learning_rate=1e-3)
+    return heal(student, task, batches, settings, trained, folder, Hooks(on_step, stop or StopFlag()))
+
+
+def mean(task: Task[Batch], batch: Batch) -> torch.Tensor:
+    """The loss of a batch, a token."""
+    return task.loss_sum(torch.nn.Identity(), batch) / task.count(batch)
 
 
 def test_distillation_is_the_divergence_of_the_logits(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
     original, student = pair
     (batch, *_), parameters = batches, list(student.model.parameters())
-    got = distillation(student, original)(batch)
+    got = mean(Distillation(student, original), batch)
     logits = [
         subject.model(batch.input_ids, document_ids=batch.document_ids).logits.flatten(0, 1).log_softmax(-1)
         for subject in pair
@@ -68,8 +70,8 @@ def test_distillation_is_the_divergence_of_the_logits(pair: tuple[Decoder, Decod
     for a, b in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(distillation(student, original)(batch), expected)
-        assert float(distillation(original, original)(batch)) == pytest.approx(0.0, abs=1e-6)
+        torch.testing.assert_close(mean(Distillation(student, original), batch), expected)
+        assert float(mean(Distillation(original, original), batch)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
@@ -78,7 +80,7 @@ def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[B
 
     def gradients() -> dict[str, torch.Tensor]:
         student.model.zero_grad()
-        layerwise(student, original)(batches[0]).backward()
+        mean(Layerwise(student, original), batches[0]).backward()
         return {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
 
     before = gradients()
@@ -92,17 +94,17 @@ def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[B
         assert changed == (".0." in name)
 
 
-@pytest.mark.parametrize("objective", [layerwise, distillation])
+@pytest.mark.parametrize("task", [Layerwise, Distillation])
 def test_healing_brings_the_model_closer(
-    objective: Callable, pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+    task: Callable, pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
 ) -> None:
     original, student = pair
     before = student.measure(batches, original, original.outputs(batches))
     frozen = student.model.model.embed_tokens.weight.clone()
-    progress = healed(student, objective(student, original), batches * 10, tmp_path, attention_only=True)
+    progress = healed(student, task(student, original), batches * 10, tmp_path, attention_only=True)
     assert (progress.step, progress.tokens) == (60, 60 * 48)
     after = student.measure(batches, original, original.outputs(batches))
-    assert after["kl"] < 0.8 * before["kl"]
+    assert after.kl < 0.8 * before.kl
     assert torch.equal(student.model.model.embed_tokens.weight, frozen)
 
 
@@ -111,23 +113,30 @@ def test_a_stopped_phase_ends_as_one_never_stopped(
 ) -> None:
     original, student = pair
     start = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
-    healed(student, distillation(student, original), batches, tmp_path / "whole")
+    healed(student, Distillation(student, original), batches, tmp_path / "whole")
     expected = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     seen: list[int] = []
+    stop = StopFlag()
+
+    def stop_at_four(report: StepReport) -> None:
+        seen.append(report.step)
+        if report.step == 4:
+            stop(signal.SIGTERM, None)
+
     student.model.load_state_dict(start)
     with pytest.raises(Interrupted, match="step 4 of 6"):
         healed(
             student,
-            distillation(student, original),
+            Distillation(student, original),
             batches,
             tmp_path / "cut",
-            on_step=lambda report: seen.append(report.step),
-            should_stop=lambda: bool(seen) and seen[-1] == 4,
+            on_step=stop_at_four,
+            stop=stop,
         )
     student.model.load_state_dict(start)
     for _ in range(2):  # the second time there is nothing left to do
         healed(
-            student, distillation(student, original), batches, tmp_path / "cut", on_step=lambda r: seen.append(r.step)
+            student, Distillation(student, original), batches, tmp_path / "cut", on_step=lambda r: seen.append(r.step)
         )
         assert seen == [1, 2, 3, 4, 5, 6]
         assert all(torch.equal(expected[name], tensor) for name, tensor in student.model.state_dict().items())
@@ -139,5 +148,5 @@ def test_a_loss_that_is_not_finite_ends_the_phase(
     original, student = pair
     with torch.no_grad():
         student.model.lm_head.weight.fill_(float("inf"))
-    with pytest.raises(NonFiniteLoss, match="step 1 of healing"):
-        healed(student, distillation(student, original), batches, tmp_path)
+    with pytest.raises(NonFiniteLoss, match=r"loss was .* at step 1"):
+        healed(student, Distillation(student, original), batches, tmp_path)

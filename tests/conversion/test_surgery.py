@@ -14,7 +14,7 @@ from sqa import AttentionConfig, ModelConfig, Rope, Transformer
 from sqa.conversion import importance, surgery
 from sqa.conversion.decoder import Decoder
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView
+from sqa.conversion.subject import AttentionView, AttentionWeights, watched
 from sqa.data.batches import Batch
 
 Make = Callable[..., ModelConfig]
@@ -23,7 +23,17 @@ Build = Callable[[ModelConfig], Transformer]
 
 def read_by(subject: Decoder, batches: Sequence[Batch], index: int, projection: str) -> Tensor:
     """What one projection of a layer read on these batches, (N, F)."""
-    return torch.cat([read for (read,) in subject.reads(batches, [getattr(subject.views[index], projection)])]).double()
+    with torch.no_grad(), watched([getattr(subject.views[index], projection)]) as seen:
+        return torch.cat(
+            [subject.tokens(seen[0][0], batch) for batch in batches if subject.hidden(batch) is not None]
+        ).double()
+
+
+def with_weights(subject: Decoder, shapes: Sequence[AttentionConfig], weights: Sequence[AttentionWeights]) -> Decoder:
+    changed = subject.with_heads(shapes)
+    for view, values in zip(changed.views, weights, strict=True):
+        view.write(values)
+    return changed
 
 
 def moments_of(x: Tensor, y: Tensor, *, constant: bool = False) -> Moments:
@@ -254,10 +264,9 @@ def test_aligned_pooling_undoes_rotations_that_change_nothing(
     subject = Decoder(model)
     view = subject.views[0]
     inputs = Moments(24, 0, constant=True)
-    for (read,) in subject.reads(batches, [view.q]):
-        inputs.add(read)
+    inputs.add(read_by(subject, batches, 0, "q"))
     pooled = {
-        how: subject.converted([attention.replace(num_kv_heads=2)], [surgery.cut(view, 2, range(4), x)[0]])
+        how: with_weights(subject, [attention.replace(num_kv_heads=2)], [surgery.cut(view, 2, range(4), x)])
         for how, x in (("aligned", inputs), ("mean", None))
     }
     expected = model(batches[0].input_ids).logits.detach()
@@ -271,11 +280,10 @@ def test_under_qk_norm_keys_are_not_turned() -> None:
     view = layer_view(4, 4, qk_norm=True)
     inputs = Moments(24, 0, constant=True)
     inputs.add(torch.randn(50, 24, generator=torch.Generator().manual_seed(0)))
-    weights, pooled = surgery.cut(view, 2, range(4), inputs)
-    assert pooled
-    torch.testing.assert_close(weights["q.weight"], view.q.weight.detach().double())
+    weights = surgery.cut(view, 2, range(4), inputs)
+    torch.testing.assert_close(weights.q.weight, view.q.weight.detach().double())
     mean = view.k.weight.detach().double().view(2, 2, -1, 24).mean(1).flatten(0, 1)
-    torch.testing.assert_close(weights["k.weight"], mean)
+    torch.testing.assert_close(weights.k.weight, mean)
 
 
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3), (1, 3)])
@@ -287,8 +295,8 @@ def test_heads_that_keep_their_keys_compute_what_they_did(
     model = model_of(config)
     subject = Decoder(model)
     after, _ = surgery.plan_heads(config.layers[0], len(kept), None)
-    weights = [surgery.cut(view, after.num_kv_heads, kept)[0] for view in subject.views]
-    cut = subject.converted([after] * 2, weights).model
+    weights = [surgery.cut(view, after.num_kv_heads, kept) for view in subject.views]
+    cut = with_weights(subject, [after] * 2, weights).model
     size = config.layers[0].head_dim
     with torch.no_grad():
         for view in subject.views:

@@ -22,6 +22,6 @@ def make_corpus() -> Callable[..., Corpus]:
             "train": train or [make_text(i, 60) for i in range(20)],
             "validation": [make_text(100 + i, 40) for i in range(3)],
         }
-        return Corpus(name="memory", fingerprint=fingerprint, read=lambda split: iter(texts[split]))
+        return Corpus(name="memory", identify=lambda: fingerprint, read=lambda split: iter(texts[split]))
 
     return make

@@ -149,7 +149,7 @@ def test_a_failed_encoding_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) 
 
     cache = tmp_path / "cache"
     with pytest.raises(OSError, match="disk gone"):
-        load_or_encode(Corpus(name="x", fingerprint="0", read=read), tokenizer, split="train", cache_dir=cache)
+        load_or_encode(Corpus(name="x", identify=lambda: "0", read=read), tokenizer, split="train", cache_dir=cache)
     assert not list(cache.iterdir())
 
 
@@ -166,7 +166,7 @@ def read(split):
 
 cache = Path(sys.argv[1])
 load_or_encode(
-    Corpus(name="x", fingerprint="0", read=read), Tokenizer.load(cache / "t.json"), split="train", cache_dir=cache
+    Corpus(name="x", identify=lambda: "0", read=read), Tokenizer.load(cache / "t.json"), split="train", cache_dir=cache
 )
 """
 
@@ -184,7 +184,7 @@ def test_what_a_killed_writer_left_is_removed(corpus: Corpus, tokenizer: Tokeniz
 
 
 def test_an_empty_split_is_an_error_and_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    corpus = Corpus(name="short", fingerprint="0", read=lambda split: iter(["", " "]))
+    corpus = Corpus(name="short", identify=lambda: "0", read=lambda split: iter(["", " "]))
     with pytest.raises(ValueError, match=r"validation split of short has no documents.*validation_fraction"):
         load_or_encode(corpus, tokenizer, split="validation", cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
@@ -199,7 +199,7 @@ def test_a_second_writer_waits_and_takes_what_the_first_made(tokenizer: Tokenize
         assert waits.wait(60)
 
     def first() -> str:
-        corpus = Corpus(name="x", fingerprint="0", read=read)
+        corpus = Corpus(name="x", identify=lambda: "0", read=read)
         return load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path / "cache").fingerprint
 
     def waiting(text: str) -> None:
@@ -209,7 +209,7 @@ def test_a_second_writer_waits_and_takes_what_the_first_made(tokenizer: Tokenize
     with ThreadPoolExecutor(1) as pool:
         writer = pool.submit(first)
         assert begun.wait(60)
-        never = Corpus(name="x", fingerprint="0", read=lambda split: pytest.fail("encoded again"))
+        never = Corpus(name="x", identify=lambda: "0", read=lambda split: pytest.fail("encoded again"))
         shards = load_or_encode(never, tokenizer, split="train", cache_dir=tmp_path / "cache", progress=waiting)
         assert shards.fingerprint == writer.result()
     assert [path.name.endswith(".tmp") for path in (tmp_path / "cache").iterdir()] == [False]
@@ -234,7 +234,7 @@ def test_encoding_streams(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pyt
         return encode_batch(self, texts)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", counting)
-    corpus = Corpus(name="long", fingerprint="0", read=read)
+    corpus = Corpus(name="long", identify=lambda: "0", read=read)
     assert load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path).num_documents == 200
     assert most_waiting == 10
 

@@ -29,7 +29,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     texts = [f"{a}{b}{c} {a}{b} naïve 日本語" for a in "abcd" for b in string.ascii_lowercase for c in "xyz"]
-    corpus = Corpus(name="letters", fingerprint="1e77e5", read=lambda split: iter(texts))
+    corpus = Corpus(name="letters", identify=lambda: "1e77e5", read=lambda split: iter(texts))
     return load_or_train_tokenizer(corpus, vocab_size=300, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
@@ -117,7 +117,7 @@ def test_trains_on_the_train_split_up_to_the_cap(tmp_path: Path, monkeypatch: py
             seen.append(i)
             yield "abcd" * 25
 
-    corpus = Corpus(name="counted", fingerprint="c0", read=read)
+    corpus = Corpus(name="counted", identify=lambda: "c0", read=read)
     load_or_train_tokenizer(corpus, vocab_size=260, cache_dir=tmp_path)
     assert len(seen) == 10
 
@@ -129,7 +129,7 @@ def test_vocabularies_that_cannot_be(make_corpus: Callable[..., Corpus], tmp_pat
         load_or_train_tokenizer(make_corpus(), vocab_size=10**12, cache_dir=tmp_path)
     with pytest.raises(ValueError, match=r"vocab_size 5000 is more than the corpus memory fills.* \d+ entries"):
         load_or_train_tokenizer(make_corpus(), vocab_size=5000, cache_dir=tmp_path)
-    empty = Corpus(name="empty.jsonl", fingerprint="0", read=lambda split: iter([""]))
+    empty = Corpus(name="empty.jsonl", identify=lambda: "0", read=lambda split: iter([""]))
     with pytest.raises(ValueError, match=r"train split of empty\.jsonl has no documents: give more text"):
         load_or_train_tokenizer(empty, vocab_size=300, cache_dir=tmp_path)
     assert not list(tmp_path.iterdir()), "nothing half-written"

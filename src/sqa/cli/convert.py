@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from sqa.cli.display import make_console, make_display
-from sqa.cli.options import BatchSize, Dtype, JsonPath, Length, PlotPath, Seed, Threads, long_dtype, numbers, save_json
+from sqa.cli.options import (
+    BatchSize,
+    Compile,
+    Device,
+    Dtype,
+    JsonPath,
+    Length,
+    PlotPath,
+    Seed,
+    Threads,
+    long_dtype,
+    numbers,
+    save_json,
+)
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -20,7 +33,11 @@ def convert(
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
     query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
     calibration: Annotated[str, typer.Option(help="builtin, wikipedia, or a file or folder of text.")],
+    evaluate: Annotated[str, typer.Option(help="A second domain to measure on: as --calibration; none.")] = "builtin",
     kv_heads: Annotated[int | None, typer.Option(help="KV heads a layer keeps; default: as many as it has.")] = None,
+    allocation: Annotated[
+        str, typer.Option(help="uniform, or measured: as many query heads in all, to the layers that need them.")
+    ] = "uniform",
     method: Annotated[str, typer.Option(help="Which heads stay: random, weight, l2, taylor or greedy.")] = "l2",
     pooling: Annotated[str, typer.Option(help="How KV heads are joined: aligned or mean.")] = "aligned",
     sequences: Annotated[int, typer.Option(help="Rows of calibration text.")] = 128,
@@ -31,9 +48,11 @@ def convert(
     learning_rate: Annotated[float, typer.Option(help="Of healing.")] = 3e-4,
     batch_size: BatchSize[int] = 8,
     control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
-    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens for the verdict.")] = 16_384,
+    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens of each domain.")] = 16_384,
     speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between.")] = None,
     dtype: Dtype[str] = "float32",
+    compile: Compile[bool] = False,
+    device: Device[str] = "cpu",
     seed: Seed[int] = 0,
     threads: Threads[int] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -42,22 +61,22 @@ def convert(
 ) -> None:
     """Give a pretrained model fewer query heads, and say what that cost."""
     from sqa.conversion import report
-    from sqa.conversion.convert import convert as run
+    from sqa.conversion.run import run
     from sqa.conversion.settings import Settings, prepare
     from sqa.experiments.plan import Budget
     from sqa.progress import stop_flag
 
     if heal is not None and not heal.startswith("tokens="):
         raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
-    healing = None if heal is None else Budget.parse(heal)
     settings = Settings(
         query_heads=query_heads,
         kv_heads=kv_heads,
+        allocation=allocation,  # type: ignore[arg-type]
         method=method,
         pooling=pooling,  # type: ignore[arg-type]
         sequences=sequences,
         length=length,
-        heal_tokens=0 if healing is None else round(healing.amount),
+        heal_tokens=0 if heal is None else round(Budget.parse(heal).amount),
         layerwise=layerwise,
         train=train,  # type: ignore[arg-type]
         learning_rate=learning_rate,
@@ -66,18 +85,20 @@ def convert(
         evaluation_tokens=evaluation_tokens,
         speed_at=None if speed_at is None else numbers(speed_at, "--speed-at"),
         dtype=long_dtype(dtype),  # type: ignore[arg-type]
+        compile=compile,
+        device=device,
         seed=seed,
         threads=threads,
     )
-    job = prepare(model, out, calibration, settings)
+    job = prepare(model, out, settings, calibration=calibration, evaluate=None if evaluate == "none" else evaluate)
     console = make_console()
     console.print(report.planned(job))
     if dry_run:
         return
     with stop_flag() as stop:
-        state = run(job, make_display(), lambda: stop.signal is not None)
-    console.print(report.quality_table(state), report.speed_table(state))
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
-    save_json(json_path, state)
+        conversion = run(job, make_display(), stop)
+    console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
+    console.print(f"serve it: {conversion.serve}", highlight=False, soft_wrap=True)
+    save_json(json_path, conversion.to_dict())
     if plot_path is not None:
-        report.plot(state, plot_path)
+        report.plot(conversion, plot_path)

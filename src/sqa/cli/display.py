@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -11,6 +12,10 @@ from sqa.progress import Display, Interrupted, StepReport
 
 TABLE_WIDTH = 80
 """Every table fits it. A narrower terminal wraps the lines: cutting them would change figures."""
+
+
+SILENCE = 10.0
+"""Seconds after which a display in a file says how far it is."""
 
 
 class OutputClosed(Interrupted):
@@ -84,13 +89,14 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """A line at the start and the end of a phase, and at every tenth of it."""
+    """A line at the start and the end of a phase, at every tenth of it, and after SILENCE seconds without one."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def note(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
+        self._spoke = time.monotonic()
 
     def start(self, label: str, steps: int) -> None:
         self._label, self._steps, self._shown, self._done = label, steps, 0, 0
@@ -101,10 +107,14 @@ class PlainDisplay:
         self._done = report.step if report else self._done + 1
         tenth = 10 * self._done // self._steps
         speed = self._speed.of(report) if report else 0.0
-        if tenth <= self._shown:
+        long_silent = time.monotonic() - self._spoke > SILENCE
+        if tenth <= self._shown and not long_silent:
             return
         self._shown = tenth
-        if report is not None:
+        if report is None:
+            if long_silent:
+                self.note(f"{self._label}: step {self._done}/{self._steps}")
+        else:
             left = (self._steps - report.step) * self._speed.step_seconds
             self.note(
                 f"{self._label}: step {report.step}/{self._steps}  loss {report.loss:.3f}  "

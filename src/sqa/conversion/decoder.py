@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sqa import interop
+from sqa import interop, storage
 from sqa.config import AttentionConfig
+from sqa.conversion.records import LanguageQuality
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.conversion.text import packed_batches
 from sqa.data.batches import Batch
-from sqa.losses import IGNORE, linear_distillation, token_losses
+from sqa.losses import IGNORE, linear_distillation
 from sqa.model import Transformer
 
 
 class Decoder(Subject):
     """Reads packed rows; every position is a real token."""
 
-    default_speed_at = (512, 2048)
+    default_speed_at = (512, 2048, 8192)
+    predicts = True
 
     @classmethod
     def load(cls, directory: Path) -> Decoder:
@@ -31,6 +33,12 @@ class Decoder(Subject):
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
         config = interop.load_config(directory)
         return config.layers, config.max_seq_len
+
+    @classmethod
+    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
+        source = interop.open_source(directory)
+        interop.check_like(source.config.replace(attention=tuple(attention)), directory)
+        source.read_text_side()
 
     @property
     def views(self) -> list[AttentionView]:
@@ -43,10 +51,31 @@ class Decoder(Subject):
         tokenizer = self.tokenizer(directory)
         end_id = interop.open_source(directory).read_text_side().end_of_document
         encoded = (tokenizer.encode(text).ids + ([] if end_id is None else [end_id]) for text in documents)
-        return packed_batches(encoded, rows=rows, length=length, batch_size=batch_size)
+        batches = packed_batches(encoded, rows=rows, length=length, batch_size=batch_size)
+        return [batch.take(slice(None), self.device) for batch in batches]
 
     def row_of(self, input_ids: Tensor) -> Batch:
         return Batch(input_ids=input_ids, labels=input_ids, labels_all_positions=None, document_ids=None)
+
+    def count(self, batch: Batch) -> int:
+        return batch.input_ids.numel()
+
+    def stream(self, batch: Batch) -> Tensor:
+        embedded: Tensor = self.model.model.embed_tokens(batch.input_ids)
+        return embedded
+
+    def read(self, index: int, stream: Tensor) -> Tensor:
+        read: Tensor = self.model.model.layers[index].input_layernorm(stream)
+        return read
+
+    def attend(self, index: int, read: Tensor, batch: Batch) -> Tensor:
+        given: Tensor = self.model.model.layers[index].self_attn(read, document_ids=batch.document_ids)
+        return given
+
+    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
+        layer, stream = self.model.model.layers[index], stream + given
+        after: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
+        return after
 
     def hidden(self, batch: Batch) -> Tensor:
         state: Tensor = self.model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
@@ -55,10 +84,6 @@ class Decoder(Subject):
     def prefill(self, batch: Batch) -> object:
         """Logits of the last position."""
         return self.model(batch.input_ids, num_logits=1)
-
-    def attend(self, index: int, read: Tensor, batch: Batch) -> Tensor:
-        given: Tensor = self.model.model.layers[index].self_attn(read, document_ids=batch.document_ids)
-        return given
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean nll a real token."""
@@ -72,31 +97,54 @@ class Decoder(Subject):
         return total / batch.input_ids.numel()
 
     @torch.no_grad()
-    def outputs(self, batches: Sequence[Batch]) -> list[Tensor]:
+    def outputs(self, batches: Iterable[Batch]) -> list[Tensor]:
         return [self.hidden(batch) for batch in batches]
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Batch], teacher: Decoder, reference: Sequence[Tensor]) -> dict[str, float]:
-        """Loss (nats a real token), its perplexity, and KL to the teacher (nats a token)."""
-        nll = divergence = 0.0
-        head = self.model.lm_head
+    def measure(self, batches: Iterable[Batch], teacher: Decoder, reference: Sequence[Tensor]) -> LanguageQuality:
+        sums = dict.fromkeys(("nll", "kl", "agreed", "real", "positions"), 0.0)
         for batch, target in zip(batches, reference, strict=True):
             hidden = target if teacher is self else self.hidden(batch)
-            losses, _ = token_losses(hidden, head.weight, head.bias, batch.labels)
-            nll += float(losses.double().sum())
-            if teacher is not self:
-                divergence += float(self.distance(hidden, teacher, target, batch)) * batch.input_ids.numel()
-        loss = nll / sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        positions = sum(batch.input_ids.numel() for batch in batches)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "kl": divergence / positions}
+            for own, other, labels in zip(hidden, target, batch.labels, strict=True):  # a row at a time: V is large
+                log_p = self.model.lm_head(own).float().log_softmax(-1)
+                log_q = log_p if teacher is self else teacher.model.lm_head(other).float().log_softmax(-1)
+                real = labels != IGNORE
+                sums["nll"] -= float(log_p[real].gather(1, labels[real, None]).sum())
+                sums["kl"] += float((log_q.exp() * (log_q - log_p)).sum())
+                sums["agreed"] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                sums["real"] += int(real.sum())
+                sums["positions"] += len(labels)
+        loss = sums["nll"] / sums["real"]
+        return LanguageQuality(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            kl=sums["kl"] / sums["positions"],
+            agreement=sums["agreed"] / sums["positions"],
+        )
 
-    def converted(self, attention: Sequence[AttentionConfig], weights: Sequence[dict[str, Tensor]]) -> Decoder:
+    def with_heads(self, attention: Sequence[AttentionConfig]) -> Decoder:
         config = self.model.config.replace(attention=attention[0] if len(set(attention)) == 1 else tuple(attention))
         tensors: dict[str, Tensor] = self.model.state_dict()
-        for i, layer in enumerate(weights):
-            for name, tensor in layer.items():
-                tensors[f"model.layers.{i}.self_attn.{name[0]}_proj{name[1:]}"] = tensor.float()
-        return Decoder(Transformer.from_tensors(config, tensors, "the converted model"))
+        for i, layer in enumerate(attention):
+            where = f"model.layers.{i}.self_attn"
+            rows = {"q": layer.query_width, "k": layer.kv_width, "v": layer.kv_width}
+            for name, width in rows.items():
+                for key in (f"{where}.{name}_proj.weight", f"{where}.{name}_proj.bias"):
+                    if key in tensors:
+                        tensors[key] = tensors[key].new_zeros(width, *tensors[key].shape[1:])
+            output = tensors[f"{where}.o_proj.weight"]
+            tensors[f"{where}.o_proj.weight"] = output.new_zeros(len(output), layer.output_width)
+        return Decoder(Transformer.from_tensors(config, tensors, "the converted model").to(self.device))
+
+    def continued(self, batch: Batch, new_tokens: int) -> Tensor:
+        tokens: Tensor = self.model.generate(batch.input_ids, max_new_tokens=new_tokens)
+        return tokens[:, batch.input_ids.shape[1] :]
+
+    @classmethod
+    def serve(cls, directory: Path) -> str:
+        if storage.read_config(directory).get("model_type") == storage.MODEL_TYPE:
+            return f'sqa generate {directory.name} --prompt "..."'
+        return f"vllm serve {directory.name}"
 
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
         interop.write_like(self.model.to(dtype), folder, source)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sqa import storage
 from sqa.config import AttentionConfig
+from sqa.conversion.records import EmbeddingQuality
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.errors import InputError
 from sqa.interop import bert
@@ -25,11 +27,20 @@ class Passages:
     input_ids: Tensor
     real: Tensor
 
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.input_ids)
+
+    def take(self, rows: slice, device: torch.device) -> Passages:
+        """Some of them, on `device`."""
+        return Passages(self.input_ids[rows].to(device), self.real[rows].to(device))
+
 
 class Encoder(Subject):
     """Reads padded passages, the beginning of one document each."""
 
     default_speed_at = (128, 256, 512)
+    predicts = False
 
     @classmethod
     def load(cls, directory: Path) -> Encoder:
@@ -39,6 +50,15 @@ class Encoder(Subject):
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
         config = bert.load_config(directory)
         return (bert.attention_config(config),) * config.num_hidden_layers, config.max_position_embeddings
+
+    @classmethod
+    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
+        for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+            if (directory / name).is_file():
+                storage.read_json(directory / name)
+        for module in directory.glob("[0-9]_*"):
+            if not module.is_dir():
+                raise InputError(f"model: {module} must be a folder, as sentence-transformers writes it")
 
     @property
     def views(self) -> list[AttentionView]:
@@ -59,7 +79,10 @@ class Encoder(Subject):
             )
         encoded = (tokenizer.encode_batch(texts[start : start + batch_size]) for start in range(0, rows, batch_size))
         return [
-            Passages(torch.tensor([x.ids for x in found]), torch.tensor([x.attention_mask for x in found]).bool())
+            Passages(
+                torch.tensor([x.ids for x in found], device=self.device),
+                torch.tensor([x.attention_mask for x in found], device=self.device).bool(),
+            )
             for found in encoded
         ]
 
@@ -74,10 +97,30 @@ class Encoder(Subject):
         state: Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.real.long()).last_hidden_state
         return state
 
+    def count(self, batch: Passages) -> int:
+        return int(batch.real.sum())
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """All but the pooler, which the last hidden state does not pass."""
+        return [p for name, p in self.model.named_parameters() if not name.startswith("pooler.")]
+
+    def stream(self, batch: Passages) -> Tensor:
+        embedded: Tensor = self.model.embeddings(input_ids=batch.input_ids)
+        return embedded
+
+    def read(self, index: int, stream: Tensor) -> Tensor:
+        return stream
+
     def attend(self, index: int, read: Tensor, batch: Passages) -> Tensor:
         attention = self.model.encoder.layer[index].attention
         given: Tensor = attention.output.dense(attention.self(read, attention_mask=batch.real[:, None, None])[0])
         return given
+
+    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
+        layer = self.model.encoder.layer[index]
+        after: Tensor = layer.feed_forward_chunk(layer.attention.output.LayerNorm(stream + given))
+        return after
 
     def loss(self, batch: Passages) -> Tensor:
         """Something to differentiate and time: an encoder predicts nothing by itself (`prepare` refuses the rest)."""
@@ -89,13 +132,12 @@ class Encoder(Subject):
         return (hidden[batch.real].float() - target).square().sum() / target.square().sum()
 
     @torch.no_grad()
-    def outputs(self, batches: Sequence[Passages]) -> list[Tensor]:
+    def outputs(self, batches: Iterable[Passages]) -> list[Tensor]:
         """Embeddings, (B, d) each."""
         return [bert.embed(self.model, batch.input_ids, batch.real) for batch in batches]
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Passages], teacher: Encoder, reference: Sequence[Tensor]) -> dict[str, float]:
-        """Cosine similarity of embeddings to the teacher's, and the share of each passage's neighbours that stay."""
+    def measure(self, batches: Iterable[Passages], teacher: Encoder, reference: Sequence[Tensor]) -> EmbeddingQuality:
         other = torch.cat(list(reference))
         own = other if teacher is self else torch.cat(self.outputs(batches))
         count = min(NEIGHBOURS, len(own) - 1)
@@ -103,18 +145,23 @@ class Encoder(Subject):
             (x @ x.T).fill_diagonal_(-torch.inf).topk(count).indices  # a passage is no neighbour of its own
             for x in (own, other)
         ]
-        kept = (nearest[0][:, :, None] == nearest[1][:, None]).any(-1).float().mean()
-        return {"cosine": float((own * other).sum(-1).mean()), "neighbours": float(kept)}
+        kept = (nearest[0][:, :, None] == nearest[1][:, None]).any(-1).float()
+        return EmbeddingQuality(
+            cosine=float((own * other).sum(-1).mean()), neighbours=float(kept.mean()) if count else 1.0
+        )
 
-    def converted(self, attention: Sequence[AttentionConfig], weights: Sequence[dict[str, Tensor]]) -> Encoder:
+    def with_heads(self, attention: Sequence[AttentionConfig]) -> Encoder:
         heads = attention[0]
-        new = Encoder(
+        return Encoder(
             bert.with_heads(self.model, num_query_heads=heads.num_query_heads, num_kv_heads=heads.num_kv_heads)
         )
-        for view, layer in zip(new.views, weights, strict=True):
-            for name, tensor in layer.items():
-                getattr(view, name[0]).get_parameter(name[2:]).data.copy_(tensor)
-        return new
+
+    def continued(self, batch: Passages, new_tokens: int) -> None:
+        return None
+
+    @classmethod
+    def serve(cls, directory: Path) -> str:
+        return f"SentenceTransformer({directory.name!r}, trust_remote_code=True)"
 
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
         """For AutoModel with trust_remote_code."""

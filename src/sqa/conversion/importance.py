@@ -50,15 +50,15 @@ def choose_heads(
 
 def weight_norms(view: AttentionView) -> Tensor:
     """Norm of each head's query rows times that of its output columns, (Hq,)."""
-    rows = view.q.weight.detach().double().unflatten(0, (-1, view.config.head_dim))
-    columns = view.o.weight.detach().double().unflatten(1, (-1, view.config.head_dim))
+    rows = view.q.weight.detach().cpu().double().unflatten(0, (-1, view.config.head_dim))
+    columns = view.o.weight.detach().cpu().double().unflatten(1, (-1, view.config.head_dim))
     return (rows.square().sum((1, 2)) * columns.square().sum((0, 2))).sqrt()
 
 
 def l2_norms(view: AttentionView, moments: Moments) -> Tensor:
     """(Hq,): root of the sum over tokens of |W_h z_h|^2, with W_h the head's columns of the output projection."""
     size = view.config.head_dim
-    columns = view.o.weight.detach().double().split(size, dim=1)
+    columns = view.o.weight.detach().cpu().double().split(size, dim=1)
     grams = (moments.gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(len(columns)))
     return torch.stack([(w @ gram * w).sum() for w, gram in zip(columns, grams, strict=True)]).sqrt()
 
@@ -89,6 +89,7 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     return sorted(left)
 
 
+@torch.enable_grad()
 def gate_gradients(subject: Subject, batches: Iterable[Any]) -> list[Tensor]:
     """For each layer (Hq,): the sum over sequences of |d loss / d gate|, with a gate of 1 on each head's output z.
 

@@ -5,8 +5,6 @@ Shapes: N tokens, d = d_model, F = Hq * head_dim features that the output projec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -26,12 +24,12 @@ class Moments:
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
         """Count more tokens."""
-        x = features.detach().double().cpu()
+        x = features.detach().cpu().double()
         if self.constant:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
         self.gram += x.T @ x
         if targets is not None:
-            y = targets.detach().double().cpu()
+            y = targets.detach().cpu().double()
             self.cross += y.T @ x
             self.energy += float(y.square().sum())
 
@@ -42,16 +40,3 @@ class Moments:
         """
         residual = self.energy - 2 * float((weight * self.cross).sum()) + float((weight @ self.gram * weight).sum())
         return max(residual / self.energy, 0.0) if self.energy else 0.0
-
-    def of_projection(self, weight: Tensor) -> None:
-        """Take y = weight x for the targets: the layer itself, which needs no second look at the text."""
-        self.cross = weight @ self.gram
-        self.energy = float((self.cross * weight).sum())
-
-    def of_heads(self, heads: Sequence[int], head_dim: int) -> Moments:
-        """The moments of some heads' features, the constant kept."""
-        own = [head * head_dim + i for head in heads for i in range(head_dim)]
-        index = torch.tensor(own + [len(self.gram) - 1] * self.constant)
-        part = Moments(len(own), len(self.cross), constant=self.constant)
-        part.gram, part.cross, part.energy = self.gram[index][:, index], self.cross[:, index], self.energy
-        return part

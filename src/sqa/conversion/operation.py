@@ -1,104 +1,116 @@
-"""The closed-form part of a conversion: look at the text once, choose heads, cut, pool, refit."""
+"""The closed-form part of a conversion, layer by layer: choose heads, cut, pool, refit what is left.
+
+A layer is fitted to give what the original's gives, on the original's inputs. Fitting it on what the converted layers
+before it give was measured and did not help (docs/conversion.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sqa.config import AttentionConfig
 from sqa.conversion import importance, surgery
 from sqa.conversion.moments import Moments
-from sqa.conversion.settings import Job
-from sqa.conversion.subject import Subject, watched
-from sqa.progress import Display
+from sqa.conversion.records import LayerChange
+from sqa.conversion.settings import Settings
+from sqa.conversion.subject import AttentionView, Projection, Subject, watched
 
 
-def operate(
-    job: Job, original: Subject, fit: Sequence[Any], held_out: Sequence[Any], display: Display
-) -> tuple[Subject, Subject, list[dict[str, Any]]]:
-    """The model with heads dropped, the model refitted, and for each layer which heads stayed and both errors.
+class Walk:
+    """One set of batches on its way through the original: its residual stream, and what the layer it is in read."""
 
-    `fit` and `held_out` are batches of calibration text; a layer's error is that of its attention output on the
-    second, as a share of its energy, with the original's input.
-    """
-    settings, views = job.settings, original.views
-    display.start("calibrating", len(fit) + len(held_out))
+    def __init__(self, original: Subject, batches: Sequence[Any]) -> None:
+        self.original, self.batches = original, batches
+        self.streams = [original.stream(batch) for batch in batches]
+        self.reads: list[Tensor] = []
+        self.targets: list[Tensor] = []
 
-    def counted(batches: Sequence[Any]) -> Iterator[Any]:
-        for batch in batches:
-            yield batch
-            display.step(None)
+    def enter(self, index: int) -> Moments:
+        """Pass layer `index`; returns the moments of what its output projection read.
 
-    own, held = (_own_moments(original, counted(batches)) for batches in (fit, held_out))
-    gradients: Sequence[Tensor | None] = [None] * len(views)
-    if settings.method == "taylor":
-        gradients = importance.gate_gradients(original, fit)
-    inputs: list[Moments] | list[None] = [None] * len(views)
-    if settings.pooling == "aligned" and any(
-        after.num_kv_heads < before.num_kv_heads for before, after in zip(job.before, job.after, strict=True)
-    ):
-        inputs = [Moments(view.q.in_features, 0, constant=True) for view in views]
-        _count(inputs, original, fit, [view.q for view in views])
-    display.finish("calibrated")
-    generator = torch.Generator().manual_seed(settings.seed)
-    kept, weights, pooled = [], [], False
-    for view, after, pools, moments, x, gradient in zip(
-        views, job.after, job.pools, own, inputs, gradients, strict=True
-    ):
-        keep = after.num_query_heads // len(pools)
-        chosen = importance.choose_heads(
-            settings.method, view, moments, pools, keep, gate_gradients=gradient, generator=generator
-        )
-        cut, mixed = surgery.cut(view, after.num_kv_heads, chosen, x)
-        kept.append(chosen)
-        weights.append(cut)
-        pooled |= mixed
-    dropped = original.converted(job.after, weights)
-    if pooled:  # what the heads give has changed: look again
-        own, held = (_changed_moments(original, dropped, batches) for batches in (fit, held_out))
-    else:
-        size = job.before[0].head_dim
-        own, held = ([m.of_heads(chosen, size) for m, chosen in zip(ms, kept, strict=True)] for ms in (own, held))
-    report = []
-    for view, layer, chosen, fitted, checked in zip(dropped.views, weights, kept, own, held, strict=True):
-        before = view.output_weight
-        refitted = surgery.refit(before, fitted, checked)
-        layer["o.weight"] = refitted[:, : view.o.in_features]
-        if view.o.bias is not None:
-            layer["o.bias"] = refitted[:, view.o.in_features]
-        report.append({"kept": chosen, "dropped": checked.error(before), "refitted": checked.error(refitted)})
-    return dropped, original.converted(job.after, weights), report
+        Then `reads` holds what the attention read, and `targets` what it gave.
+        """
+        view = self.original.views[index]
+        moments = _moments_of(view)
+        self.reads = [self.original.read(index, stream) for stream in self.streams]
+        self.targets = []
+        for i, (batch, read) in enumerate(zip(self.batches, self.reads, strict=True)):
+            with watched([view.o]) as seen:
+                given = self.original.attend(index, read, batch)
+            moments.add(self.original.tokens(seen[0][0], batch))
+            self.targets.append(given)
+            self.streams[i] = self.original.after(index, self.streams[i], given)
+        return moments
+
+    def inputs(self) -> Moments:
+        """Moments of what the layer read."""
+        moments = Moments(self.reads[0].shape[-1], 0, constant=True)
+        for read, batch in zip(self.reads, self.batches, strict=True):
+            moments.add(self.original.tokens(read, batch))
+        return moments
+
+    def features(self, cut: Subject, index: int) -> Moments:
+        """Moments of what the output projection of the cut layer reads, with the targets."""
+        view = cut.views[index]
+        moments = _moments_of(view)
+        for batch, read, target in zip(self.batches, self.reads, self.targets, strict=True):
+            with watched([view.o]) as seen:
+                cut.attend(index, read, batch)
+            moments.add(cut.tokens(seen[0][0], batch), cut.tokens(target, batch))
+        return moments
 
 
-def _own_moments(subject: Subject, batches: Iterable[Any]) -> list[Moments]:
-    """Moments of what each output projection reads, with what it makes of that as target."""
-    views, found = subject.views, _empty_moments(subject)
-    _count(found, subject, batches, [view.o for view in views])
-    for view, moments in zip(views, found, strict=True):
-        moments.of_projection(view.output_weight)
-    return found
-
-
-def _count(found: list[Moments], subject: Subject, batches: Iterable[Any], modules: Sequence[nn.Linear]) -> None:
-    """Add to each of the moments what its module reads in these batches."""
-    for reads in subject.reads(batches, modules):
-        for moments, read in zip(found, reads, strict=True):
-            moments.add(read)
+def _moments_of(view: AttentionView) -> Moments:
+    return Moments(view.o.in_features, view.o.out_features, constant=view.o.bias is not None)
 
 
 @torch.no_grad()
-def _changed_moments(original: Subject, changed: Subject, batches: Iterable[Any]) -> list[Moments]:
-    """Moments of what the changed layers' output projections read, with what the original layers give as target."""
-    found = _empty_moments(changed)
-    with watched([view.o for view in changed.views]) as seen:
-        for batch in batches:
-            for i, (read, given) in enumerate(original.layers(batch)):
-                changed.attend(i, read, batch)
-                found[i].add(original.tokens(seen[i][0], batch), original.tokens(given, batch))
-    return found
+def operate(
+    settings: Settings,
+    original: Subject,
+    plans: Sequence[tuple[AttentionConfig, Sequence[range]]],
+    fit: Sequence[Any],
+    held_out: Sequence[Any],
+    on_layer: Callable[[], None] = lambda: None,
+) -> tuple[Subject, Subject, tuple[LayerChange, ...]]:
+    """The model with heads dropped, the model refitted, and what changed in each layer.
 
-
-def _empty_moments(subject: Subject) -> list[Moments]:
-    return [Moments(v.o.in_features, v.o.out_features, constant=v.o.bias is not None) for v in subject.views]
+    `plans`: of each layer the shape afterwards and the pools of heads (surgery.plan_heads). `fit` and `held_out` are
+    batches of calibration text; a layer's error is measured on the second.
+    """
+    gradients: Sequence[Tensor | None] = [None] * len(plans)
+    if settings.method == "taylor":
+        gradients = importance.gate_gradients(original, fit)
+    generator = torch.Generator().manual_seed(settings.seed)
+    shapes = [after for after, _ in plans]
+    dropped, refitted = original.with_heads(shapes), original.with_heads(shapes)
+    walk, check = Walk(original, fit), Walk(original, held_out)
+    changes = []
+    for index, (after, pools) in enumerate(plans):
+        view = original.views[index]
+        own = walk.enter(index)
+        check.enter(index)
+        kept = importance.choose_heads(
+            settings.method,
+            view,
+            own,
+            pools,
+            after.num_query_heads // len(pools),
+            gate_gradients=gradients[index],
+            generator=generator,
+        )
+        joins = settings.pooling == "aligned" and after.num_kv_heads < view.config.num_kv_heads
+        weights = surgery.cut(view, after.num_kv_heads, kept, walk.inputs() if joins else None)
+        dropped.views[index].write(weights)
+        fitted, held = walk.features(dropped, index), check.features(dropped, index)
+        before = weights.o.joined
+        after_fit = surgery.refit(before, fitted, held)
+        refitted.views[index].write(replace(weights, o=Projection.split(after_fit, bias=weights.o.bias is not None)))
+        changes.append(LayerChange(kept=tuple(kept), dropped=held.error(before), refitted=held.error(after_fit)))
+        on_layer()
+    return dropped, refitted, tuple(changes)

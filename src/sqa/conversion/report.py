@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from sqa.bench.report import seconds_text
 from sqa.conversion.importance import METHODS
+from sqa.conversion.records import Conversion, EmbeddingQuality, LanguageQuality, Quality, Stage
 from sqa.conversion.settings import Job
 from sqa.cost import attention_flops, attention_parameters
 from sqa.errors import MissingExtraError
 from sqa.files import replacing
 
-State = dict[str, Any]
+WORST_LAYERS = 5
 
-_MEANINGS = {
-    "loss": "loss: nats a real token of the validation text; kl: to the original, nats a token.",
-    "cosine": "cosine: of embeddings to the original's; neighbours: share of the nearest ten passages that stay.",
+_MEANINGS: dict[type[Quality], str] = {
+    LanguageQuality: "loss: nats a real token of the validation text; kl: to the original, nats a token; agreement: "
+    "share of positions at which both find the same token most likely.",
+    EmbeddingQuality: "cosine: of embeddings to the original's; neighbours: share of the nearest ten passages that "
+    "stay.",
 }
 
 
@@ -34,13 +40,14 @@ def planned(job: Job) -> Group:
     """What a conversion would do, before it does it."""
     settings, n = job.settings, job.settings.length
     table = _table("attention", "before", "after")
+    after = [layer for layer, _ in job.plans(job.counts())]
     for what, count in (
         ("query heads a layer", lambda layer: layer.num_query_heads / len(job.before)),
         ("KV heads a layer", lambda layer: layer.num_kv_heads / len(job.before)),
         ("parameters", attention_parameters),
         (f"MFLOP, forward, {n:,} tokens", lambda layer: attention_flops(layer, n) / 1e6),
     ):
-        table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, job.after)))
+        table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, after)))
     total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
     healing = "healing: none"
     if total:
@@ -50,41 +57,68 @@ def planned(job: Job) -> Group:
         )
     lines = (
         f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {METHODS[settings.method]}",
+        "every layer keeps as many" if settings.allocation == "uniform" else "layers keep what their heads are worth",
         healing,
         f"verdict: {settings.evaluation_tokens:,} tokens at each stage; speed at {', '.join(map(str, job.speed_at))}",
     )
     return Group(table, *lines)
 
 
-def quality_table(state: State) -> Group:
+def quality_table(conversion: Conversion) -> Group:
     """Quality at every stage, on text used for nothing else."""
-    last = {row["stage"]: row for row in state["stages"]}
-    measured = [name for name in next(iter(last.values())) if name not in ("stage", "tokens")]
-    quality = _table("stage", "tokens", *measured)
-    for row in last.values():
-        quality.add_row(row["stage"], f"{row['tokens']:,}", *(f"{row[name]:,.4f}" for name in measured))
-    errors = [(layer["dropped"], layer["refitted"]) for layer in state["layers"]]
-    dropped, refitted = (sum(column) / len(errors) for column in zip(*errors, strict=True))
-    return Group(
-        quality,
-        _MEANINGS[measured[0]],
-        f"attention outputs, share of energy lost, mean over layers: {dropped:.4f} dropped, {refitted:.4f} refitted.",
-    )
+    last = {stage.stage: stage for stage in conversion.stages}
+    parts: list[RenderableType] = [_stages(last, "quality")]
+    if any(stage.elsewhere is not None for stage in last.values()):
+        parts += [f"\non {conversion.settings['evaluate']}, the second domain:", _stages(last, "elsewhere")]
+    layers = conversion.layers
+    means = {name: sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("dropped", "refitted")}
+    worst = sorted(range(len(layers)), key=lambda i: -layers[i].refitted)[:WORST_LAYERS]
+    parts += [
+        _MEANINGS[type(next(iter(last.values())).quality)],
+        f"attention outputs, share of energy lost, mean over layers: {means['dropped']:.4f} dropped, "
+        f"{means['refitted']:.4f} refitted.",
+    ]
+    if len(layers) > WORST_LAYERS:
+        shown = ", ".join(f"{i} ({layers[i].refitted:.3f})" for i in worst)
+        parts.append(f"layers that lost most, refitted: {shown}.")
+    return Group(*parts)
 
 
-def speed_table(state: State) -> Group:
+def _stages(stages: Mapping[str, Stage], domain: Literal["quality", "elsewhere"]) -> Table:
+    measured = {name: getattr(stage, domain) for name, stage in stages.items() if getattr(stage, domain) is not None}
+    first = asdict(next(iter(measured.values())))
+    fields = [name for name in first if first[name] is not None]
+    table = _table("stage", "tokens", *fields)
+    for name, quality in measured.items():
+        table.add_row(name, f"{stages[name].tokens:,}", *(f"{getattr(quality, field):,.4f}" for field in fields))
+    return table
+
+
+def speed_table(conversion: Conversion) -> Group:
     """Time and size before and after."""
-    speed = _table("", "N", "before", "after", "faster")
-    for row in state["speed"]:
-        times = (seconds_text(row[name]["median"]) for name in ("before", "after"))
-        speed.add_row(row["what"], f"{row['n']:,}", *times, f"{row['ratio']:.2f}x")
-    before, after = (state["cost"][name]["parameters"] for name in ("before", "after"))
-    peak = state["peak_bytes"]
-    memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB at the peak"
-    return Group(speed, f"parameters {before:,} -> {after:,}; converting took {state['wall_s']:,.0f} s{memory}")
+    table = _table("", "N", "before", "after", "faster")
+    for speed in conversion.speed:
+        times = (seconds_text(seconds["median"]) for seconds in (speed.before, speed.after))
+        table.add_row(speed.what, f"{speed.n:,}", *times, f"{speed.ratio:.2f}x")
+    lines = []
+    if conversion.parameters is not None and conversion.wall_s is not None:
+        before, after = conversion.parameters
+        peak = conversion.peak_bytes
+        memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB at the peak"
+        lines = [f"parameters {before:,} -> {after:,}; converting took {conversion.wall_s:,.0f} s{memory}"]
+    return Group(table, *lines)
 
 
-def plot(state: State, path: Path) -> None:
+def samples(conversion: Conversion) -> Group:
+    """Continuations by the original and the converted model, one under the other."""
+    lines = []
+    for sample in conversion.samples:
+        texts = (" ".join(text.split()) for text in (sample.prompt, sample.original, sample.converted))
+        lines += [f"{name:>9}: {text}" for name, text in zip(("prompt", "original", "converted"), texts, strict=True)]
+    return Group(*(Text(line) for line in lines))
+
+
+def plot(conversion: Conversion, path: Path) -> None:
     """Loss (of an encoder cosine) over tokens of healing, beside the original's, as .svg, .png, .html or .json.
 
     Raises ImportError without the extra `report`.
@@ -93,9 +127,9 @@ def plot(state: State, path: Path) -> None:
         import altair as alt
     except ImportError:
         raise MissingExtraError("plots need altair", "report") from None
-    rows = [row for row in state["stages"] if row["stage"] not in ("original", "dropped")]
+    rows = [stage.to_dict() for stage in conversion.stages if stage.stage not in ("original", "dropped")]
     measured = "loss" if "loss" in rows[0] else "cosine"
-    original = next(row for row in state["stages"] if row["stage"] == "original")
+    original = conversion.last("original").to_dict()
     lines = (
         alt.Chart(alt.Data(values=rows), width=420, height=260)
         .mark_line(point=True)

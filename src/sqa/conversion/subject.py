@@ -18,7 +18,49 @@ from torch import Tensor, nn
 
 from sqa import interop
 from sqa.config import AttentionConfig
+from sqa.conversion.records import Quality
 from sqa.errors import InputError
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map: weight (out, in), and bias (out,) where there is one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Projection:
+        """What a layer holds, in fp64 on the CPU."""
+        bias = None if linear.bias is None else linear.bias.detach().cpu().double()
+        return cls(linear.weight.detach().cpu().double(), bias)
+
+    @classmethod
+    def split(cls, joined: Tensor, *, bias: bool) -> Projection:
+        """The inverse of `joined`."""
+        return cls(joined[:, :-1], joined[:, -1]) if bias else cls(joined, None)
+
+    @property
+    def joined(self) -> Tensor:
+        """The bias as one more column of the weight, (out, in + 1); the weight alone where there is none."""
+        return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], dim=1)
+
+    @torch.no_grad()
+    def copy_to(self, linear: nn.Linear) -> None:
+        """Give a layer of this shape these values."""
+        linear.weight.copy_(self.weight)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The four projections of an attention layer as values."""
+
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
 
 
 @dataclass(frozen=True)
@@ -38,8 +80,13 @@ class AttentionView:
     @property
     def output_weight(self) -> Tensor:
         """The output projection in fp64, (d, F), its bias as one more column where there is one."""
-        weight = self.o.weight.detach().double()
-        return weight if self.o.bias is None else torch.cat([weight, self.o.bias.detach().double()[:, None]], dim=1)
+        return Projection.of(self.o).joined
+
+    def write(self, weights: AttentionWeights) -> None:
+        """Take these values."""
+        values = (weights.q, weights.k, weights.v, weights.o)
+        for projection, linear in zip(values, self.projections, strict=True):
+            projection.copy_to(linear)
 
 
 @contextmanager
@@ -59,9 +106,15 @@ def watched(modules: Sequence[nn.Linear]) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 class Subject(ABC):
-    """A model in conversion. `Any` stands for the class's kind of batch."""
+    """A model in conversion. `Any` stands for the class's kind of batch.
+
+    A layer is taken in three parts: what its attention reads of the residual stream, what the attention gives for
+    that, and the stream after the layer.
+    """
 
     default_speed_at: ClassVar[tuple[int, ...]]
+    predicts: ClassVar[bool]
+    """Whether it is a language model: it has a loss and can continue a text."""
 
     def __init__(self, model: Any) -> None:
         """`model` as it was read: its weights become fp32, and `dtype` keeps what they were."""
@@ -78,16 +131,29 @@ class Subject(ABC):
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
         """The attention layers, and how many tokens the model can read."""
 
+    @classmethod
+    @abstractmethod
+    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
+        """Raise ValueError where `save` could not write a model with these layers, or not copy what is beside it."""
+
     @property
     @abstractmethod
     def views(self) -> list[AttentionView]:
         """The attention layers."""
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
     @abstractmethod
     def batches(
         self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
     ) -> Sequence[Any]:
-        """The next `rows` rows of `length` tokens of the text. Raises ValueError when there is less."""
+        """The next `rows` rows of `length` tokens of the text, on the model's device.
+
+        Raises ValueError when there is less.
+        """
 
     def tokenizer(self, directory: Path) -> Any:
         """The `tokenizers.Tokenizer` of a model directory. Raises ValueError without one."""
@@ -98,7 +164,7 @@ class Subject(ABC):
 
     def row(self, n: int) -> Any:
         """A batch of one row of n tokens, to be timed with."""
-        return self.row_of(torch.arange(n)[None] % self.model.config.vocab_size)
+        return self.row_of(torch.arange(n, device=self.device)[None] % self.model.config.vocab_size)
 
     @abstractmethod
     def row_of(self, input_ids: Tensor) -> Any:
@@ -109,6 +175,31 @@ class Subject(ABC):
         return x.flatten(0, 1)
 
     @abstractmethod
+    def count(self, batch: Any) -> int:
+        """The tokens of a batch that are no padding."""
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """What the outputs depend on, and so has a gradient in healing."""
+        return list(self.model.parameters())
+
+    @abstractmethod
+    def stream(self, batch: Any) -> Tensor:
+        """The residual stream before the first layer, (B, T, d)."""
+
+    @abstractmethod
+    def read(self, index: int, stream: Tensor) -> Tensor:
+        """What the attention of a layer reads of the stream before that layer, (B, T, d)."""
+
+    @abstractmethod
+    def attend(self, index: int, read: Tensor, batch: Any) -> Tensor:
+        """What the attention of a layer gives for what it read, (B, T, d)."""
+
+    @abstractmethod
+    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
+        """The stream after a layer whose attention gave that, (B, T, d)."""
+
+    @abstractmethod
     def hidden(self, batch: Any) -> Tensor:
         """What the output head reads, (B, T, d)."""
 
@@ -116,23 +207,14 @@ class Subject(ABC):
         """What reading a prompt takes."""
         return self.hidden(batch)
 
-    @abstractmethod
-    def attend(self, index: int, read: Tensor, batch: Any) -> Tensor:
-        """What the attention of one layer makes of its input (B, T, d)."""
-
-    def layers(self, batch: Any) -> list[tuple[Tensor, Tensor]]:
-        """What each layer's attention read and gave in one forward pass, both (B, T, d)."""
-        with watched([view.q for view in self.views]) as first, watched([view.o for view in self.views]) as last:
-            self.hidden(batch)
-        return [(read, given) for (read, _), (_, given) in zip(first, last, strict=True)]
-
-    @torch.no_grad()
-    def reads(self, batches: Iterable[Any], modules: Sequence[nn.Linear]) -> Iterator[list[Tensor]]:
-        """For each batch what the modules read, (N, F) each."""
-        with watched(modules) as seen:
-            for batch in batches:
-                self.hidden(batch)
-                yield [self.tokens(read, batch) for read, _ in seen]
+    def layers(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each layer's attention reads and gives, both (B, T, d)."""
+        stream = self.stream(batch)
+        for index in range(len(self.views)):
+            read = self.read(index, stream)
+            given = self.attend(index, read, batch)
+            yield read, given
+            stream = self.after(index, stream, given)
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
@@ -143,17 +225,32 @@ class Subject(ABC):
         """How far outputs are from the teacher's, which distillation minimises."""
 
     @abstractmethod
-    def outputs(self, batches: Sequence[Any]) -> list[Tensor]:
+    def outputs(self, batches: Iterable[Any]) -> list[Tensor]:
         """What `measure` compares with, when this model is the teacher."""
 
     @abstractmethod
-    def measure(self, batches: Sequence[Any], teacher: Any, reference: Sequence[Tensor]) -> dict[str, float]:
-        """Figures of quality beside the teacher, whose `outputs` are `reference`."""
+    def measure(self, batches: Iterable[Any], teacher: Any, reference: Sequence[Tensor]) -> Quality:
+        """Quality beside the teacher, whose `outputs` are `reference`."""
 
     @abstractmethod
-    def converted(self, attention: Sequence[AttentionConfig], weights: Sequence[dict[str, Tensor]]) -> Self:
-        """A new model with these attention layers; `weights` by the names of AttentionView, all else is copied."""
+    def with_heads(self, attention: Sequence[AttentionConfig]) -> Self:
+        """A new model with these attention layers, their projections still to be written; all else is copied."""
+
+    @abstractmethod
+    def continued(self, batch: Any, new_tokens: int) -> Tensor | None:
+        """Greedy continuation (B, new_tokens) of the rows of a batch; None of a model that predicts nothing."""
+
+    @classmethod
+    @abstractmethod
+    def serve(cls, directory: Path) -> str:
+        """How to use what `save` wrote: a command, or a line of Python."""
 
     @abstractmethod
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
         """Write the kind of directory that `source` is; the model itself takes that dtype."""
+
+    def check_finite(self, where: Path) -> None:
+        """Raise ValueError naming a weight that holds nan or an infinity."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise InputError(f"model: {name} of {where} holds nan or infinity; convert a model with finite weights")

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqa.config import AttentionConfig
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView
+from sqa.conversion.subject import AttentionView, AttentionWeights, Projection
 from sqa.errors import InputError
 
 DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 """Shares of the mean of the diagonal that are tried as ridge penalty."""
+ROUNDING = 2**-16
+"""The share of energy that rounding to bf16 takes: where less is missing, there is nothing to refit."""
 
 
 def plan_heads(
@@ -50,60 +52,51 @@ def plan_heads(
     return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), pools
 
 
-def cut(
-    view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Moments | None = None
-) -> tuple[dict[str, Tensor], bool]:
-    """Weights of a layer with the query heads `kept` (in rising order), by the names of AttentionView's projections.
+def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Moments | None = None) -> AttentionWeights:
+    """Weights of a layer with the query heads `kept` (in rising order).
 
     Where several KV heads that are still read come into one pool, their mean takes their place; with the moments of
     the layer's `inputs` (d and the constant 1 as features) they are turned to agree first: values by any rotation,
     undone in the output projection; keys and their queries by rotations inside rotary pairs, which positions do not
-    see (not under QK-norm, whose weights they would not pass). Returns whether any were pooled as well: if not, each
-    kept head computes what it computed before.
+    see (not under QK-norm, whose weights they would not pass). Where no pool joins KV heads, each kept head computes
+    what it computed before.
     """
-    pooled = False
     config, size = view.config, view.config.head_dim
     shared = config.num_query_heads // config.num_kv_heads
-    parts = {name: _by_head(getattr(view, name), size, columns=name == "o") for name in "qkvo"}
-    q, o = ({head: parts[name][head] for head in kept} for name in "qo")
+    all_q, all_k, all_v = (_head_rows(linear, size) for linear in (view.q, view.k, view.v))
+    output = Projection.of(view.o)
+    columns = output.weight.split(size, dim=1)
+    queries: list[Tensor] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []
+    outputs: list[Tensor] = []
     share = len(kept) // num_kv_heads
     for first in range(0, len(kept), share):
         own = kept[first : first + share]
         sources = sorted({head // shared for head in own})
-        pooled |= len(sources) > 1
-        turns = {name: [torch.eye(size, dtype=torch.float64)] * len(sources) for name in "kv"}
+        turn_k = turn_v = [torch.eye(size, dtype=torch.float64)] * len(sources)
         if inputs is not None and len(sources) > 1:
-            turns["v"] = _align([parts["v"][s] for s in sources], inputs.gram, pairs=None)
+            turn_v = _align([all_v[s] for s in sources], inputs.gram, pairs=None)
             if not config.qk_norm:
-                turns["k"] = _align([parts["k"][s] for s in sources], inputs.gram, pairs=_rotary_pairs(config))
-        for name, pool in (("k", keys), ("v", values)):
-            turned = [turn @ parts[name][s] for turn, s in zip(turns[name], sources, strict=True)]
-            pool.append(torch.stack(turned).mean(0))
+                turn_k = _align([all_k[s] for s in sources], inputs.gram, pairs=_rotary_pairs(config))
+        keys.append(torch.stack([turn @ all_k[s] for turn, s in zip(turn_k, sources, strict=True)]).mean(0))
+        values.append(torch.stack([turn @ all_v[s] for turn, s in zip(turn_v, sources, strict=True)]).mean(0))
         for head in own:
             place = sources.index(head // shared)
-            q[head] = turns["k"][place] @ q[head]
-            o[head] = o[head] @ turns["v"][place].T
-    weights: dict[str, Tensor] = {}
-    for name, blocks in (("q", list(q.values())), ("k", keys), ("v", values)):
-        stacked = torch.cat(blocks)
-        weights[f"{name}.weight"] = stacked[:, : config.d_model]
-        if getattr(view, name).bias is not None:
-            weights[f"{name}.bias"] = stacked[:, config.d_model]
-    weights["o.weight"] = torch.cat(list(o.values()), dim=1)
-    if view.o.bias is not None:
-        weights["o.bias"] = view.o.bias.detach().double()
-    return weights, pooled
+            queries.append(turn_k[place] @ all_q[head])
+            outputs.append(columns[head] @ turn_v[place].T)
+    q, k, v = (
+        Projection(joined[:, :-1], None if linear.bias is None else joined[:, -1])
+        for joined, linear in ((torch.cat(queries), view.q), (torch.cat(keys), view.k), (torch.cat(values), view.v))
+    )
+    return AttentionWeights(q, k, v, Projection(torch.cat(outputs, dim=1), output.bias))
 
 
-def _by_head(linear: torch.nn.Linear, size: int, *, columns: bool) -> list[Tensor]:
-    """Each head's part in fp64: rows (D, d + 1) with the bias (or zero) as last column; or output columns (d, D)."""
-    weight = linear.weight.detach().double().cpu()
-    if columns:
-        return list(weight.split(size, dim=1))
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double().cpu()
-    return list(torch.cat([weight, bias[:, None]], dim=1).split(size))
+def _head_rows(linear: nn.Linear, size: int) -> tuple[Tensor, ...]:
+    """Each head's rows (D, d + 1) in fp64, the bias (or zero) as last column."""
+    own = Projection.of(linear)
+    bias = own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias
+    return torch.cat([own.weight, bias[:, None]], dim=1).split(size)
 
 
 def _rotary_pairs(config: AttentionConfig) -> Tensor | None:
@@ -144,15 +137,21 @@ def refit(weight: Tensor, fit: Moments, held_out: Moments) -> Tensor:
     """The output projection (d, F) that makes the features that are left give the targets: ridge least squares.
 
     The penalty is on the change from `weight`, so the error on the text fitted on never grows; how strong it is, is
-    what serves `held_out` best. `weight` itself is the answer where nothing does better.
+    what serves `held_out` best. `weight` itself is the answer where nothing does better, or nothing is missing.
     """
-    scale = float(fit.gram.diagonal().mean())
-    missing = fit.cross - weight @ fit.gram
     best, lowest = weight, held_out.error(weight)
+    if max(lowest, fit.error(weight)) < ROUNDING:
+        return weight
     for share in DAMPING:
-        damped = fit.gram + share * scale * torch.eye(len(fit.gram), dtype=torch.float64)
-        fitted = weight + torch.linalg.solve(damped, missing.T).T
+        fitted = weight + solve_damped(fit.gram, fit.cross - weight @ fit.gram, share)
         error = held_out.error(fitted)
         if error < lowest:
             best, lowest = fitted, error
     return best
+
+
+def solve_damped(gram: Tensor, cross: Tensor, share: float) -> Tensor:
+    """W (d, F) with W (gram + penalty) = cross (d, F), the penalty being `share` of the mean of gram's diagonal."""
+    penalty = share * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=gram.dtype)
+    solved: Tensor = torch.linalg.solve(gram + penalty, cross.T).T
+    return solved

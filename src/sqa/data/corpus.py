@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -32,14 +33,18 @@ logger = logging.getLogger(__name__)
 class Corpus:
     """Documents in a fixed order, each in at most one split.
 
-    `name` is for people and holds no absolute path. `fingerprint` (hex) follows from the content and from
-    how it is split, so two corpora with the same fingerprint yield the same documents. `read` yields the
-    documents of a split, empty ones included.
+    `name` is for people and holds no absolute path. `read` yields the documents of a split, empty ones included;
+    `identify` gives the fingerprint, which takes a look at all of them.
     """
 
     name: str
-    fingerprint: str
+    identify: Callable[[], str] = field(repr=False, compare=False)
     read: Callable[[Split], Iterator[str]] = field(repr=False, compare=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex; follows from the content and from how it is split: two corpora that share it have the same documents."""
+        return self.identify()
 
     def documents(self, split: Split) -> Iterator[str]:
         """The documents of `split` that are not empty, one at a time: memory does not grow with the corpus.
@@ -57,7 +62,7 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
     hash of a document's text places it in [0, 1): below `train_fraction` is train, the following
     `validation_fraction` is validation, the rest is not used.
 
-    Files are read once to fingerprint them; the Hub is reached only when documents are asked for.
+    Files are read when documents or the fingerprint are asked for, and the Hub is reached only for documents.
 
     Raises ValueError for a fraction outside (0, 1], a path that is empty, missing or holds no data files, and a
     Parquet file without a string column `text`.
@@ -76,7 +81,7 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
         return _open_builtin(split)
     if source == "wikipedia":
         fingerprint = fingerprint_of("hub", *_WIKIPEDIA, split.description)
-        return Corpus(name=source, fingerprint=fingerprint, read=lambda key: split.select(_read_wikipedia(), key))
+        return Corpus(name=source, identify=lambda: fingerprint, read=lambda key: split.select(_read_wikipedia(), key))
     return _open_path(Path(source), split)
 
 
@@ -118,12 +123,16 @@ def _open_builtin(split: _HashSplit) -> Corpus:
     )
     if not files:
         raise InputError("This Python has no standard-library sources for the builtin corpus: give a path")
-    digest = hashlib.blake2b(digest_size=16)
-    for text in _read_builtin(files):
-        digest.update(hashlib.blake2b(text.encode()).digest())
+
+    def identify() -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for text in _read_builtin(files):
+            digest.update(hashlib.blake2b(text.encode()).digest())
+        return fingerprint_of("builtin", digest.hexdigest(), split.description)
+
     return Corpus(
         name="builtin",
-        fingerprint=fingerprint_of("builtin", digest.hexdigest(), split.description),
+        identify=identify,
         read=lambda name: split.select(_read_builtin(files), name),
     )
 
@@ -172,15 +181,16 @@ def _open_path(path: Path, split: _HashSplit) -> Corpus:
         if left_out:
             what = "the splits are the files named train* and validation*; other data files left out"
             logger.info("%s: %s: %d", name, what, left_out)
-        parts = [f"{key} {_file_digest(file)}" for key, chosen in by_split.items() for file in chosen]
         return Corpus(
             name=name,
-            fingerprint=fingerprint_of("files", *parts),
+            identify=lambda: fingerprint_of(
+                "files", *(f"{key} {_file_digest(file)}" for key, chosen in by_split.items() for file in chosen)
+            ),
             read=lambda key: _read_files(by_split[key]),
         )
     return Corpus(
         name=name,
-        fingerprint=fingerprint_of("files", *map(_file_digest, files), split.description),
+        identify=lambda: fingerprint_of("files", *map(_file_digest, files), split.description),
         read=lambda key: split.select(_read_files(files), key),
     )
 

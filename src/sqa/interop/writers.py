@@ -71,17 +71,25 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
 
 
 def check_like(config: ModelConfig, source: Path) -> None:
-    """Raise InputError when a model of this config cannot be written as the kind that `source` is."""
-    if open_source(source).stock:
+    """Raise InputError when `write_like` could not write a model of this config."""
+    if open_source(source).stock and _uniform(config):
         llama.stock_config(config)
 
 
+def _uniform(config: ModelConfig) -> bool:
+    """Whether all layers have as many heads."""
+    return len({(layer.num_query_heads, layer.num_kv_heads) for layer in config.layers}) == 1
+
+
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
-    """Write the kind of directory that `source` is, with its tokenizer: a stock one of transformers, else ours."""
+    """Write the kind of directory that `source` is, with its tokenizer: a stock one of transformers, else ours.
+
+    Layers that differ in their heads have no stock class: they come with ours (hf-remote).
+    """
     opened = open_source(source)
     text = opened.read_text_side()
     if opened.stock:
-        _write_hugging_face(model, folder, text, stock=True)
+        _write_hugging_face(model, folder, text, stock=_uniform(model.config))
     else:
         model.save(folder)
         text.write(folder)

@@ -1,0 +1,91 @@
+"""How a total of query heads is spread over layers: what each layer's loss of heads costs, and the cheapest spread.
+
+Shapes: d = d_model, F = Hq * D features of an output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqa.conversion.importance import choose_heads
+from sqa.conversion.moments import Moments
+from sqa.conversion.subject import AttentionView, Subject, watched
+from sqa.conversion.surgery import solve_damped
+from sqa.errors import InputError
+
+_DAMPING = 1e-4  # the ridge penalty that most layers choose
+
+
+def layer_costs(
+    original: Subject,
+    batches: Iterable[Any],
+    choices: Sequence[Mapping[int, Sequence[range]]],
+) -> list[dict[int, float]]:
+    """For each layer, what keeping a count of query heads costs the model, in nats a token.
+
+    `choices`: of each layer the counts to be looked at, each with its pools of heads (surgery.plan_heads).
+
+    The second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2, with e the
+    error of the refitted attention output and g the gradient of a token's loss by that output (the empirical Fisher
+    matrix, as in optimal brain surgeon, arXiv 2203.07259), and g and e taken as independent: tr(E[g g^T] E[e e^T]) / 2.
+    The heads that stay are those of largest L2 norm.
+    """
+    views = original.views
+    moments = [Moments(view.o.in_features, 0, constant=view.o.bias is not None) for view in views]
+    slopes = [torch.zeros(view.o.out_features, view.o.out_features, dtype=torch.float64) for view in views]
+    tokens = 0
+    with watched([view.o for view in views]) as seen, torch.enable_grad():
+        for batch in batches:
+            loss = original.loss(batch)
+            reads, given = zip(*seen, strict=True)
+            count = len(original.tokens(reads[0], batch))
+            tokens += count
+            gradients = torch.autograd.grad(loss * count, given)  # of the sum over tokens
+            for m, slope, read, gradient in zip(moments, slopes, reads, gradients, strict=True):
+                m.add(original.tokens(read, batch))
+                g = original.tokens(gradient, batch).cpu().double()
+                slope += g.T @ g
+    return [
+        {n: _cost(view, m, pools, n, slope) / tokens**2 for n, pools in counts.items()}
+        for view, m, counts, slope in zip(views, moments, choices, slopes, strict=True)
+    ]
+
+
+def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: int, slope: Tensor) -> float:
+    """tr(slope gram-weighted error) / 2, both being sums over tokens."""
+    kept = choose_heads(
+        "l2", view, moments, pools, count // len(pools), gate_gradients=None, generator=torch.Generator()
+    )
+    size, weight = view.config.head_dim, view.output_weight
+    columns = [head * size + i for head in kept for i in range(size)] + list(range(view.o.in_features, weight.shape[1]))
+    error = weight.clone()
+    error[:, columns] = 0.0  # what is lost when the other heads go
+    error[:, columns] -= solve_damped(moments.gram[columns][:, columns], error @ moments.gram[:, columns], _DAMPING)
+    return float(((slope @ error @ moments.gram) * error).sum()) / 2
+
+
+def spread(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
+    """The count of each layer with the lowest sum of costs of all that add up to `total`.
+
+    Raises ValueError with the nearest totals when none does.
+    """
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for layer in costs:
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for spent, (cost, counts) in best.items():
+            for count, more in layer.items():
+                if spent + count not in extended or cost + more < extended[spent + count][0]:
+                    extended[spent + count] = cost + more, [*counts, count]
+        best = extended
+    if total not in best:
+        below, above = (
+            max((n for n in best if n < total), default=None),
+            min((n for n in best if n > total), default=None),
+        )
+        near = " or ".join(str(n) for n in (below, above) if n is not None)
+        raise InputError(f"convert: no spread over {len(costs)} layers has {total} query heads in all; try {near}")
+    return best[total][1]

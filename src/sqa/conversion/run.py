@@ -1,0 +1,384 @@
+"""A conversion from beginning to end: heads chosen, cut and refitted, the rest healed, every stage measured."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sqa import storage
+from sqa.conversion import allocation
+from sqa.conversion.healing import Distillation, Layerwise, OwnLoss, heal
+from sqa.conversion.operation import operate
+from sqa.conversion.records import Conversion, Quality, Sample, Speed, Stage
+from sqa.conversion.settings import Job, Settings, prepare, subject_class
+from sqa.conversion.subject import Subject
+from sqa.errors import InputError
+from sqa.files import LOCK, locked, write_json
+from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.timing import Budget, take_turns
+from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
+from sqa.training.loop import Hooks, Task
+
+MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
+GO_ON = "stopped; the same command goes on from what is done"
+SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
+TIMING_SECONDS = 600.0  # no further round of timings begins after these
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    settings: Settings,
+    *,
+    calibration: str,
+    evaluate: str | None = "builtin",
+    display: Display | None = None,
+    stop: StopFlag | None = None,
+) -> Conversion:
+    """Give a pretrained model fewer query heads and write it to `out`, with conversion.json in it; returns its content.
+
+    source: a directory of transformers (Llama, Mistral, Qwen2, Qwen3, BERT), one of ours, or a name on the Hub. `out`
+    must not exist; it appears whole, and is of the same kind as `source` where that can hold the model (layers that
+    differ in their heads are written for trust_remote_code). calibration, evaluate: "builtin", "wikipedia" or the path
+    of a file or folder of text; the model is fitted and healed on the train split of the first, and measured on its
+    validation split and on that of the second (None: on the first alone).
+
+    The same call goes on with a conversion that was stopped: at once, by a signal that `stop` (progress.stop_flag) got.
+
+    Raises InputError, before anything is computed where that can be, for what cannot be converted, for too little text
+    and for weights or losses that are not finite; also when another process, or an unfinished conversion with other
+    settings, is in the way. Raises Interrupted when stopped, and NonFiniteLoss when healing diverges.
+    """
+    job = prepare(source, Path(out), settings, calibration=calibration, evaluate=evaluate)
+    return run(job, display or Silent(), stop or StopFlag())
+
+
+def run(job: Job, display: Display, stop: StopFlag) -> Conversion:
+    """Run a conversion that `prepare` checked, or go on with it. See `convert`."""
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(job.work.with_name(f"{LOCK}-{job.out.name}")), stop.at_once(GO_ON):
+        if job.settings.threads:
+            torch.set_num_threads(job.settings.threads)
+        return _Run(job, display, stop).finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """All batches of a conversion, and a fingerprint of their tokens. `elsewhere` is of the second domain."""
+
+    fit: Sequence[Any]
+    held_out: Sequence[Any]
+    healing: Sequence[Any]
+    evaluation: Sequence[Any]
+    elsewhere: Sequence[Any]
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.fit, self.held_out, self.healing, self.evaluation, self.elsewhere):
+            for batch in part:
+                digest.update(batch.input_ids.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Run:
+    """One process's work on a conversion. `state` is what state.json holds at any time."""
+
+    def __init__(self, job: Job, display: Display, stop: StopFlag) -> None:
+        self.job, self.display, self.stop = job, display, stop
+        self.settings, self.kind = job.settings, subject_class(job.source)
+        self.start = time.perf_counter()
+        self.state_path = job.work / "state.json"
+        self.state = self._begin()
+
+    def finish(self) -> Conversion:
+        """Everything that is still to be done."""
+        job, settings = self.job, self.settings
+        self.display.note(f"reading the model {job.source}")
+        self.original = self._load(job.source)
+        self.original.check_finite(job.source)
+        self.text = self._read()
+        self._measure_original()
+        if not (job.work / "refitted").is_dir():
+            self._operate()
+        for stage in ("dropped", "refitted"):
+            if not self.state.has(stage, 0):
+                self._record(stage, self._load(job.work / stage))
+        if not job.out.is_dir():
+            self._heal()
+        self._time_and_sample()
+        self._save(
+            wall_s=time.perf_counter() - self.start,
+            peak_bytes=_peak_bytes(),
+            machine=machine(settings.device),
+            versions=versions(),
+            git=git_revision(),
+        )
+        write_json(job.out / "conversion.json", self.state.to_dict())
+        shutil.rmtree(job.work)
+        return self.state
+
+    def _begin(self) -> Conversion:
+        """The state of this conversion: new, or what an earlier process left."""
+        second = None if self.job.second is None else self.job.second.name
+        asked = {"calibration": self.job.calibration.name, "evaluate": second, **asdict(self.settings)}
+        settings: dict[str, Any] = json.loads(json.dumps(asked))
+        if not self.state_path.is_file():
+            return Conversion(settings=settings)
+        state = Conversion.from_dict(storage.read_json(self.state_path))
+        self._compare(state.settings, settings)
+        return state
+
+    def _compare(self, held: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = [
+            f"{name}: {held.get(name)!r} there, {now[name]!r} now" for name in now if held.get(name) != now[name]
+        ]
+        if changed:
+            raise InputError(
+                f"output: {self.job.work} holds an unfinished conversion with other settings ({'; '.join(changed)}); "
+                f"give those, or delete the folder"
+            )
+
+    def _save(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        self.job.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.state_path, self.state.to_dict())
+
+    def _load(self, directory: Path) -> Subject:
+        subject = self.kind.load(directory)
+        subject.model.to(self.settings.device)
+        return subject
+
+    def _autocast(self) -> torch.autocast:
+        """Without the cache of cast weights, which would outlive a change of the weights inside the block."""
+        dtype = getattr(torch, self.settings.dtype)
+        return torch.autocast(
+            torch.device(self.settings.device).type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+        )
+
+    def _shown(self, label: str, batches: Sequence[Any]) -> Iterator[Any]:
+        """The batches, each shown as a step of the phase `label`."""
+        self.display.start(label, len(batches))
+        for batch in batches:
+            yield batch
+            self.display.step(None)
+        self.display.finish(label)
+
+    def _read(self) -> _Text:
+        """The text, each split read once and only as far as it is needed."""
+        job, settings = self.job, self.settings
+        self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
+
+        read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
+        training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
+        held_out = read(training, settings.sequences // 8)
+        text = _Text(
+            held_out=held_out,
+            fit=read(training, settings.sequences - settings.sequences // 8),
+            healing=read(training, settings.batch_size * settings.steps),
+            evaluation=read(job.calibration.documents("validation"), measured),
+            elsewhere=read(job.second.documents("validation"), measured) if job.second else (),
+        )
+        if "text" in self.state.settings:
+            self._compare(self.state.settings, {"text": text.fingerprint})
+        else:
+            self._save(settings={**self.state.settings, "text": text.fingerprint})
+        return text
+
+    def _measure_original(self) -> None:
+        with torch.no_grad(), self._autocast():
+            self.reference = self._outputs("the original on the validation text", self.text.evaluation)
+            self.reference_elsewhere = self._outputs("the original on the second domain", self.text.elsewhere)
+        if not self.state.has("original", 0):
+            self._record("original", self.original)
+
+    def _outputs(self, label: str, batches: Sequence[Any]) -> list[torch.Tensor]:
+        if not batches:
+            return []
+        return [output for batch in self._shown(label, batches) for output in self.original.outputs([batch])]
+
+    def _record(self, stage: str, subject: Subject, tokens: int = 0, *, midway: bool = False) -> None:
+        """Measure a stage, print it and keep it. `midway` through healing one domain will do."""
+        label = f"measuring {stage}"
+        quality = self._measure(subject, self._shown(label, self.text.evaluation), self.reference)
+        elsewhere = None
+        if self.text.elsewhere and not midway:
+            batches = self._shown(f"{label} on the second domain", self.text.elsewhere)
+            elsewhere = self._measure(subject, batches, self.reference_elsewhere)
+        measured = Stage(stage=stage, tokens=tokens, quality=quality, elsewhere=elsewhere)
+        self.display.note(str(measured))
+        self.state = self.state.with_stage(measured)
+        self._save()
+
+    def _measure(self, subject: Subject, batches: Iterable[Any], reference: Sequence[Any]) -> Quality:
+        with self._autocast():
+            quality = subject.measure(batches, self.original, reference)
+        if not all(math.isfinite(value) for value in vars(quality).values()):
+            what = "the original" if subject is self.original else "the converted model"
+            raise InputError(f"model: {what} gives values that are not finite ({quality}); nothing was converted")
+        return quality
+
+    def _operate(self) -> None:
+        job, text = self.job, self.text
+        counts = job.uniform
+        if self.settings.allocation == "measured":
+            counts = self._allocate()
+        self.display.start("refitting layer by layer", len(job.before))
+
+        with self._autocast():
+            dropped, refitted, layers = operate(
+                self.settings,
+                self.original,
+                job.plans(counts),
+                text.fit,
+                text.held_out,
+                lambda: self.display.step(None),
+            )
+        self.display.finish("refitted")
+        self._save(layers=layers)
+        shutil.rmtree(job.work / "dropped", ignore_errors=True)
+        self._write(dropped, job.work / "dropped", torch.float32)
+        self._write(refitted, job.work / "refitted", torch.float32)
+
+    def _allocate(self) -> list[int]:
+        """Query heads of each layer, by what they cost on a quarter of the calibration text."""
+        choices, part = self.job.choices(), self.text.fit[: -(-len(self.text.fit) // 4)]
+        pools = [{count: pools for count, (_, pools) in plans.items()} for plans in choices]
+        batches = self._shown("measuring what each layer's heads are worth", part)
+        with self._autocast():
+            costs = allocation.layer_costs(self.original, batches, pools)
+        counts = allocation.spread(costs, sum(self.job.uniform))
+        self.display.finish(f"query heads of the layers: {', '.join(map(str, counts))}")
+        return counts
+
+    def _write(self, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
+        """Write a model inside the work folder, where nothing is left behind when this process is killed."""
+        with storage.new_directory(folder) as temporary:
+            subject.save(temporary, self.job.source, dtype)
+
+    def _heal(self) -> None:
+        job, batches, first = self.job, self.text.healing, self.settings.layerwise_steps
+        student = self._load(job.work / "refitted")
+        self._phase("layers healed", student, Layerwise(student, self.original), batches[:first])
+        spent = sum(map(student.count, batches[:first]))
+        self._phase("distilled", student, Distillation(student, self.original), batches[first:], spent)
+        if self.settings.control:
+            control = copy.deepcopy(self.original)
+            self._phase("control", control, OwnLoss(control), batches)
+        self._save(parameters=(_parameters(self.original), _parameters(student)))
+        shutil.rmtree(job.work / "converted", ignore_errors=True)
+        self._write(student, job.work / "converted", self.original.dtype)
+        (job.work / "converted").rename(job.out)
+        write_json(job.out / "conversion.json", self.state.to_dict())
+        self.display.note(f"wrote {job.out}")
+
+    def _phase(self, stage: str, subject: Subject, task: Task[Any], batches: Sequence[Any], offset: int = 0) -> None:
+        if not batches:
+            return
+        self.display.start(f"healing: {stage}", len(batches))
+        marks = self._marks(len(batches))
+        trained: list[nn.Parameter] = subject.trainable
+        if self.settings.train == "attention" or isinstance(task, Layerwise):
+            trained = [p for view in subject.views for linear in view.projections for p in linear.parameters()]
+
+        def on_step(report: StepReport) -> None:
+            self.display.step(report)
+            if report.step in marks:
+                with self.stop.at_once(f"stopped after step {report.step} of {len(batches)}"):
+                    self._record(stage, subject, offset + report.tokens, midway=True)
+                self.display.start(f"healing: {stage}", len(batches))
+
+        folder = self.job.work / stage.replace(" ", "-")
+        try:
+            progress = heal(subject, task, batches, self.settings, trained, folder, Hooks(on_step, self.stop))
+        except Interrupted as error:
+            raise Interrupted(f"{error} of healing; the same command goes on from there") from None
+        self.display.finish(f"{stage}: {progress.tokens:,} tokens in {progress.wall_s:,.0f} s")
+        if not self.state.has(stage, offset + progress.tokens):
+            self._record(stage, subject, offset + progress.tokens)
+
+    def _marks(self, steps: int) -> set[int]:
+        """The steps before the last after which quality is measured: as many as take a tenth of the time with the last.
+
+        Measuring a token takes some third of a training step's.
+        """
+        affordable = int(0.3 * steps * self.settings.tokens_per_step / self.settings.evaluation_tokens)
+        count = max(1, min(MEASUREMENTS, affordable))
+        return {round(steps * i / count) for i in range(1, count)}
+
+    def _time_and_sample(self) -> None:
+        converted = self._load(self.job.out)
+        with self._autocast():
+            self._save(samples=self._samples(converted), serve=self.kind.serve(self.job.out))
+            self._save(speed=self._speed(converted))
+
+    @torch.no_grad()
+    def _samples(self, converted: Subject) -> tuple[Sample, ...]:
+        """Continuations of the beginnings of validation rows, greedy, by both models."""
+        tokenizer, found = self.original.tokenizer(self.job.source), []
+        for batch in self.text.evaluation[:SAMPLES]:
+            prompt = self.original.row_of(batch.input_ids[:1, :PROMPT_TOKENS])
+            both = [subject.continued(prompt, NEW_TOKENS) for subject in (self.original, converted)]
+            texts = [tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, *both) if ids is not None]
+            if len(texts) == 3:
+                found.append(Sample(prompt=texts[0], original=texts[1], converted=texts[2]))
+        return tuple(found)
+
+    def _speed(self, converted: Subject) -> tuple[Speed, ...]:
+        """Seconds of prefill and of forward and backward at each length, before and after in turns."""
+
+        def timed(subject: Subject, what: str, n: int) -> None:
+            if what == "prefill":
+                with torch.no_grad():
+                    subject.prefill(subject.row(n))
+                return
+            subject.loss(subject.row(n)).backward()
+            subject.model.zero_grad()
+
+        contestants = {
+            (what, n, name): partial(timed, subject, what, n)
+            for n in self.job.speed_at
+            for what in ("prefill", "forward and backward")
+            for name, subject in (("before", self.original), ("after", converted))
+        }
+        self.display.start("timing before and after in turns", 4 * len(contestants))
+        timings = take_turns(
+            contestants,
+            rounds=3,
+            device=self.settings.device,
+            on_turn=lambda: self.display.step(None),
+            budget=Budget(seconds=TIMING_SECONDS),
+        )
+        self.display.finish("timed")
+        return tuple(
+            Speed(what=what, n=n, before=timings[what, n, "before"].to_dict(), after=timing.to_dict())
+            for (what, n, name), timing in timings.items()
+            if name == "after"
+        )
+
+
+def _parameters(subject: Subject) -> int:
+    return sum(parameter.numel() for parameter in subject.model.parameters())
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that this process had so far; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
