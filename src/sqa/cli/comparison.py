@@ -34,6 +34,9 @@ PlanSource = Annotated[
     str | None, typer.Argument(metavar="PLAN", help="A preset (demo, published) or a TOML file; default demo.")
 ]
 Resume = Annotated[Path | None, typer.Option(help="Go on with what was begun in this directory.")]
+AnyKernel = Annotated[
+    bool, typer.Option("--any-kernel", help="Go on though attention is computed by another kernel here.")
+]
 Track = Annotated[str | None, typer.Option(help="tensorboard: stream the curves to OUT/tensorboard.")]
 # these replace fields of the plan
 Data = Annotated[str | None, typer.Option(help="builtin, wikipedia, or a file or folder of text.")]
@@ -105,6 +108,7 @@ def compare(
     threads: Threads[int | None] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
     resume: Resume = None,
+    any_kernel: AnyKernel = False,
     only: Annotated[str | None, typer.Option(help="Runs for this process: sqa:0,gqa:0; others take the rest.")] = None,
     launcher: Annotated[
         str, typer.Option(help="local (one after another) or ray (all machines of a cluster).")
@@ -113,7 +117,7 @@ def compare(
     json_path: JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
-    _compare(plan, _changes(ctx.params), out, resume, track, json_path, only, launcher)
+    _compare(plan, _changes(ctx.params), out, resume, track, json_path, only, launcher, any_kernel)
 
 
 def _compare(
@@ -125,6 +129,7 @@ def _compare(
     json_path: Path | None,
     only: str | None = None,
     launcher: str = "local",
+    any_kernel: bool = False,
 ) -> None:
     from sqa.experiments.plan import Plan
 
@@ -167,8 +172,11 @@ def _compare(
             only=cells,
             launcher=RAY if launcher == "ray" else LOCAL,
             tracker=tracker,
+            any_kernel=any_kernel,
         )
     except Interrupted as error:
+        if not (out / "plan.json").exists():
+            raise type(error)(f"{error} before a run had begun; the same command starts again") from None
         same = (f" --only {only}" if only else "") + (" --launcher ray" if launcher == "ray" else "")
         raise type(error)(f"{error}; go on with: sqa compare --resume {out}{same}") from None
     if torch.distributed.is_initialized():
@@ -211,6 +219,7 @@ def train(
     threads: Threads[int | None] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
     resume: Resume = None,
+    any_kernel: AnyKernel = False,
     track: Track = None,
 ) -> None:
     """Train one variant, on as many devices as torchrun or accelerate launch starts processes for."""
@@ -224,7 +233,7 @@ def train(
             out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
     elif variant is not None or seed is not None:
         raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
-    _compare(plan, changes, out, resume, track, None)
+    _compare(plan, changes, out, resume, track, None, any_kernel=any_kernel)
 
 
 @app.command()

@@ -47,6 +47,7 @@ def compare(
     only: Sequence[Cell] | None = None,
     launcher: Launcher = LOCAL,
     tracker: type[TensorBoard] | None = None,
+    any_kernel: bool = False,
 ) -> Comparison:
     """Run what of the plan is not finished in the folder `out`, and return all that is.
 
@@ -55,7 +56,8 @@ def compare(
     other processes, which may work in `out` at the same time. Runs follow one another here (LOCAL) or are spread over
     the machines of a Ray cluster (RAY); the timing phase is always here. Several processes that torchrun started train
     each run together, and process 0 writes. `tracker` gets the curves of each local run, in a folder of `out` named
-    after it. `display` is told what happens.
+    after it. `display` is told what happens. `any_kernel` lets runs go on with another attention kernel than the
+    comparison was begun with; it rounds differently.
 
     Raises InputError for whatever keeps the comparison from starting, before anything is written, Interrupted when
     stopped, and NonFiniteLoss at the end when that happened to a run.
@@ -108,6 +110,7 @@ def compare(
             accelerator=accelerator,
             stop=stop,
             tracker=tracker,
+            any_kernel=any_kernel,
         )
         outcomes = stack.enter_context(closing(launcher.run(session, todo, display)))
         for cell, outcome in outcomes:

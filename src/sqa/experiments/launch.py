@@ -114,7 +114,8 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     task = ray.remote(num_cpus=wanted["CPU"], num_gpus=wanted.get("GPU", 0), max_retries=_RETRIES)(_task)
     shared = Directory(session.directory.path.resolve())
     source = os.path.abspath(session.source) if Path(session.source).exists() else session.source
-    running = {task.remote(record, shared, source, device, wanted["CPU"], cell): cell for cell in cells}
+    how = source, device, wanted["CPU"], session.any_kernel
+    running = {task.remote(record, shared, how, cell): cell for cell in cells}
     lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     shown: dict[Cell, Display] = {}
     seen: dict[Cell, int] = {}
@@ -168,10 +169,9 @@ def _cancel(references: Iterable[Any]) -> None:
         ray.cancel(reference)
 
 
-def _task(
-    record: Record, directory: Directory, source: str, device: str, threads: int, cell: Cell
-) -> RunResult | Exception:
+def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool], cell: Cell) -> RunResult | Exception:
     """One run in a worker. What a user can act on comes back as a value: raised here, Ray would wrap its traceback."""
+    source, device, threads, any_kernel = how
     torch.set_num_threads(threads)
     folder = directory.run_folder(*cell)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,13 @@ def _task(
             check_same_data(record, data)
             accelerator = make_accelerator(device, record.plan.dtype)
             session = Session(
-                record=record, directory=directory, source=source, data=data, accelerator=accelerator, stop=stop
+                record=record,
+                directory=directory,
+                source=source,
+                data=data,
+                accelerator=accelerator,
+                stop=stop,
+                any_kernel=any_kernel,
             )
             return run(session, cell)
     except (Interrupted, NonFiniteLoss, InputError, MissingExtraError, OSError) as error:

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What the runs of one process share. `source` is where the text lies here; `tracker` gets their curves."""
+    """What the runs of one process share. `source` is where the text lies here; `tracker` gets their curves.
+
+    `any_kernel`: go on though a run has another kernel here than when the comparison was begun.
+    """
 
     record: Record
     directory: Directory
@@ -45,6 +48,7 @@ class Session:
     accelerator: Accelerator
     stop: StopFlag
     tracker: type[TensorBoard] | None = None
+    any_kernel: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -137,7 +141,7 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
     plan, record, data, accelerator = session.plan, session.record, session.data, session.accelerator
     folder = session.directory.run_folder(name, seed)
     recipe = make_recipe(plan, name, record.steps[name])
-    curves = None
+    kernel, curves = _kernel_here(session, cell), None
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         data.tokenizer.save(folder / "tokenizer.json")
@@ -191,13 +195,31 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
         wall_s=progress.wall_s,
         step_s=record.step_s.get(name),
         val=evaluation,
-        kernel=record.kernel[name],
+        kernel=kernel,
         device=accelerator.device.type,
         dtype=plan.dtype,
         versions=record.versions,
         git=record.git,
         data_fingerprint=record.data.fingerprint,
     )
+
+
+def _kernel_here(session: Session, cell: Cell) -> str:
+    """The kernels of a run as its result has them; with those it was begun with, where it goes on from a checkpoint.
+
+    Raises InputError when they differ and the session does not allow it.
+    """
+    name, plan = cell[0], session.plan
+    begun, here = session.record.kernel[name], kernel_of(plan, plan.model_config(name), session.accelerator.device.type)
+    if begun == here:
+        return here
+    if not session.any_kernel:
+        raise InputError(
+            f"kernel: {name} was begun with {begun}, but would run with {here} here, which rounds differently; "
+            f"see what `sqa kernels` misses, or give --any-kernel"
+        )
+    resumed = any((session.directory.run_folder(*cell) / "checkpoints").glob("step-*"))
+    return ", ".join(sorted({begun, here})) if resumed else here
 
 
 def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[StepReport], None]:
