@@ -182,7 +182,10 @@ def test_git_holds_no_path_of_a_machine() -> None:
     wrong = []
     for name in filter(None, listed.split("\0")):
         path = ROOT / name
-        text = path.read_text(encoding="utf-8", errors="ignore") if path.is_file() else ""
+        data = path.read_bytes() if path.is_file() else b""
+        if path.suffix == ".safetensors":  # its header alone: numbers may spell anything
+            data = data[8 : 8 + int.from_bytes(data[:8], "little")]
+        text = data.decode("utf-8", errors="ignore")
         if (match := absolute.search(text)) or any(folder in text for folder in own if folder != "/"):
             wrong.append(f"{name}: {match.group() if match else 'this machine'}")
     assert not wrong

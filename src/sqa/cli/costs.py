@@ -135,6 +135,7 @@ def kernels(
     padding: Annotated[bool, typer.Option("--padding", help="A padding mask.")] = False,
     causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
     training: Annotated[bool, typer.Option("--training/--inference")] = True,
+    check: Annotated[bool, typer.Option("--check", help="Run each kernel on small shapes: is the table true?")] = False,
 ) -> None:
     """The attention kernels, and which one a shape gets and why."""
     from sqa.variants import variant as variant_config
@@ -149,6 +150,9 @@ def kernels(
     import torch
     from rich.table import Table
 
+    if check:
+        _check_kernels(device)
+        return
     from sqa.attention.call import Call
     from sqa.attention.kernels import KERNELS, explain, resolve
 
@@ -172,3 +176,26 @@ def kernels(
     console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
     if device == "cuda" and not torch.cuda.is_available():
         console.print("There is no CUDA device here: this is what the rules say, nothing was tried.", highlight=False)
+
+
+def _check_kernels(device: str) -> None:
+    import torch
+    from rich.table import Table
+
+    from sqa.attention.check import check_kernels
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--check runs the kernels, and there is no CUDA device here")
+    rows = check_kernels(device)
+    table = Table(
+        "kernel", "mask", "dtype", "the table says", "forward", "backward", "", box=None, padding=(0, 2, 0, 0)
+    )
+    for row in rows:
+        ran = row.error or row.forward, row.backward or "none"
+        table.add_row(row.kernel, row.mask, row.dtype, " or ".join(row.expected), *ran, "" if row.ok else "WRONG")
+    console = make_console()
+    console.print(table)
+    wrong = sum(not row.ok for row in rows)
+    console.print(f"{len(rows) - wrong} of {len(rows)} as the table says, on {device}", highlight=False)
+    if wrong:
+        raise typer.Exit(1)

@@ -1,0 +1,156 @@
+"""What really runs: every kernel of this machine on small calls, named by PyTorch's profiler, beside the kernel table.
+
+A kernel table that is wrong shows in no result: PyTorch falls back to its unfused math without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from sqa.attention import pytorch
+from sqa.attention.call import Call
+from sqa.attention.kernels import KERNELS, attend
+from sqa.attention.masks import Mask
+
+# parts of names of operators and of CUDA kernels; the first that occurs tells
+SIGNS = (
+    ("sqa::range_attention", "own"),
+    ("sqa::block_attention", "blocks"),
+    ("_varlen_attn", "varlen"),
+    ("flex_attention", "flex"),
+    ("Torch-Compiled Region", "flex"),
+    ("CompiledFunctionBackward", "flex"),
+    ("flash_attention_for_cpu", "cpu flash"),
+    ("cudnn_attention", "cudnn"),
+    ("native_sdpa", "cudnn"),
+    ("flash_attention", "flash"),
+    ("flash_fwd", "flash"),
+    ("flash_bwd", "flash"),
+    ("efficient_attention", "efficient"),
+    ("fmha_cutlass", "efficient"),
+    ("scaled_dot_product_attention_math", "math"),
+    ("aten::bmm", "unfused"),
+)
+MASKS = ("causal", "none", "padding", "window", "documents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """One kernel on one kind of call: what the table says runs, and what ran in the forward and the backward pass.
+
+    backward is None where there was none; error says why a call did not run at all.
+    """
+
+    kernel: str
+    mask: str
+    dtype: str
+    expected: tuple[str, ...]
+    forward: str = ""
+    backward: str | None = None
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        # PyTorch differentiates its math kernel operator by operator
+        backward = {*self.expected, *(("unfused",) if "math" in self.expected else ()), None}
+        return self.error is None and self.forward in self.expected and self.backward in backward
+
+
+def implementation(names: Iterable[str]) -> str:
+    """Which implementation of attention the names of a profile's events belong to."""
+    names = list(names)
+    return next((what for sign, what in SIGNS if any(sign in name for name in names)), "nothing known")
+
+
+def expected_implementations(call: Call, kernel: str) -> tuple[str, ...]:
+    """What the kernel table says runs, by the words of `implementation`."""
+    if kernel == "sdpa" and call.device.type == "cuda":
+        backends = pytorch.fused_backends(call, expanded=pytorch.must_expand(call))
+        return backends or ("math",)
+    known = {"reference": "unfused", "sdpa": "cpu flash", "fused": "own"}
+    return (known.get(kernel, kernel),)
+
+
+def check_kernels(device: str = "cpu") -> list[Checked]:
+    """Run every kernel on 128 tokens of each mask and dtype that it can do on `device` ("cpu" or "cuda").
+
+    Forward and backward where there is one. FlexAttention compiles for long on a CPU, and runs once there.
+    """
+    rows = []
+    for kernel, dtype, mask in product(KERNELS, (torch.float32, torch.bfloat16), MASKS):
+        if (kernel, device) == ("flex", "cpu") and (dtype, mask) != (torch.float32, "documents"):
+            continue
+        calls = (_call(mask, dtype, torch.device(device), grad=grad) for grad in (True, False))
+        call = next((call for call in calls if KERNELS[kernel].lacks(call) is None), None)
+        if call is not None:
+            rows.append(_check(call, kernel, mask))
+    return rows
+
+
+def _call(mask: str, dtype: torch.dtype, device: torch.device, *, grad: bool) -> Call:
+    """Four query heads and two KV heads of 64."""
+    q, k, v = (torch.randn(2, 128, heads, 64, dtype=dtype, device=device, requires_grad=grad) for heads in (4, 2, 2))
+    return Call(q=q, k=k, v=v, mask=_mask(mask, device), device=q.device, scale=64**-0.5, grad=grad)
+
+
+def _mask(kind: str, device: torch.device) -> Mask:
+    positions = torch.arange(128, device=device).expand(2, -1)
+    return Mask(
+        causal=kind != "none",
+        window=32 if kind == "window" else None,
+        padding_mask=positions >= 16 if kind == "padding" else None,
+        document_ids=positions // 50 if kind == "documents" else None,
+    )
+
+
+def _check(call: Call, kernel: str, mask: str) -> Checked:
+    def forward() -> Tensor:
+        return attend(call.q, call.k, call.v, call.mask, kernel=kernel)
+
+    expected, dtype = expected_implementations(call, kernel), str(call.dtype).removeprefix("torch.")
+    try:
+        with torch.set_grad_enabled(call.grad):
+            out = forward()  # compiled and warm
+            names = _names(forward, call.device)
+        backward = None
+        if call.grad:
+            inputs = (call.q, call.k, call.v)
+            backward = implementation(
+                _names(lambda: torch.autograd.grad(out.float().square().sum(), inputs), call.device)
+            )
+    except RuntimeError as problem:  # a kernel that the table promises and that does not run is a finding
+        return Checked(kernel=kernel, mask=mask, dtype=dtype, expected=expected, error=str(problem).split("\n")[0])
+    return Checked(
+        kernel=kernel, mask=mask, dtype=dtype, expected=expected, forward=implementation(names), backward=backward
+    )
+
+
+def _names(run: Callable[[], object], device: torch.device) -> list[str]:
+    """Names of the operators that ran, and on a GPU of its kernels."""
+    on_gpu = device.type == "cuda"
+    with _quiet(), profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as recorded:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    return [event.name for event in recorded.function_events or ()]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's profiler writes lines of its own to the process's stderr whenever it starts and stops."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
