@@ -281,8 +281,8 @@ class _Run:
         self._save(parameters=(_parameters(self.original), _parameters(student)))
         shutil.rmtree(job.work / "converted", ignore_errors=True)
         self._write(student, job.work / "converted", self.original.dtype)
+        write_json(job.work / "converted" / "conversion.json", self.state.to_dict())
         (job.work / "converted").rename(job.out)
-        write_json(job.out / "conversion.json", self.state.to_dict())
         self.display.note(f"wrote {job.out}")
 
     def _phase(self, stage: str, subject: Subject, task: Task[Any], batches: Sequence[Any], offset: int = 0) -> None:
