@@ -210,6 +210,52 @@ def test_every_colour_stands_out_from_white_and_from_dark_paper() -> None:
             assert (lighter + 0.05) / (darker + 0.05) >= 3, (name, paper)  # WCAG 2.1, 1.4.11
 
 
+def lower(folder: Path, by: float) -> Path:
+    """Take `by` from every loss of a made-up comparison."""
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["val"]["loss"] -= by
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_horizons_join_on_one_page_with_probes_and_effective_speedups(tmp_path: Path) -> None:
+    folders = [
+        lower(make_directory(tmp_path / str(n), steps=n, variants=("gqa", "sqa"), shape="demo"), 0.1 * i)
+        for i, n in enumerate((50, 200))
+    ]
+    probe = {"positions": [0, 16, 1024], "loss_by_position": [3.0, 2.5], "repeated_loss": 4.0, "unrepeated_loss": 6.0}
+    for run in ("gqa-0", "gqa-1", "sqa-0"):
+        lines = [json.dumps({"step": step, "tokens": 7000 * step, **probe}) + "\n" for step in (2, 200)]
+        (folders[1] / run / "probes.jsonl").write_text("".join(lines))
+    page, *images = write_report(list(reversed(folders)), tmp_path / "out")
+    names = {path.stem for path in images}
+    assert {"difference-over-tokens", "final-loss-over-tokens", "final-loss-over-time"} <= names
+    assert {"repeated-sequence", "late-minus-early"} <= names
+    assert "grid" not in names
+    text = text_of(page.read_text())
+    # SQA ends 0.01 above GQA, which fell 0.1 from 50 to 200 steps of 0.7 s: a tenth of the way back
+    ratio = 0.7 * 200 * 0.25**0.1 / (0.48 * 200)
+    assert re.search(rf"SQA 4 2 16 [\d,]+ 1,400,000 96 {ratio:.2f}\d?× \(\d\.\d\d to \d\.\d\d\)", text)
+    assert f"Effective speed-up over GQA: SQA {ratio:.2f}×" in text
+    assert "unknown above GQA&#39;s runs" in text  # of the shorter horizon
+    svg = (tmp_path / "out" / "difference-over-tokens.svg").read_text()
+    assert svg.count('aria-roledescription="line mark"') == 1
+    quiet = make_directory(tmp_path / "q", steps=5, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
+    with pytest.raises(ValueError, match="no step times"):
+        write_report(folders, step_times=quiet)
+
+
+def test_a_whole_grid_is_a_heat_map(tmp_path: Path) -> None:
+    plan = Plan.read(str(Path(__file__).resolve().parents[2] / "benchmarks" / "plans" / "grid.toml"))
+    same = {"variants": plan.variants, "shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}
+    folder = make_directory(tmp_path / "g", seeds=1, steps=5, **same)
+    images = {path.name: path for path in write_report([folder])}
+    svg = images["grid.svg"].read_text()
+    assert svg.count('aria-roledescription="rect mark"') == 10
+    assert len(re.findall(r">\d\.\d{3}</text>", svg)) == 10
+
+
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
     points = {"slow": (3.0, 1.0), "bad": (2.0, 5.0), "fast": (1.0, 2.0), "same": (3.0, 2.0)}
     assert pareto_front(points) == ["fast", "slow"]

@@ -141,7 +141,7 @@ def test_the_time_to_a_loss_is_log_linear_between_horizons() -> None:
     assert time_to_reach(2.5, curve) == pytest.approx(10 * 10**0.5)
     assert time_to_reach(1.75, curve) == pytest.approx(100 * 10**0.5)
     assert time_to_reach(1.4, curve) == "never reached"
-    assert time_to_reach(3.1, curve) == "outside its runs"
+    assert time_to_reach(3.1, curve) == "above GQA's runs"
     assert time_to_reach(3.0, curve) == pytest.approx(10)
 
 
@@ -161,7 +161,7 @@ def test_effective_speedups_are_paired_by_seed_and_geometric() -> None:
     assert (never.ratio, never.why, never.more_than) == (None, "never reached with 1 of 3 seeds", pytest.approx(2.0))
     outside = effective_speedup(dict.fromkeys(range(3), 9.0), 50.0, base)
     assert outside is not None
-    assert (outside.ratio, outside.why, outside.more_than) == (None, "outside its runs", None)
+    assert (outside.ratio, outside.why, outside.more_than) == (None, "above GQA's runs", None)
     assert effective_speedup({7: 2.0}, 50.0, base) is None
     single = effective_speedup({0: 2.0}, 50.0, base)
     assert single is not None

@@ -10,9 +10,10 @@ import altair as alt
 import numpy as np
 
 from sqa.config import ModelConfig
-from sqa.cost import attention_flops, kv_cache_bytes, train_step_flops
+from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
+from sqa.experiments.statistics import Estimate
 from sqa.experiments.summary import BASELINE, Experiment, Summary
 from sqa.progress import StepReport
 
@@ -50,7 +51,7 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     colour = Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
     curves = _training_curves(experiment, held)
-    found = []
+    found = _horizon_figures(experiment, colour) if len(experiment.horizons) > 1 else []
     if curves:
         note = (
             "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first third is left out, "
@@ -73,6 +74,9 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
         found.append(_pareto_figure(timed, colour, front))
     if any(line.speed_vs_gqa for line in timed):
         found.append(_speed_figure(timed, plan))
+    if grid := _grid(experiment, lines):
+        found.append(grid)
+    found += _probe_figures(experiment, held, colour)
     cache = {name: kv_cache_bytes(plan.model_config(name), plan.context) for name in names}
     return [
         *found,
@@ -87,10 +91,131 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     ]  # fmt: skip
 
 
+def _spread(value: Estimate) -> dict[str, Any]:
+    """The fields of a point that show a mean and its interval."""
+    half = value.half_width or 0.0
+    said = f"± {half:.4f}" if half else "one seed"
+    return {"mean": round(value.mean, 5), "low": value.mean - half, "high": value.mean + half, "interval": said}
+
+
+_TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
+
+
+def _horizon_figures(experiment: Experiment, colour: Colours) -> list[Figure]:
+    """The final losses of complete trainings, over tokens and over time; and against the baseline's."""
+    lines = experiment.summaries()
+    points = [
+        {"variant": line.label, "tokens": line.tokens, "seconds": line.seconds, **_spread(line.loss)} for line in lines
+    ]
+    against = [
+        {"variant": line.label, "tokens": line.tokens, **_spread(line.difference)}
+        for line in lines
+        if line.difference is not None
+    ]
+    note = "Each point is the end of complete trainings, the mean of the seeds; bars are 95 % intervals."
+    found = []
+    for name, title, caption, data, x, axis in (
+        ("difference-over-tokens", "Final loss against GQA", f"{note} Below the line is better than GQA with "
+         "the same seeds after as many tokens.", against, "tokens", "training tokens"),
+        ("final-loss-over-tokens", "Final loss over tokens", note, points, "tokens", "training tokens"),
+        ("final-loss-over-time", "Final loss over time", f"{note} Seconds: steps times the step time of the timing "
+         "phase.", [point for point in points if point["seconds"]], "seconds", "seconds of training"),
+    ):  # fmt: skip
+        if not data:
+            continue
+        base = alt.Chart(alt.Data(values=data)).encode(x=_log_axis(x, axis), color=colour.encoding())
+        y = alt.Y("mean:Q", title="nats a token", scale=alt.Scale(zero=False, padding=10))
+        dashes = colour.dashes()
+        layers = [
+            base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=dashes),
+            base.mark_rule(strokeWidth=1.2).encode(y="low:Q", y2="high:Q"),
+            base.mark_point(filled=True, size=50, opacity=1).encode(
+                y=y, tooltip=[*_TIPS, alt.Tooltip(f"{x}:Q", format=",.0f")]
+            ),
+        ]
+        if data is against:
+            zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 4], color="#808488").encode(y="y:Q")
+            layers = [zero, *layers]
+        found.append(Figure(name=name, title=title, caption=caption, chart=alt.layer(*layers)))
+    return found
+
+
+def _log_axis(field: str, title: str) -> Any:
+    scale = alt.Scale(type="log", nice=False, padding=20)
+    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(format="~s", tickCount=4))
+
+
+def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
+    """Loss by head counts, where the plan has all pairs of several counts at one head_dim and as many parameters."""
+    layers = {name: experiment.plan.model_config(name).layers[0] for name in experiment.plan.variants}
+    narrow = {name: layer for name, layer in layers.items() if layer.head_dim * layer.num_heads == layer.d_model}
+    pairs = {(layer.num_query_heads, layer.num_kv_heads): name for name, layer in narrow.items()}
+    counts = sorted({count for pair in pairs for count in pair}, reverse=True)
+    sizes = [parameters(experiment.plan.model_config(name)) for name in narrow]
+    whole = {(q, kv) for q in counts for kv in counts if kv <= q} <= set(pairs)
+    if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
+        return None
+    data = [
+        {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_spread(line.loss)}
+        for line in lines
+        if line.variant in narrow
+    ]
+    low, high = min(point["mean"] for point in data), max(point["mean"] for point in data)
+    base = alt.Chart(alt.Data(values=data)).encode(
+        x=alt.X("hkv:O", title="KV heads", sort=counts, axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("hq:O", title="query heads", sort=counts),
+    )
+    # both ends are light: the numbers are dark on the paper of either scheme
+    shade = alt.Color("mean:Q", scale=alt.Scale(range=["#7fbcf0", "#f6e6c8"], domain=[low, high]), legend=None)
+    cells = base.mark_rect(stroke="#808488").encode(
+        color=shade, tooltip=["variant:N", alt.Tooltip("mean:Q", format=".4f"), "interval:N"]
+    )
+    text = base.mark_text(fontSize=13, color="#1d1f21").encode(text=alt.Text("mean:Q", format=".3f"))
+    return Figure(
+        name="grid", title="Loss by head counts", chart=cells + text,
+        caption="Validation loss at equal parameters: the feed-forward has what heads give back. Bluer is better; the "
+        f"shades span {high - low:.3f} nats.",
+    )  # fmt: skip
+
+
+def _probe_figures(experiment: Experiment, held: Sequence[Directory], colour: Colours) -> list[Figure]:
+    """When the models of the longest horizon began to use their context, as far as they were asked."""
+    repeated, gains = [], []
+    for name in experiment.names:
+        runs = []
+        for result in experiment.last_results():
+            if result.variant == name:
+                runs.append(next((run for folder in held if (run := folder.probes(result.cell))), []))
+        for same in zip(*(run for run in runs if run), strict=False):  # probes are at the same steps of every seed
+            point = {"variant": experiment.plan.label(name), "tokens": round(np.mean([probe.tokens for probe in same]))}
+            repeated.append({**point, "value": float(np.mean([probe.repeated_loss for probe in same]))})
+            late_minus_early = [probe.loss_by_position[-1] - probe.loss_by_position[0] for probe in same]
+            gains.append({**point, "value": float(np.mean(late_minus_early))})
+    if not repeated:
+        return []
+    found = []
+    for figure, title, axis, data, caption in (
+        ("repeated-sequence", "A random sequence, repeated", "nats a token", repeated,
+         "Loss on the second half of random tokens that repeat the first half: only attention can predict them."),
+        ("late-minus-early", "Loss late minus early", "nats a token", gains,
+         "Loss at the last positions of a document minus that at its first 16: what a model gains from its context."),
+    ):  # fmt: skip
+        chart = alt.Chart(alt.Data(values=data)).encode(
+            x=_log_axis("tokens", "training tokens"),
+            y=alt.Y("value:Q", title=axis, scale=alt.Scale(zero=False)),
+            color=colour.encoding(),
+            strokeDash=colour.dashes(),
+            tooltip=["variant:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("value:Q", format=".3f")],
+        )
+        lines = chart.mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=30))
+        found.append(Figure(name=figure, title=title, caption=f"{caption} The mean of the seeds.", chart=lines))
+    return found
+
+
 def _training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
     """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
     runs: dict[str, list[list[StepReport]]] = {}
-    for result in list(experiment.horizons.values())[-1]:
+    for result in experiment.last_results():
         found = next((run for directory in held if len(run := directory.curve(result.cell)) == result.steps), None)
         if found:
             runs.setdefault(result.variant, []).append(found)
@@ -183,7 +308,7 @@ def _difference_figure(data: list[Row], colour: Colours) -> Figure:
     return Figure(
         name="loss-against-gqa",
         title="Loss against GQA",
-        caption="The curves of the first figure minus GQA's. All variants see the same batches, so most of the noise "
+        caption="The training curves minus GQA's. All variants see the same batches, so most of the noise "
         "cancels. Below zero is better than GQA. Training loss: the table has validation loss and its intervals.",
         chart=zero + drawn["chart"],
         hover=drawn["hover"],
@@ -291,7 +416,9 @@ def _bars_figure(
 ) -> Figure:  # fmt: skip
     data = [{"variant": line.label, "value": values[line.variant]} for line in lines]
     base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("value:Q", title=axis, scale=alt.Scale(domainMax=1.2 * max(values.values()))),
+        x=alt.X(
+            "value:Q", title=axis, scale=alt.Scale(domainMax=1.2 * max(values.values())), axis=alt.Axis(tickCount=5)
+        ),
         y=alt.Y("variant:N", title=None, sort=None),
         tooltip=["variant:N", alt.Tooltip("value:Q", format=number)],
     )

@@ -66,7 +66,7 @@ class Speedup:
 NEVER = "never reached"
 """The baseline's longest run ends above the loss."""
 
-EXTRAPOLATED = "outside its runs"
+EXTRAPOLATED = "above GQA's runs"
 """The baseline's shortest run ends below the loss: when it passed there, its complete schedules do not say."""
 
 Curve = Sequence[tuple[float, float]]

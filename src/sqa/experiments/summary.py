@@ -134,6 +134,10 @@ class Experiment:
         """The last horizon's alone."""
         return [line for line in self.summaries() if line.budget == list(self.horizons)[-1]]
 
+    def last_results(self) -> list[RunResult]:
+        """The runs of the last horizon."""
+        return list(self.horizons.values())[-1]
+
     def _runs(self, name: str, budget: str) -> list[RunResult]:
         return [result for result in self.horizons[budget] if result.variant == name]
 
