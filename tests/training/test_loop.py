@@ -426,6 +426,14 @@ def rows_of(batch: Batch) -> list[tuple[tuple[int, int], int, int]]:
     ]
 
 
+def test_each_accelerator_of_a_process_has_its_own_precision() -> None:
+    x = torch.ones(2, 2)
+    made = {dtype: make_accelerator("cpu", dtype) for dtype in ("float32", "bfloat16")}
+    for dtype, accelerator in made.items():
+        with accelerator.autocast():
+            assert (x @ x).dtype == getattr(torch, dtype)
+
+
 def test_a_device_that_is_not_there_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("gpu: there is one")

@@ -17,7 +17,6 @@ from typing import Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -123,6 +122,21 @@ class Hooks:
     stop: StopFlag = field(default_factory=StopFlag)
 
 
+class _Accelerator(Accelerator):
+    """accelerate's, with a precision of its own: accelerate would keep the first of a process for all that follow."""
+
+    def __init__(self, *, cpu: bool, dtype: str) -> None:
+        super().__init__(
+            cpu=cpu,  # accelerate joins CPU processes only when told
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no gradients twice
+        )
+        self._low_precision = dtype == "bfloat16"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._low_precision)
+
+
 def make_accelerator(device: str, dtype: str) -> Accelerator:
     """An Accelerator for `device` ("auto", "cpu", "cuda") with autocast for dtype bfloat16.
 
@@ -131,12 +145,7 @@ def make_accelerator(device: str, dtype: str) -> Accelerator:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("plan: device is 'cuda', but PyTorch sees none here; use 'auto' or 'cpu'")
-    AcceleratorState._reset_state()  # accelerate keeps the first precision of a process for ever
-    accelerator = Accelerator(
-        cpu=device == "cpu" or not torch.accelerator.is_available(),  # accelerate joins CPU processes only when told
-        mixed_precision="bf16" if dtype == "bfloat16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
-    )
+    accelerator = _Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available(), dtype=dtype)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
             f"launcher: accelerate must not shard, got {accelerator.distributed_type.value}; use sharding = 'full'"
@@ -282,7 +291,6 @@ def train(
                     wall_s=progress.wall_s + time.perf_counter() - start,
                 )
                 if not math.isfinite(loss):
-                    checkpoints.wait()
                     good = f"step-{saved}" if saved else "none"
                     raise NonFiniteLoss(f"loss was {loss} at step {progress.step}; last good checkpoint: {good}")
                 report = StepReport(step=progress.step, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
