@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sqa.attention import fused
-from sqa.attention.fused import fused_backward, fused_forward
+from sqa.attention.fused import fused_backward, fused_forward, fused_need
 from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
 
@@ -136,6 +136,119 @@ def test_sizes_of_zero(batch: int, length: int, keys: int, dtype: torch.dtype) -
     if length == keys:
         grads = fused_backward(q, q, k, k, out, logsumexp, low, low, 1.0)
         assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [2e30, 1e37])
+def test_scores_far_below_zero(size: float, dtype: torch.dtype) -> None:
+    """Scores around -size, of which key 70 has the highest: none of them is taken for a hidden key."""
+    length = 80
+    q = torch.zeros(1, length, 1, D, dtype=dtype)
+    q[..., 0] = -1
+    k = torch.zeros(1, length, 1, D, dtype=dtype)
+    k[..., 0] = size
+    k[:, 70, :, 0] = size / 2
+    v = torch.arange(length, dtype=dtype)[None, :, None, None].expand(1, -1, 1, D).contiguous()
+    low = torch.zeros(1, length, dtype=torch.int32)
+    high = (torch.arange(length, dtype=torch.int32) + 1)[None]
+    tensors = {"q": q, "k": k, "v": v, "low": low, "high": high, "grad": torch.ones_like(q)}
+    out, logsumexp, *grads = run(tensors)
+    seen = torch.ones(length, length).tril().bool()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float()[:, :, 0], k.float()[:, :, 0], v.float()[:, :, 0], attn_mask=seen, scale=0.25
+    )
+    torch.testing.assert_close(out.float()[:, :, 0], expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    assert (out[:, 70:] == 70).all()
+    assert logsumexp.isfinite().all()
+    assert (grads[2][:, 70] == 10).all()  # each of the ten queries that see key 70 sees nothing else
+
+
+def many_threads_and_one(tensors: dict[str, Tensor], *, backward: bool) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            forward = fused_forward(*(tensors[name] for name in ("q", "k", "v", "low", "high")), 0.25)
+            results.append(run(tensors) if backward else forward)
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (12, 2)], ids=str)
+def test_the_same_bits_for_any_number_of_threads(heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """Documents in one row and a window in the other; heads that share keys are split between tasks."""
+    length, generator = 700, torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(2, length, heads[0], D, generator=generator).to(dtype) for _ in range(2))
+    k, v = (torch.randn(2, length, heads[1], D, generator=generator).to(dtype) for _ in range(2))
+    at = torch.arange(length, dtype=torch.int32)
+    low, high = torch.stack((at // 150 * 150, (at - 99).clamp(0))), torch.stack((at // 150 * 150 + 150, at + 1))
+    tensors = {"q": q, "k": k, "v": v, "low": low, "high": high.clamp(max=length), "grad": grad}
+    many_threads_and_one(tensors, backward=True)
+    few = {name: tensors[name][:, -3:] for name in ("q", "low", "high")}  # at the end of a cache: ranges of keys
+    many_threads_and_one(tensors | few, backward=False)
+
+
+SHAPES = {  # (B, Hq, Hkv, D) of one row of a model at the length that the bars speak of
+    "gqa": (1, 16, 4, 16), "xsqa": (1, 4, 4, 16), "mha": (1, 16, 16, 64), "mqa": (1, 16, 1, 128), "sqa": (4, 8, 4, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("length", [4096, 32768])
+def test_there_are_four_tasks_for_each_of_64_threads(length: int, name: str, dtype: torch.dtype) -> None:
+    batch, heads, kv_heads, head_dim = SHAPES[name]
+    tokens, keys = (batch, length, heads, head_dim), (batch, length, kv_heads, head_dim)
+    assert fused_need(dtype, tokens, keys, backward=True, threads=64).tasks >= 4 * 64
+    if name != "mqa":  # one KV head of 4,096 keys has but 64 tiles
+        one = (batch, 1, heads, head_dim)
+        assert fused_need(dtype, one, keys, backward=False, threads=64).tasks >= 4 * 64
+        assert fused_need(dtype, tokens, keys, backward=False, threads=64).tasks >= 4 * 64
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_a_thread_does_not_grow_with_the_length(backward: bool, name: str, dtype: torch.dtype) -> None:
+    batch, heads, kv_heads, head_dim = SHAPES[name]
+
+    def of_63_threads(length: int) -> int:
+        shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads)]
+        one, many = (fused_need(dtype, *shapes, backward=backward, threads=n).scratch_bytes for n in (64, 1))
+        return one - many
+
+    assert of_63_threads(131072) == of_63_threads(1 << 20) < 63 << 20
+    whole = fused_need(dtype, (1, 131072, 16, 128), (1, 131072, 4, 128), backward=True, threads=64).scratch_bytes
+    assert whole < 5 * 131072 * 16 * 128 + (64 << 20)  # fp32 sums of the queries' gradients and little else
+
+
+def test_no_memory_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs()
+    monkeypatch.setattr(fused, "fused_need", lambda *_, **__: fused.Need(1, 1 << 60))
+    with pytest.raises(MemoryError, match="fused attention: no memory for"):
+        run(tensors)
+
+
+def test_no_memory_is_an_exception_in_a_process_that_has_none() -> None:
+    """A limit of the system, as a container sets it: the first query of 2^21 already has no room for its output."""
+    script = """if True:
+        import resource, torch
+        from sqa.attention.fused import fused_forward
+        q = torch.ones(1, 1, 1, 128)
+        one = torch.ones(1, 1, dtype=torch.int32)
+        fused_forward(q, q, q, one - 1, one, 1.0)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 28),) * 2)
+        try:
+            fused_forward(*[q.expand(1, 1 << 21, 1, 128)] * 3, one.expand(1, 1 << 21) - 1, one.expand(1, 1 << 21), 1.0)
+        except MemoryError as error:
+            print(error)
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("fused attention: no memory for"), result.stdout + result.stderr
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,15 +75,35 @@ def _compiled(compiler: str) -> Path:
     return path
 
 
+class Need(NamedTuple):
+    """What a call takes: how many tasks its threads share, and the bytes it needs beside its results."""
+
+    tasks: int
+    scratch_bytes: int
+
+
+def fused_need(
+    dtype: torch.dtype, q_shape: Sequence[int], k_shape: Sequence[int], *, backward: bool, threads: int
+) -> Need:
+    """For q (B, T, Hq, D) and k (B, Tk, Hkv, D), as `fused_forward` and `fused_backward` take them."""
+    need = (ctypes.c_int64 * 2)()
+    _native().sqa_attention_need(
+        ctypes.c_int(backward), ctypes.c_int(dtype == torch.bfloat16), _sizes(q_shape, k_shape),
+        ctypes.c_int(threads), need,
+    )  # fmt: skip
+    return Need(*need)
+
+
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq), fp32 inside.
+    """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D); log-sum-exp in base 2, fp32 (B, T, Hq).
 
     Query i of row b sees keys low[b, i] .. high[b, i] - 1 (int32, (B, T)); one that sees none gives zeros. q, k and v
-    are of one dtype of DTYPES, D is one of HEAD_DIMS, Hkv divides Hq; any strides. Raises ValueError for all else.
+    are of one dtype of DTYPES, D is one of HEAD_DIMS, Hkv divides Hq; any strides. The same bits for any number of
+    threads. Raises ValueError for all else and MemoryError.
     """
     strided, (low, high) = _checked({"q": q, "k": k, "v": v}, {"low": low, "high": high})
-    out, logsumexp = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=torch.float32)
-    _call("sqa_attention_forward", strided, (out, logsumexp, low, high), scale)
+    out, logsumexp = _empty(q.shape, q.dtype), _empty(q.shape[:3], torch.float32)
+    _call(False, strided, (out, logsumexp, low, high), scale)
     return out, logsumexp
 
 
@@ -98,19 +120,24 @@ def fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output (B, T, Hq, D) and from what `fused_forward` took and gave.
 
-    Tk must be T. Summed in fp32, in the same order for any number of threads. Takes 8 * B * T * Hq * D bytes while it
-    runs. Raises ValueError for what `fused_forward` refuses.
+    Tk must be T. Summed in fp32; the same bits for any number of threads. Raises ValueError for what `fused_forward`
+    refuses, and MemoryError.
     """
-    if k.shape[1] != q.shape[1]:
-        raise ValueError(f"fused attention: gradients need as many queries as keys, got {q.shape[1]} and {k.shape[1]}")
+    if k.shape[1:2] != q.shape[1:2]:
+        raise ValueError(f"fused attention: gradients need as many queries as keys, got {_described(q, k)}")
     strided, saved = _checked(
         {"q": q, "k": k, "v": v, "grad": grad}, {"out": out, "logsumexp": logsumexp, "low": low, "high": high}
     )
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    batch_size, length, num_heads, head_dim = q.shape
-    scratch = torch.empty(2, batch_size, num_heads, length, head_dim, dtype=torch.float32)
-    _call("sqa_attention_backward", strided, (*saved, dq, dk, dv, scratch), scale)
+    dq, dk, dv = (_empty(x.shape, x.dtype) for x in (q, k, v))
+    _call(True, strided, (*saved, dq, dk, dv), scale)
     return dq, dk, dv
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:  # what PyTorch's allocator raises
+        raise MemoryError(f"fused attention: no memory for {tuple(shape)} {dtype}") from error
 
 
 def _checked(strided: dict[str, Tensor], contiguous: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,7 +150,7 @@ def _checked(strided: dict[str, Tensor], contiguous: dict[str, Tensor]) -> tuple
         raise ValueError(f"fused attention: q must be fp32 or bf16 with head_dim in {HEAD_DIMS}, got {_described(q)}")
     batch_size, length, num_heads, head_dim = q.shape
     if k.ndim != 4 or not k.shape[2] or not num_heads or num_heads % k.shape[2]:
-        raise ValueError(f"fused attention: of k's heads q has a multiple, got {_described(q)} and {_described(k)}")
+        raise ValueError(f"fused attention: of k's heads q has a multiple, got {_described(q, k)}")
     if max(length, k.shape[1]) > _MOST_TOKENS:
         raise ValueError(f"fused attention: at most {_MOST_TOKENS} tokens, got {length} and {k.shape[1]}")
     keys = (batch_size, k.shape[1], k.shape[2], head_dim)
@@ -148,27 +175,39 @@ def _end(x: Tensor) -> int:
     return offset + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _described(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} {str(x.layout).removeprefix('torch.')} on {x.device}"
+def _described(*tensors: Tensor) -> str:
+    return " and ".join(f"{tuple(x.shape)} {x.dtype} {x.layout} on {x.device}" for x in tensors)
 
 
-def _call(function: str, strided: list[Tensor], contiguous: tuple[Tensor, ...], scale: float) -> None:
-    """Calls `function` of fused.cpp; the tensors, checked, in its order."""
+def _sizes(q_shape: Sequence[int], k_shape: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    batch_size, length, num_heads, head_dim = q_shape
+    return (ctypes.c_int64 * 6)(batch_size, length, num_heads, k_shape[2], head_dim, k_shape[1])
+
+
+def _native() -> ctypes.CDLL:
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(f"fused attention: {library}")
+    return library
+
+
+def _call(backward: bool, strided: list[Tensor], contiguous: tuple[Tensor, ...], scale: float) -> None:
+    """The forward or the backward of fused.cpp; the tensors, checked, in its order."""
+    q, k, *_ = strided
+    threads = torch.get_num_threads()
+    need = fused_need(q.dtype, q.shape, k.shape, backward=backward, threads=threads)
+    scratch = _empty((need.scratch_bytes + 64,), torch.uint8)
     pointers = [x.data_ptr() for x in (*strided, *contiguous)]
     strides = [stride for x in strided for stride in x.stride()[:3]]
-    q, k, *_ = strided
-    batch_size, length, num_heads, head_dim = q.shape
-    status = getattr(library, function)(
+    outside = _native().sqa_attention(
+        ctypes.c_int(backward),
         ctypes.c_int(q.dtype == torch.bfloat16),
         (ctypes.c_void_p * len(pointers))(*pointers),
         (ctypes.c_int64 * len(strides))(*strides),
-        (ctypes.c_int64 * 6)(batch_size, length, num_heads, k.shape[2], head_dim, k.shape[1]),
+        _sizes(q.shape, k.shape),
         ctypes.c_float(scale),
-        ctypes.c_int(torch.get_num_threads()),
+        ctypes.c_int(threads),
+        ctypes.c_void_p((scratch.data_ptr() + 63) // 64 * 64),
     )
-    if status == 1:
+    if outside:
         raise ValueError(f"fused attention: low and high must lie in 0 .. {k.shape[1]}, the number of keys")
-    assert status == 0
