@@ -1,6 +1,8 @@
 """Byte-level BPE: trained on a corpus by the `tokenizers` library, cached, wrapped thinly."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +133,11 @@ def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    interruptible(lambda: backend.train_from_iterator(texts, trainer))
+    ended = threading.Event()
+    try:
+        interruptible(lambda: backend.train_from_iterator(takewhile(lambda text: not ended.is_set(), texts), trainer))
+    finally:
+        ended.set()  # a call that was left goes through no more text
     return backend
 
 
