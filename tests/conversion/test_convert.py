@@ -328,6 +328,14 @@ def test_a_second_domain_samples_and_what_serves_it(hugging_face, text: Path, tm
     console = Console(file=io.StringIO(), width=200)
     console.print(report.quality_table(state), report.samples(state))
     assert "the second domain" in console.file.getvalue()
+    gaps = [
+        f"{new.loss - old.loss:+.4f}"
+        for old, new in (
+            (state.last("original").quality, state.last("distilled").quality),
+            (elsewhere["original"], elsewhere["distilled"]),
+        )
+    ]
+    assert f"distilled beside the original: {gaps[0]} and {gaps[1]} nats." in console.file.getvalue()
     assert state.samples[0].converted.split()[0] in console.file.getvalue()
 
 

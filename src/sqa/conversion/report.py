@@ -78,10 +78,24 @@ def quality_table(conversion: Conversion) -> Group:
         f"attention outputs, share of energy lost, mean over layers: {means['dropped']:.4f} dropped, "
         f"{means['refitted']:.4f} refitted.",
     ]
+    if (gap := _gap(conversion)) is not None:
+        parts.insert(-2, gap)
     if len(layers) > WORST_LAYERS:
         shown = ", ".join(f"{i} ({layers[i].refitted:.3f})" for i in worst)
         parts.append(f"layers that lost most, refitted: {shown}.")
     return Group(*parts)
+
+
+def _gap(conversion: Conversion) -> str | None:
+    """What the last stage of the converted model loses beside the original; None of an encoder."""
+    before, after = conversion.last("original"), [each for each in conversion.stages if each.stage != "control"][-1]
+    found = []
+    for old, new in ((before.quality, after.quality), (before.elsewhere, after.elsewhere)):
+        if isinstance(old, LanguageQuality) and isinstance(new, LanguageQuality):
+            found.append(f"{new.loss - old.loss:+.4f}")
+    if not found:
+        return None
+    return f"{after.stage} beside the original: {' and '.join(found)} nats."
 
 
 def _stages(stages: Mapping[str, Stage], domain: Literal["quality", "elsewhere"]) -> Table:
