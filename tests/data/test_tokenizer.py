@@ -138,7 +138,7 @@ def test_vocabularies_that_cannot_be(make_corpus: Callable[..., Corpus], tmp_pat
 def test_a_signal_ends_a_long_training(tmp_path: Path) -> None:
     """The library spends seconds in one call on this text, and does not look for signals."""
     words = [" ".join(f"w{seed * 7919 % 100_003 + i * 31 % 5003}" for i in range(400)) for seed in range(3000)]
-    corpus = Corpus(name="long", fingerprint="1", read=lambda split: iter(words))
+    corpus = Corpus(name="long", identify=lambda: "1", read=lambda split: iter(words))
     timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM])
     timer.start()
     start = time.monotonic()
