@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rich.table import Table
 
 
-def make_table(*headings: str, title: str | None = None, names: int = 1, gap: int = 1) -> Table:
-    """An empty table: the first `names` columns are set left, the figures after them right, `gap` spaces apart."""
+def make_table(*headings: str, title: str | None = None, names: Collection[str] = ("variant",), gap: int = 1) -> Table:
+    """An empty table: columns headed by one of `names` are set left, figures right, `gap` spaces apart."""
     built = Table(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), header_style="bold")
-    for i, heading in enumerate(headings):
-        built.add_column(heading, justify="left" if i < names else "right", no_wrap=i == 0)
+    for heading in headings:
+        built.add_column(heading, justify="left" if heading in names else "right", no_wrap=heading == "variant")
     return built

@@ -17,6 +17,7 @@ from sqa.config import ModelConfig
 from sqa.cost import attention_flops, forward_flops, parameters, train_step_flops
 from sqa.errors import InputError
 from sqa.losses import CHUNK_ELEMENTS
+from sqa.tables import make_table
 from sqa.variants import VARIANTS, find_variant, preset
 
 SCALE_VARIANTS = ("mha", "gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
@@ -162,18 +163,11 @@ def first_length(shape: str, variant: str, share: float) -> int | None:
     return lengths[found] if found < len(lengths) else None
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    built = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in headings:
-        built.add_column(heading, justify="left" if heading == "variant" else "right")
-    return built
-
-
 def steps_table(shape: str, estimates: Sequence[Estimate]) -> Table:
     """Steps on one number of GPUs, at most 80 columns wide."""
     headings = ("N", "variant", "PFLOP\na step", "states\nGB", "other\nGB", "sent\nGB", "links\ns", "step\ns",
                 "GPU h a\nG token", "vs\nGQA")  # fmt: skip
-    built = _table(f"{shape}, {estimates[0].gpus} H100s", headings)
+    built = make_table(*headings, title=f"{shape}, {estimates[0].gpus} H100s", gap=2)
     for i, e in enumerate(estimates):
         if i and e.n != estimates[i - 1].n:
             built.add_row()
@@ -192,7 +186,7 @@ def lengths_table(shape: str, variants: Sequence[str]) -> Table:
     """Below which N attention's saving disappears under the rest: it is less than this share of GQA's computing."""
     shares = (0.05, 0.1, 0.25)
     headings = ("variant", *(f"{share:.0%} from N" for share in shares), "at most")
-    built = _table(f"{shape}: attention saved, as a share of GQA's step", headings)
+    built = make_table(*headings, title=f"{shape}: attention saved, as a share of GQA's step", gap=2)
     for name in variants:
         lengths = [first_length(shape, name, share) for share in shares]
         heads, theirs = (preset(shape, v).layers[0].num_output_heads for v in (name, BASELINE))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
 
 from sqa.bench.peers import ours
 from sqa.bench.step import training_step
@@ -19,6 +18,7 @@ from sqa.cost import parameters, train_step_flops
 from sqa.errors import InputError
 from sqa.files import write_text
 from sqa.measure.timing import take_turns
+from sqa.tables import make_table
 from sqa.variants import VARIANTS, find_variant, model_config, shape
 
 BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
@@ -159,10 +159,9 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
 
 def table(proposals: Sequence[Proposal]) -> Group:
     """What was proposed and where nothing fitted, at most 80 columns wide."""
-    built = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     measured = [] if proposals[0].step_s is None else ["ms a\nstep"]
-    for heading in ("spent on", "variant", "shape", "params", "GFLOP\na step", *measured, "of\nall"):
-        built.add_column(heading, justify="left" if heading in ("spent on", "variant", "shape") else "right")
+    headings = ("spent on", "variant", "shape", "params", "GFLOP\na step", *measured, "of\nall")
+    built = make_table(*headings, names=("spent on", "variant", "shape"), gap=2)
     for p in proposals:
         built.add_row(
             p.way.replace("-", " "),
