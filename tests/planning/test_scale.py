@@ -78,8 +78,9 @@ def test_one_block_is_what_autograd_keeps(variant: str) -> None:
         return tensor
 
     x = torch.randn(2, 128, config.d_model, requires_grad=True)
+    block = model.model.layers[0]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model.model.layers[0](x)
+        output = block(x, block.self_attn.share(x))
     assert output.shape == x.shape
     # two bytes an element on paper, four here; the rest is RoPE's tables and one number a row
     assert 2 * memory(config, 256, 1)["one_block"] == pytest.approx(sum(kept.values()), rel=0.05)
