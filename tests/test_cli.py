@@ -421,3 +421,15 @@ def test_sample_articles_train(articles: Path, tmp_path: Path) -> None:
     assert row["val"]["loss_all_positions"] is not None
     assert "/" not in json.loads((tmp_path / "runs/published/plan.json").read_text())["data"]["name"]
     assert "SQA" in done.stdout
+
+
+def test_without_the_extra_report_a_comparison_ends_well_and_names_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "absent").mkdir()
+    (tiny / "absent" / "altair.py").write_text("raise ImportError('altair')\n")
+    paths = [str(tiny / "absent"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    done = sqa("compare", "tiny.toml", "--out", "out[a]", "--variants", "sqa", cwd=tiny)
+    assert "pip install -c constraints.txt -e '.[report]'" in done.stdout
+    assert "Rows: out[a]/results.jsonl" in done.stdout

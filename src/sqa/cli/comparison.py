@@ -185,14 +185,14 @@ def _compare(
         return
     console.print()
     console.print(comparison_text(comparison), highlight=False)
-    console.print(f"Rows: {out / 'results.jsonl'}", highlight=False, soft_wrap=True)
+    console.print(f"Rows: {out / 'results.jsonl'}", highlight=False, markup=False, soft_wrap=True)
     if not comparison.missing:
         try:
             from sqa.experiments.report import write_report
 
-            console.print(f"Report: {write_report([out])[0]}", highlight=False, soft_wrap=True)
+            console.print(f"Report: {write_report([out])[0]}", highlight=False, markup=False, soft_wrap=True)
         except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
-            console.print(f"No report: {error}", highlight=False, soft_wrap=True)
+            console.print(f"No report: {error}", highlight=False, markup=False, soft_wrap=True)
     save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
     if plan.name == "demo":
         console.print("Minutes of training decide nothing: what long trainings say is in docs/results.md.")

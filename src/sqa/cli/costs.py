@@ -66,7 +66,7 @@ def variants(
     console = make_console()
     console.print(table)
     for text in left_out:
-        console.print(f"left out: {text}", highlight=False, soft_wrap=True)
+        console.print(f"left out: {text}", highlight=False, markup=False, soft_wrap=True)
     save_json(json_path, [row.to_dict() for row in rows])
 
 
