@@ -98,7 +98,7 @@ def convert(
     with stop_flag() as stop:
         conversion = run(job, make_display(), stop)
     console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
-    console.print(f"serve it: {conversion.serve}", highlight=False, soft_wrap=True)
+    console.print(f"serve it: {conversion.serve}", highlight=False, markup=False, soft_wrap=True)
     save_json(json_path, conversion.to_dict())
     if plot_path is not None:
         report.plot(conversion, plot_path)
