@@ -1,54 +1,87 @@
-"""Train a Llama with half the query heads from its config alone, with Hugging Face's Trainer; nothing of sqa runs.
+"""Train a Llama with fewer query heads with Hugging Face's Trainer: train, evaluate, save, generate.
 
-A layer of Sparse Query Attention is a Llama layer with fewer heads and an explicit head_dim, so every tool that trains
-Llama trains it. Run: python examples/train_llama.py [FOLDER]
+The shape is that of an existing config: `sqa.fewer_query_heads` names the sensible numbers of query heads and gives the
+config for each. The model is transformers' own class, so every tool that trains Llama trains it;
+attn_implementation="sqa" runs it with the kernels of sqa, "sdpa" without. It trains in bfloat16 (autocast).
+Run: python examples/train_llama.py [FOLDER] [--attention sdpa] [--steps 200]
 """
 
 import argparse
+import math
 import pathlib
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from sqa import variant
+from sqa import fewer_query_heads
+from sqa.interop.transformers import register
 
 LENGTH = 128
+# 9 query and 3 KV heads, as in SmolLM2-135M, an eighth as wide
+EXISTING = LlamaConfig(
+    vocab_size=256,  # bytes
+    hidden_size=144,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=2 * LENGTH,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 
 
-def main(out: str, steps: int = 60) -> tuple[float, float]:
-    """Returns the first and the last logged loss, in nats a byte."""
-    shape = variant("sqa", d_model=128, num_heads=8)  # 4 query heads and 2 KV heads of the nominal 8
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=shape.d_model,
-        num_attention_heads=shape.num_query_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        max_position_embeddings=LENGTH,
-    )
-    text = "".join(path.read_text("utf-8") for path in sorted(pathlib.Path(argparse.__file__).parent.glob("a*.py")))
-    rows = torch.tensor(list(text.encode()))[: 4_000 * LENGTH].unfold(0, LENGTH, LENGTH)
+def rows(pattern: str, count: int) -> list[dict[str, torch.Tensor]]:
+    """Text of the standard library as rows of bytes."""
+    files = sorted(pathlib.Path(argparse.__file__).parent.glob(pattern))
+    data = torch.tensor(list(b"".join(path.read_bytes() for path in files)))[: count * LENGTH]
+    return [{"input_ids": row, "labels": row} for row in data.unfold(0, LENGTH, LENGTH)]
+
+
+def main(out: str, steps: int = 60, attention: str = "sqa") -> tuple[float, float, str]:
+    """Returns the first logged loss and that of the evaluation, both in nats a byte, and a continuation."""
+    register()
+    set_seed(0)
+    choices = fewer_query_heads(EXISTING)
+    for choice in choices:
+        print(
+            f"{choice.num_query_heads} query and {choice.num_kv_heads} KV heads: "
+            f"attention takes {choice.attention_saving:.2f} times fewer FLOPs"
+        )
+    model = LlamaForCausalLM._from_config(choices[0].config, attn_implementation=attention)
     arguments = TrainingArguments(
         output_dir=out,
         max_steps=steps,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=8,
         learning_rate=3e-3,
-        logging_steps=steps // 6,
+        logging_steps=max(steps // 6, 1),
         report_to=[],
         save_strategy="no",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = Trainer(model=LlamaForCausalLM(config), args=arguments, train_dataset=data)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows("[a-d]*.py", 4_000), eval_dataset=rows("heapq.py", 64)
+    )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses[0], losses[-1]
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    last = trainer.evaluate()["eval_loss"]
+    trainer.save_model(out)
+
+    trained = AutoModelForCausalLM.from_pretrained(out, attn_implementation=attention)
+    prompt = torch.tensor([list(b"def heappush(")])
+    text = bytes(trained.generate(prompt, max_new_tokens=40, do_sample=False)[0].tolist()).decode(errors="replace")
+    return first, last, text
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", default="runs/train_llama")
-    first, last = main(parser.parse_args().out)
-    print(f"loss from {first:.3f} to {last:.3f} nats a byte")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--attention", default="sqa", choices=["sqa", "sdpa"])
+    given = parser.parse_args()
+    first, last, text = main(given.out, given.steps, given.attention)
+    print(f"loss from {first:.3f} nats a byte in training to {last:.3f} on other text, {last / math.log(2):.2f} bits")
+    print(text)

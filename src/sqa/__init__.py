@@ -12,7 +12,7 @@ from sqa.variants import VARIANTS, preset, variant
 
 if TYPE_CHECKING:
     from sqa.attention import KVCache, SparseQueryAttention
-    from sqa.interop import load_model
+    from sqa.interop import export, fewer_query_heads, import_model, load_model
     from sqa.model import Transformer
 
 __all__ = [
@@ -26,6 +26,9 @@ __all__ = [
     "SparseQueryAttention",
     "Transformer",
     "__version__",
+    "export",
+    "fewer_query_heads",
+    "import_model",
     "load_model",
     "preset",
     "variant",
@@ -37,6 +40,9 @@ _NEEDS_TORCH = {
     "KVCache": "sqa.attention",
     "SparseQueryAttention": "sqa.attention",
     "Transformer": "sqa.model",
+    "export": "sqa.interop",
+    "fewer_query_heads": "sqa.interop",
+    "import_model": "sqa.interop",
     "load_model": "sqa.interop",
 }
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from sqa.errors import InputError
+from sqa.records import read_value, shown
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 
@@ -39,19 +38,13 @@ def _read(cls: type, values: Any, where: str) -> Any:
     Raises ValueError for what is no mapping, for keys that are no fields and for missing ones without a default.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a mapping of fields, got {values!r}")
+        raise InputError(f"{where} must be a table of fields, got {shown(values)}")
     own = dataclasses.fields(cls)
     reject_unknown(values, [f.name for f in own], where)
     needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
         raise InputError(f"{where} lacks {', '.join(missing)}")
-    made = dict(values)
-    for name, (inner, there) in _INSIDE.items():
-        if isinstance(value := made.get(name), list | tuple):
-            made[name] = tuple(_read(inner, each, there) for each in value)
-        elif value is not None:
-            made[name] = _read(inner, value, there)
-    return cls(**made)
+    return cls(**values)
 
 
 MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
@@ -63,28 +56,19 @@ def _positive(where: str, config: Any, *names: str) -> None:
     for name in names:
         value, limit = getattr(config, name), limits.get(name, LARGEST)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: {name} must be a positive whole number, got {value!r}")
+            raise InputError(f"{where}: {name} must be a positive whole number, got {shown(value)}")
         if value > limit:
-            raise InputError(f"{where}: {name} must be at most {limit:,}, got {value:,}")
+            raise InputError(f"{where}: {name} must be at most {limit:,}, got {shown(value)}")
 
 
 def _check_types(where: str, config: Any) -> None:
-    """A TOML or JSON file can hold anything: say what a field wants before something far away trips over it."""
-    hints = get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value, expected = getattr(config, item.name), hints[item.name]
-        kinds = get_args(expected) if get_origin(expected) is UnionType else (expected,)
-        if int in kinds or (value is None and NoneType in kinds):
-            continue  # whole numbers have a range as well, and are checked with it
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{where}: {item.name} must be a finite number, got {value!r}")
-        known = {bool: "true or false", float: "a number"}
-        wanted = [kind for kind in kinds if kind in known or dataclasses.is_dataclass(kind)]
-        good = [type(value) is kind or (kind is float and type(value) is int) for kind in wanted]
-        several = isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds)
-        if wanted and not any(good) and not several:
-            names = " or ".join(known.get(kind) or f"a {kind.__name__}" for kind in wanted)
-            raise InputError(f"{where}: {item.name} must be {names}, got {value!r}")
+    """Give every field the type of its annotation: tables become configs, lists tuples, whole numbers floats.
+
+    Raises InputError that says what a field wants. Whole numbers have a range as well, and are checked with it.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        if kind is not int and int not in get_args(kind):
+            object.__setattr__(config, name, read_value(kind, getattr(config, name), f"{where}: {name}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +90,6 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_types("rope scaling", self)
-        if self.kind not in get_args(RopeKind):
-            raise InputError(f"rope scaling: kind must be one of {', '.join(get_args(RopeKind))}, got {self.kind!r}")
         if self.factor < 1:
             raise InputError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -117,6 +99,12 @@ class RopeScaling:
             )
         if self.kind != "linear":
             _positive(f"rope scaling {self.kind}", self, "original_max_seq_len")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the fields from a table. Raises InputError for those that are unknown or missing."""
+        config: Self = _read(cls, values, "rope scaling")
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +122,12 @@ class Rope:
         _check_types("rope", self)
         if self.base <= 1:
             raise InputError(f"rope: base must be above 1, got {self.base!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the fields from a table. Raises InputError for those that are unknown or missing."""
+        config: Self = _read(cls, values, "rope")
+        return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +272,6 @@ class ModelConfig:
         if not self.norm_eps > 0:
             raise InputError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
         if not isinstance(self.attention, AttentionConfig):
-            object.__setattr__(self, "attention", tuple(self.attention))
             if len(self.layers) != self.num_layers:
                 raise InputError(
                     f"model: attention must have one config per layer, "
@@ -321,10 +314,3 @@ class ModelConfig:
         """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
         config: Self = _read(cls, values, "model")
         return config
-
-
-_INSIDE = {
-    "attention": (AttentionConfig, "attention"),
-    "rope": (Rope, "rope"),
-    "scaling": (RopeScaling, "rope scaling"),
-}

@@ -5,6 +5,7 @@ What a process left that was killed meanwhile is removed by the next that writes
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -114,9 +115,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and (
-            error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name)
-        ):
+        if error.errno is None:  # of a library that says no more than a text
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
             error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:

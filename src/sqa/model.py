@@ -281,11 +281,7 @@ class Transformer(nn.Module):
 
         Raises InputError naming tensors that are missing, unknown, misshapen or quantised.
         """
-        if config.num_layers > len(tensors):  # each layer has several
-            raise InputError(
-                f"model: {where} does not fit its config: num_layers is {config.num_layers:,}, but there are "
-                f"{len(tensors)} tensors in all"
-            )
+        storage.check_layers(where, config.num_layers, len(tensors))
         with torch.device("meta"):  # no time spent on weights that are replaced at once
             model = cls(config)
         expected = model.state_dict()

@@ -35,8 +35,11 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
             return None
         if len(kinds) == 1:
             return read_value(kinds[0], value, name)
-        if type(value) in kinds:
-            return value
+        for each in kinds:
+            if type(value) is each or (get_origin(each) is tuple and isinstance(value, list | tuple)):
+                return read_value(each, value, name)
+            if isinstance(each, type) and is_dataclass(each) and isinstance(value, Mapping):
+                return read_value(each, value, name)
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(read_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sqa.config import ModelConfig
+from sqa.config import LARGEST, LONGEST, MOST_LAYERS, ModelConfig
 from sqa.errors import InputError, shown
 from sqa.files import new_folder, write_json, write_safetensors
 
@@ -32,11 +32,15 @@ def in_file(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else."""
+    """A JSON object. Raises InputError for anything else, numbers that are not finite included."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"model: {path} is not JSON: {error}") from None
+        value = json.loads(path.read_bytes(), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"model: {path} is not JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
         raise InputError(f"model: {path} must hold a JSON object")
     return value
@@ -75,6 +79,26 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_layers(where: str, num_layers: int, num_tensors: int) -> None:
+    """Raise InputError when a config asks for more layers than there are tensors, before anything is built of it."""
+    if num_layers > num_tensors:
+        raise InputError(
+            f"model: {where} does not fit its config: {num_layers:,} layers, but {num_tensors:,} tensors in all"
+        )
+
+
+def count_tensors(directory: Path) -> int | None:
+    """How many tensors the weights hold, by their headers; None where `read_tensors` would say what is wrong."""
+    try:
+        counts = []
+        for path in directory.glob("model*.safetensors"):
+            with safe_open(path, "pt") as file:
+                counts.append(len(file.keys()))
+    except (SafetensorError, OSError):
+        return None
+    return sum(counts) if counts else None
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"model: {path.parent} has no {path.name}")
@@ -98,12 +122,16 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def require_counts(values: Mapping[str, Any], *names: str) -> None:
-    """Raise ValueError unless these fields of a config.json are there and whole numbers above 0."""
+    """Raise InputError unless these fields of a config.json are there, whole numbers above 0 and not beyond sense."""
     if absent := [name for name in names if values.get(name) is None]:
         raise InputError(f"model: config.json lacks {', '.join(absent)}")
     for name in names:
         if type(values[name]) is not int or values[name] < 1:
-            raise InputError(f"model: {name} in config.json must be a whole number above 0, got {values[name]!r}")
+            given = shown(repr(values[name]))
+            raise InputError(f"model: {name} in config.json must be a whole number above 0, got {given}")
+        limit = MOST_LAYERS if "layers" in name else LONGEST if "position" in name or "seq_len" in name else LARGEST
+        if values[name] > limit:
+            raise InputError(f"model: {name} in config.json must be at most {limit:,}, got {shown(str(values[name]))}")
 
 
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:

@@ -93,7 +93,8 @@ def _heads(key: str, what: str, fraction: Fraction, num_heads: int) -> int:
         fits = f"{below} or {above}" if below else str(above)
         raise InputError(
             f"variant {key}: {what} is {fraction} of num_heads, which needs a multiple of {step}; "
-            f"got num_heads={num_heads}, {fits} would fit"
+            f"got num_heads={num_heads}, {fits} would fit; "
+            "sqa.fewer_query_heads(config) finds counts for an existing shape"
         )
     return int(count)
 

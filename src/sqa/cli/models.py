@@ -35,12 +35,11 @@ def generate(
     text = source.read_text_side()
     if text.tokenizer is None:
         raise InputError(f"model: {source.path} has no tokenizer.json, which the prompt is encoded with")
-    try:
-        ids = text.encode_chat(prompt) if chat else text.encode(prompt)
-    except UnicodeEncodeError:
-        raise InputError("--prompt must be UTF-8 text") from None
-    if not ids or not prompt:
+    if not prompt:
         raise InputError("--prompt must not be empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps bytes that are no UTF-8
+        raise InputError("--prompt must be UTF-8 text")
+    ids = text.encode_chat(prompt) if chat else text.encode(prompt)
     tokens = (
         source.load()
         .eval()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.errors import InputError, MissingExtraError
-from sqa.files import write_json, write_safetensors, write_text
-from sqa.interop.text import read_text_side
+from sqa.files import write_json, write_safetensors
+from sqa.interop.text import FILES, read_text_side
 
 try:
     from transformers import BertConfig, BertModel
@@ -44,10 +46,34 @@ def load_config(directory: Path) -> BertConfig:
     ):
         if (value := values.get(name, plain)) != plain:
             raise InputError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
-    counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-    storage.require_counts(values, *(name for name in counts if name in values))
+    counts = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+        "max_position_embeddings", "type_vocab_size", *_OURS,
+    )  # fmt: skip
+    with storage.in_file(directory / "config.json"):
+        storage.require_counts(values, *(name for name in counts if name in values))
     with _plain_errors(directory):
-        return MODEL_TYPES[kind][0].from_dict(values)
+        config = MODEL_TYPES[kind][0].from_dict(values)
+    _side_files(directory, values, config.vocab_size)
+    return config
+
+
+def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
+    """What `save_bert` copies, by its place in the directory: of the tokenizer, and what sentence-transformers reads.
+
+    That is its JSON files and the folders of its further modules such as 1_Pooling. Raises InputError for a file that
+    is damaged, and for a link to another place.
+    """
+    read_text_side(directory, values, vocab_size=vocab_size)
+    found = [directory / name for name in (*FILES, *SENTENCE_FILES) if storage.regular_file(directory / name)]
+    for module in sorted(directory.glob("[0-9]_*")):
+        if module.is_symlink():
+            raise InputError(f"model: {module} is a link to another place; put the folder itself there")
+        found += [path for path in sorted(module.rglob("*")) if not path.is_dir() and storage.regular_file(path)]
+    for path in found:
+        if path.suffix == ".json" and path.name != "modules.json":  # that one is a list
+            storage.read_json(path)
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
 @contextmanager
@@ -55,6 +81,8 @@ def _plain_errors(directory: Path) -> Iterator[None]:
     """ValueError for what transformers raises on a config that it cannot build, which is of any kind."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"model: {directory / 'config.json'} is no BERT's: {' '.join(str(error).split())}") from None
 
@@ -74,10 +102,13 @@ def load_bert(directory: Path) -> BertModel:
             f"model: {directory} has a task's head ({heads[0]}), which an encoder has no place for; write one without: "
             f"AutoModel.from_pretrained(IN).save_pretrained(OUT)"
         )
+    storage.check_layers(str(directory), config.num_hidden_layers, len(tensors))
     model_class = MODEL_TYPES[config.model_type][1]
     with _plain_errors(directory):
+        with torch.device("meta"):  # sizes that do not fit are found before memory is asked for
+            expected = model_class(config, add_pooling_layer="pooler.dense.weight" in tensors).state_dict()
+        storage.check_tensors(expected, tensors, str(directory))
         model = model_class(config, add_pooling_layer="pooler.dense.weight" in tensors)
-    storage.check_tensors(model.state_dict(), tensors, str(directory))
     model.to(tensors["embeddings.word_embeddings.weight"].dtype).load_state_dict(tensors)
     return model.eval()
 
@@ -134,15 +165,9 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     )
     write_json(folder / "config.json", values)
     shutil.copyfile(Path(__file__).with_name("modeling_sqa_bert.py"), folder / "modeling_sqa_bert.py")
-    text = read_text_side(source, storage.read_config(source), vocab_size=model.config.vocab_size)
-    for name, content in text.files.items():
-        if (source / name).is_file():  # a task of language models wants more files
-            write_text(folder / name, content)
-    for name in SENTENCE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for module in source.glob("[0-9]_*"):
-        shutil.copytree(module, folder / module.name)
+    for name, content in _side_files(source, storage.read_config(source), model.config.vocab_size).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def embed(model: BertModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,12 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
                 writer.add_tensor(_their_name(key), data, raw_dtype=stored)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            try:
+                writer.write_tensors_to_file()
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
         finally:
             writer.close()
 

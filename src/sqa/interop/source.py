@@ -52,6 +52,7 @@ def _open_gguf(path: Path) -> ModelSource:
     file = gguf_reader.read_gguf(path)
     with storage.in_file(path):
         config = gguf_reader.model_config(file)
+        storage.check_layers(str(path), config.num_layers, len(file.tensors))
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,
@@ -80,6 +81,8 @@ def _open_directory(path: Path) -> ModelSource:
                 f"model: config.json has model_type {kind!r}; supported: {storage.MODEL_TYPE}, "
                 f"{', '.join(llama.MODEL_TYPES)} and ReactiveAI's SQAT format"
             )
+    if (count := storage.count_tensors(path)) is not None:
+        storage.check_layers(str(path), config.num_layers, count)
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,

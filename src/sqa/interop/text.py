@@ -19,6 +19,7 @@ from sqa.storage import read_json, regular_file
 TOKENIZER, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 _JSON = (TOKENIZER, CONFIG, GENERATION, "special_tokens_map.json")
+FILES = (*_JSON, TEMPLATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def read_text_side(
     the names of the tokens. Raises InputError for a file that is damaged or a link to another place, ids that are
     none, and a tokenizer of more entries than the model has.
     """
-    paths = [directory / name for name in (*_JSON, TEMPLATE)]
+    paths = [directory / name for name in FILES]
     files = {path.name: read_text(path) for path in paths if regular_file(path)}
     parsed = {name: read_json(directory / name) for name in _JSON if name in files}
     tokenizer = _parse_tokenizer(directory / TOKENIZER, files[TOKENIZER], vocab_size) if TOKENIZER in files else None

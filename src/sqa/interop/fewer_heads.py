@@ -1,0 +1,94 @@
+"""How many query heads an existing shape could have instead, and the config to train such a model from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from sqa.config import AttentionConfig, ModelConfig
+from sqa.errors import InputError
+from sqa.interop import llama
+from sqa.interop.source import load_config
+
+_SHARES = (Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))  # of the query heads: light SQA, SQA, extreme SQA
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerHeads:
+    """One choice of head counts. `config` is a ModelConfig, or the transformers config that was given, changed.
+
+    `attention_saving`: how many times fewer FLOPs scores and weighted values take than in the shape it is made from.
+    """
+
+    num_query_heads: int
+    num_kv_heads: int
+    attention_saving: float
+    config: Any
+
+
+def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads]:
+    """The sensible numbers of query heads nearest to 3/4, 1/2 and 1/4 of those that a model has, most heads first.
+
+    `source` is a config of transformers (Llama, Mistral, Qwen2, Qwen3), a ModelConfig, a model directory, a .gguf file
+    or a name on the Hub. KV heads and head_dim stay as they are, so the number of query heads is a multiple of the KV
+    heads; only a model with as many of one as of the other (MHA) gets as many KV heads as query heads.
+
+    Raises InputError for a model with one query head, with layers of several kinds, or of an unknown type.
+
+    >>> [(c.num_query_heads, c.num_kv_heads) for c in fewer_query_heads(LlamaConfig(num_attention_heads=9,
+    ...     num_key_value_heads=3, hidden_size=576))]
+    [(6, 3), (3, 3)]
+    """
+    config = _model_config(source)
+    layer = config.layers[0]
+    if any(
+        (each.num_query_heads, each.num_kv_heads) != (layer.num_query_heads, layer.num_kv_heads)
+        for each in config.layers
+    ):
+        raise InputError("source: its layers have different head counts; choose counts for each kind of layer")
+    return [
+        FewerHeads(
+            num_query_heads=query,
+            num_kv_heads=kv,
+            attention_saving=layer.num_output_heads / max(query, kv),
+            config=_with_heads(source, config, query, kv),
+        )
+        for query, kv in _counts(layer)
+    ]
+
+
+def _model_config(source: Any) -> ModelConfig:
+    if isinstance(source, ModelConfig):
+        return source
+    if isinstance(source, str | Path):
+        return load_config(source)
+    values = source.to_dict() if hasattr(source, "to_dict") else {}
+    if values.get("model_type") not in llama.MODEL_TYPES:
+        raise InputError(
+            f"source: must be a ModelConfig, a model, or a transformers config of {', '.join(llama.MODEL_TYPES)}, "
+            f"got {type(source).__name__}"
+        )
+    return llama.model_config(values)
+
+
+def _counts(layer: AttentionConfig) -> list[tuple[int, int]]:
+    """(query heads, KV heads) of each choice."""
+    heads, kv_heads = layer.num_query_heads, layer.num_kv_heads
+    possible = list(range(kv_heads, heads, kv_heads)) or list(range(1, heads))
+    if not possible:
+        raise InputError(f"source: {heads} query heads and {kv_heads} KV heads leave none to take away")
+    nearest = {min(possible, key=lambda n: (abs(n - share * heads), -n)) for share in _SHARES}
+    return [(n, min(n, kv_heads)) for n in sorted(nearest, reverse=True)]
+
+
+def _with_heads(source: Any, config: ModelConfig, query: int, kv: int) -> Any:
+    if isinstance(source, ModelConfig | str | Path):
+        layers = tuple(each.replace(num_query_heads=query, num_kv_heads=kv) for each in config.layers)
+        return config.replace(attention=layers[0] if len(set(layers)) == 1 else layers)
+    changed = copy.deepcopy(source)
+    changed.head_dim = config.layers[0].head_dim  # else width and heads would decide it
+    changed.num_attention_heads, changed.num_key_value_heads = query, kv
+    return changed
