@@ -92,7 +92,7 @@ def test_model_mistakes(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "ntk", "factor": 2.0}, "kind must be one of linear, llama3, yarn, got 'ntk'"),
+        ({"kind": "ntk", "factor": 2.0}, "kind must be one of 'linear', 'llama3', 'yarn', got 'ntk'"),
         ({"kind": "linear", "factor": 0.5}, "factor must be at least 1, got 0.5"),
         ({"kind": "yarn", "factor": 2.0}, "original_max_seq_len must be a positive whole number, got None"),
         (
@@ -151,9 +151,9 @@ def test_unknown_fields_are_named(path: tuple[str, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"attention": 5}, "attention must be a mapping of fields, got 5"),
-        ({"attention": [{**GOOD, "rope": 5}] * 4}, "rope must be a mapping of fields, got 5"),
-        ({"attention": {**GOOD, "rope": [{}]}}, "rope must be a Rope, got"),
+        ({"attention": 5}, "attention must be a table or a list, got 5"),
+        ({"attention": [{**GOOD, "rope": 5}] * 4}, "rope must be a table, got 5"),
+        ({"attention": {**GOOD, "rope": [{}]}}, "rope must be a table, got"),
     ],
 )
 def test_what_is_no_config_is_named(values: dict, message: str) -> None:
