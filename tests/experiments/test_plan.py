@@ -179,7 +179,7 @@ def test_budgets_become_steps() -> None:
         ({"name": "../x"}, "name must be letters"),
         ({"model": {"causal": False}}, "causal must be true"),
         ({"model": {"rope": {"bse": 3}}}, "rope has no field 'bse'"),
-        ({"model": {"rope": 3}}, "rope must be a table or null, got 3"),
+        ({"model": {"rope": 3}}, "rope must be a table, got 3"),
         ({"model": {"bias": "no"}}, "bias must be true or false, got 'no'"),
         ({"model": {"norm_eps": "x"}}, "norm_eps must be a finite number, got 'x'"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
