@@ -249,7 +249,7 @@ def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
         (config(num_hidden_layers=0), "num_hidden_layers in config.json must be a whole number above 0, got 0"),
         (config(layer_norm_eps="x"), "'layer_norm_eps' expected float, got str"),
         (config(dtype="nonsense"), "no BERT's: .*nonsense"),
-        (config(pad_token_id=999), "no BERT's: Padding_idx"),
+        (config(pad_token_id=999), "pad_token_id in .* must be a token id below 90, got 999"),
         (config(hidden_act="gelo"), "gelo"),
         (config(num_attention_heads=7), r"hidden size \(48\) is not a multiple"),
         (config(model_type="sqa_bert", num_query_heads=6, num_kv_heads=4, head_dim=8), "must divide num_query_heads=6"),
