@@ -27,8 +27,9 @@ asan: $(VENV)/.installed-dev  ## our own kernel under g++'s address sanitizer, w
 
 MINUTES ?= 20
 SEED ?= 0
-fuzz: $(VENV)/.installed-dev  ## random masks, shapes and layouts for MINUTES minutes, from case number SEED
+fuzz: $(VENV)/.installed-dev  ## random input to kernel and commands, MINUTES minutes each, from case number SEED
 	@$(BIN)/python tests/fuzz/kernel.py --minutes $(MINUTES) --seed $(SEED)
+	@$(BIN)/python tests/fuzz/commands.py --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev  ## formatting and types only
 	@$(BIN)/ruff check --quiet

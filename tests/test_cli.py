@@ -286,6 +286,13 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("bench attention --plot nowhere/x.svg", "--plot nowhere/x.svg is in a folder that does not exist"),
         ("bench attention --dtypes ,", "benchmark: dtypes must be at least 1, got 0"),
         ("kernels --n 0", "--n must be at least 1, got 0"),
+        (
+            "bench prefill --model empty --preset demo",
+            "--model is measured as it is; leave out --preset and --variants",
+        ),
+        ("bench step --model empty", "empty"),
+        ("bench step --peers llama-cpp", "peer: llama-cpp cannot train"),
+        ("bench attention --head-dims 0", "--head-dims must be numbers of at least 1, got '0'"),
         ("bench attention --n 10,x", "--n must be whole numbers with commas between, got '10,x'"),
         ("bench step --budget 3d", "budget: time needs a number above 0"),
         ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),

@@ -23,6 +23,7 @@ LAYERS = (
     "records",
     "tables",
     "files",
+    "native",
     "progress",
     "config",
     "variants",

@@ -49,6 +49,9 @@ PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
 DEFAULT_VARIANTS = (*PUBLISHED_VARIANTS, "wide-gqa")
 """What a comparison trains unless told otherwise: the published seven and the equal-cost baseline."""
 
+MEASURED_VARIANTS = ("gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
+"""What is timed unless told otherwise: the equal-cost baseline always takes part."""
+
 _SHAPES: dict[str, dict[str, Any]] = {
     # arXiv 2510.01817; eps is PyTorch's RMSNorm default for fp32
     "published": {

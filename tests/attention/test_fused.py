@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqa import native
 from sqa.attention import fused
 from sqa.attention.fused import fused_backward, fused_forward, fused_need
 from sqa.attention.kernels import attend
@@ -19,8 +20,8 @@ FUZZ = Path(__file__).resolve().parents[1] / "fuzz"
 
 @pytest.fixture(autouse=True)
 def _compiler() -> None:
-    if fused.lacks() == "no C++ compiler":
-        pytest.skip("data: no C++ compiler")
+    if fused.lacks() in native.ABSENT:
+        pytest.skip(f"data: {fused.lacks()}")
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqa import AttentionConfig, InputError, variant
+from sqa import AttentionConfig, InputError, native, variant
 from sqa.attention import blocks, fused, kernels, pytorch
 from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend, explain, resolve
@@ -76,8 +76,8 @@ def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def needs(kernel: str) -> None:
     """Skip where there is no compiler for our own kernel."""
-    if kernel == "fused" and fused.lacks() == "no C++ compiler":
-        pytest.skip("data: no C++ compiler")
+    if kernel == "fused" and fused.lacks() in native.ABSENT:
+        pytest.skip(f"data: {fused.lacks()}")
 
 
 @lengths

@@ -1,39 +1,58 @@
 """The benchmarks themselves, at sizes where they take a second and their figures mean nothing."""
 
+import importlib.util
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from sqa import cost
+from sqa import cost, native
+from sqa.attention import fused
 from sqa.attention.kernels import attend
-from sqa.bench import gpu, peers, step
+from sqa.bench import lineup, peers, step
 from sqa.bench.attention import Setting, layer_config, refusal, run_attention
 from sqa.bench.decode import filled_cache, run_decode
+from sqa.bench.lineup import Models
+from sqa.bench.measurement import Measurement
 from sqa.bench.prefill import run_prefill
-from sqa.bench.report import Row
+from sqa.bench.report import BenchResult
 from sqa.bench.step import run_step
 from sqa.config import ModelConfig, Rope
 from sqa.measure.machine import find_dtype
+from sqa.measure.peak import Peak
+from sqa.measure.timing import Timing
 from sqa.model import Transformer
 
 CPU = torch.device("cpu")
-TINY = {"preset": "demo", "rounds": 2}
+LLAMA_CPP_SETTINGS = ("f32", "f32 flash", "bf16", "bf16 flash", "q8_0", "q8_0 flash")
+PEAK = Peak(1e11, 2e11)
+TIMED = {"p20": 1.0, "p80": 4.0, "rounds": 2}
+
+
+def demo(*variants: str) -> Models:
+    return Models.of_preset("demo", variants)
+
+
+def by_name(result: BenchResult) -> dict[tuple[str | None, str], Measurement]:
+    rows = {(row.implementation, row.variant): row for row in result.rows}
+    assert len(rows) == len(result.rows)
+    return rows
 
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("attention", "step"):
-        monkeypatch.setattr(f"sqa.bench.{module}.matmul_peak", lambda dtype, device: 1e11)
+    for module in ("attention", "step", "prefill"):
+        monkeypatch.setattr(f"sqa.bench.{module}.measure_peak", lambda dtype, device: PEAK)
 
 
 def shape(variant: str, *, length: int, comparable: bool = False) -> ModelConfig:
-    return peers.shapes("demo", (variant,), peers.PEERS if comparable else (), length=length)[variant]
+    return demo(variant).fitted(length, peers.PEERS if comparable else ()).configs[variant]
 
 
 def setting(name: str = "sqa", *, dtype: str = "fp32", mask: str = "causal", kernel: str = "auto") -> Setting:
-    config = layer_config(name, d_model=128, num_heads=8)
+    config = layer_config(name, head_dim=16, num_heads=8)
     return Setting(
         variant=name,
         config=config.replace(causal=mask != "none", window=20 if mask == "window" else None),
@@ -69,19 +88,18 @@ def test_a_wrong_kernel_is_refused(dtype: str) -> None:
 def test_a_kernel_that_cannot_run_is_a_row_with_a_note() -> None:
     assert str(refusal(setting(kernel="cudnn"))).startswith("cannot run: ")
     result = run_attention(
-        variants=("gqa", "sqa"), lengths=(32, 64), d_model=64, num_heads=4, rounds=1, kernels=("math", "cudnn", "flash")
+        variants=("gqa", "sqa"), lengths=(32, 64), num_heads=4, rounds=1, kernels=("math", "cudnn", "flash")
     )
-    notes = [row for row in result.rows if "note" in row]
-    assert [(row["kernel"], row["n"]) for row in notes] == [("sdpa:cudnn", 32)] * 4
-    assert {row["kernel"] for row in result.rows if "seconds" in row} == {"sdpa:math", "sdpa:flash"}
+    notes = [row for row in result.rows if row.note is not None]
+    assert [(row.kernel, row.n) for row in notes] == [("sdpa:cudnn", 32)] * 4
+    assert {row.kernel for row in result.rows if row.seconds is not None} == {"sdpa:math", "sdpa:flash"}
 
 
 def test_scores_and_flops_are_counted_under_the_mask() -> None:
     causal = setting()
-    assert causal.row(1e9)["flops"] == 3 * 2 * cost.attention_flops(causal.config, 100)
-    assert replace(causal, what="forward").row(1e9)["limit_seconds"] * 1e9 == 2 * cost.attention_flops(
-        causal.config, 100
-    )
+    flops = 2 * cost.attention_flops(causal.config, 100)
+    assert causal.measurement(PEAK).flops == 3 * flops
+    assert replace(causal, what="forward").measurement(PEAK).limit_seconds == flops / 1e11
     packed = replace(setting(mask="documents"), n=101)  # 50, 50 and 1
     ids = packed.documents
     assert ids is not None
@@ -90,36 +108,48 @@ def test_scores_and_flops_are_counted_under_the_mask() -> None:
 
 
 def test_attention_reports_rates_shares_and_ratios() -> None:
+    result = run_attention(variants=("gqa", "2/1x16"), lengths=(64, 32), num_heads=4, rounds=2, dtypes=("fp32",))
+    assert [row.n for row in result.rows] == [32] * 4 + [64] * 4
+    gqa, ours = (row for row in result.rows if row.n == 64 and row.what == "forward")
+    assert ours.heads == "2/1x16"
+    assert ours.flops is not None
+    assert ours.ratio == gqa.median / ours.median
+    assert ours.limit == 2.0
+    assert ours.share_of_limit == ours.ratio / 2
+    assert ours.flops_per_s == ours.flops / ours.median
+    assert ours.share_of_peak == ours.flops_per_s / 1e11
+    assert ours.share_of_processor == ours.flops_per_s / 2e11
+
+
+def test_attention_at_several_widths_beside_pytorchs() -> None:
     result = run_attention(
-        variants=("gqa", "2/1x16"), lengths=(64, 32), d_model=64, num_heads=4, rounds=2, dtypes=("fp32",)
-    )
-    assert [row["n"] for row in result.rows] == [32] * 4 + [64] * 4
-    gqa, ours = (row for row in result.rows if row["n"] == 64 and row["what"] == "forward")
-    assert (ours["num_query_heads"], ours["num_kv_heads"], ours["head_dim"]) == (2, 1, 16)
-    assert ours["ratio"] == gqa["seconds"]["median"] / ours["seconds"]["median"]
-    assert ours["limit"] == 2.0
-    assert ours["share_of_limit"] == ours["ratio"] / 2
-    assert ours["flops_per_s"] == ours["flops"] / ours["seconds"]["median"]
-    assert ours["share_of_peak"] == ours["flops_per_s"] / 1e11
+        variants=("gqa", "sqa"), lengths=(64,), head_dims=(16, 64), num_heads=4, rounds=1, dtypes=("fp32",),
+        kernels=("blocks", "sdpa"),
+    )  # fmt: skip
+    assert {(row.d_model, row.head_dim) for row in result.rows} == {(64, 16), (256, 64)}
+    rows = {(row.head_dim, row.variant, row.kernel): row for row in result.rows if row.what == "forward"}
+    ours, theirs = rows[64, "sqa", "blocks"], rows[64, "sqa", "sdpa"]
+    assert ours.ratio_to_sdpa == theirs.median / ours.median
+    assert theirs.ratio_to_sdpa is None
+    assert ours.ratio == rows[64, "gqa", "blocks"].median / ours.median
 
 
 def test_a_window_runs_beside_full_attention_and_the_layer_takes_part() -> None:
     result = run_attention(
         variants=("gqa", "sqa"),
         lengths=(256,),
-        d_model=64,
         num_heads=4,
         rounds=1,
         dtypes=("fp32",),
         mask="window",
         window=16,
     )
-    windowed = [row for row in result.rows if row["mask"] == "window"]
-    assert {row["what"] for row in windowed} == {"forward", "forward+backward", "layer step"}
-    assert all(row["kernel"] == "fused" and row["ratio_to_full"] > 0 for row in windowed)
-    full = next(row for row in result.rows if row["mask"] == "causal" and row["what"] == "layer step")
-    layer = next(row for row in windowed if row["what"] == "layer step")
-    assert layer["ratio_to_full"] == full["seconds"]["median"] / layer["seconds"]["median"]
+    windowed = [row for row in result.rows if row.mask == "window"]
+    assert {row.what for row in windowed} == {"forward", "forward+backward", "layer step"}
+    assert {row.kernel for row in windowed} == {"blocks" if fused.lacks() in native.ABSENT else "fused"}
+    full = next(row for row in result.rows if row.mask == "causal" and row.what == "layer step")
+    layer = next(row for row in windowed if row.what == "layer step")
+    assert layer.ratio_to_full == full.median / layer.median
 
 
 @pytest.mark.parametrize(
@@ -142,40 +172,56 @@ def test_a_peer_with_our_weights_is_let_through_and_any_other_refused() -> None:
     config = shape("sqa", length=64, comparable=True)
     ids, labels = torch.randint(config.vocab_size, (2, 2, 64))
     labels[:, ::5] = -100
-    own, llama = peers.build(peers.OURS, config), peers.build("hf-llama", config)
-    assert "logits differ" in str(peers.difference(own, llama, ids, labels))
-    llama.module.load_state_dict(own.module.state_dict())
-    assert peers.difference(own, llama, ids, labels) is None
+    own, other = (Transformer(config) for _ in range(2))
+    llama = peers.build("hf-llama", own)["eager"]
+    assert peers.difference(peers.ours(own), llama, ids, labels) is None
+    assert "logits differ" in str(peers.difference(peers.ours(other), llama, ids, labels))
     # the same weights under another convention of rotary pairs: a small error, and still one
     layer = config.layers[0].replace(rope=Rope(interleaved=True))
-    other = peers.build(peers.OURS, config.replace(attention=layer))
-    other.module.load_state_dict(own.module.state_dict())
-    assert "logits differ" in str(peers.difference(other, llama, ids, labels))
+    turned = Transformer(config.replace(attention=layer))
+    turned.load_state_dict(own.state_dict())
+    assert "logits differ" in str(peers.difference(peers.ours(turned), llama, ids, labels))
     # a loss over other tokens
     shifted = replace(llama, loss=lambda module, ids, labels: module(ids, labels=labels).loss)
-    assert "loss differ" in str(peers.difference(own, shifted, ids, labels))
+    assert "loss differ" in str(peers.difference(peers.ours(own), shifted, ids, labels))
 
 
 def test_steps_of_peers_are_timed_eager_and_compared() -> None:
     result = run_step(
-        variants=("gqa", "sqa"), peers=("hf-llama", "x-transformers"), dtypes=("fp32",), batch_size=1, length=16,
-        compile=False, **TINY,
+        demo("gqa", "sqa"), peers=("hf-llama", "x-transformers"), dtypes=("fp32",), batch_size=1, length=16,
+        compile=False, rounds=2,
     )  # fmt: skip
-    rows = {(row["implementation"], row["variant"]): row for row in result.rows}
-    assert len(rows) == len(result.rows) == 6
-    assert rows["hf-llama", "sqa"]["checked"] is True
-    assert rows["x-transformers", "sqa"]["checked"] is False
-    fastest = min(rows[name, "sqa"]["seconds"]["median"] for name in peers.PEERS)
+    rows = by_name(result)
+    assert len(rows) == 6
+    assert rows["hf-llama", "sqa"].checked is True
+    assert rows["x-transformers", "sqa"].checked is False
+    fastest = min(rows[name, "sqa"].median for name in ("hf-llama", "x-transformers"))
     ours = rows["sqa", "sqa"]
-    assert ours["ratio_to_peer"] == fastest / ours["seconds"]["median"]
-    assert ours["ratio"] == rows["sqa", "gqa"]["seconds"]["median"] / ours["seconds"]["median"]
-    assert ours["tokens_per_s"] == 16 / ours["seconds"]["median"]
-    assert rows["hf-llama", "gqa"]["tried"] == {"eager": rows["hf-llama", "gqa"]["seconds"]["median"]}
+    assert ours.ratio_to_peer == fastest / ours.median
+    assert ours.ratio == rows["sqa", "gqa"].median / ours.median
+    assert ours.tokens_per_s == 16 / ours.median
+    assert rows["hf-llama", "gqa"].tried == {"eager": rows["hf-llama", "gqa"].median}
+    flops = cost.train_step_flops(shape("sqa", length=16, comparable=True), 16)
+    assert ours.share_of_processor == flops / ours.median / 2e11
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qkv_bias": True}], ids=str)
+def test_a_model_from_a_directory_is_measured_with_its_own_weights(changes, config_of, model_of, saved) -> None:  # type: ignore[no-untyped-def]
+    model = model_of(config_of(**changes))
+    models = Models.of_source(saved(model))
+    (name,) = models.configs
+    built = models.fitted(512, ("hf-llama",)).build(name)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), built.parameters(), strict=True))
+    result = run_prefill(models, peers=("hf-llama",), lengths=(16,), dtype="fp32", compile=False, rounds=1)
+    rows = by_name(result)
+    assert rows["hf-llama", name].checked is True
+    assert rows["sqa", name].ratio_to_peer == rows["hf-llama", name].median / rows["sqa", name].median
+    assert rows["sqa", name].limit is None
 
 
 def test_a_step_changes_the_weights() -> None:
     config = shape("sqa", length=16)
-    own = peers.build(peers.OURS, config)
+    own = peers.ours(Transformer(config))
     before = own.module.state_dict()["lm_head.weight"].clone()
     step.training_step(own, own.module, torch.bfloat16, torch.randint(config.vocab_size, (2, 1, 16)))()
     assert not torch.equal(before, own.module.state_dict()["lm_head.weight"])
@@ -185,8 +231,8 @@ def test_ours_runs_compiled_and_peers_both_ways(monkeypatch: pytest.MonkeyPatch)
     done: list[str] = []
     monkeypatch.setattr(Transformer, "compile", lambda self: done.append("ours"))
     monkeypatch.setattr(torch, "compile", lambda module: done.append("peer") or module)
-    configs = {"sqa": shape("sqa", length=16, comparable=True)}
-    runners, _ = peers.line_up(configs, ("hf-llama",), compile=True, device=CPU)
+    models = demo("sqa").fitted(16, ("hf-llama",))
+    runners, _ = lineup.line_up(models, ("hf-llama",), compile=True, device=CPU)
     assert [(r.implementation, r.setting) for r in runners] == [
         ("sqa", "compiled"), ("hf-llama", "eager"), ("hf-llama", "compiled")
     ]  # fmt: skip
@@ -195,59 +241,100 @@ def test_ours_runs_compiled_and_peers_both_ways(monkeypatch: pytest.MonkeyPatch)
 
 def test_memory_is_a_table_of_its_own() -> None:
     options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True}
-    result = run_step(variants=("sqa",), **options, **TINY)  # type: ignore[arg-type]
+    result = run_step(demo("sqa"), **options, rounds=2)  # type: ignore[arg-type]
     assert result.kinds == (["step", "step memory"] if sys.platform == "linux" else ["step"])
 
 
 def test_the_better_setting_counts() -> None:
-    rows: list[Row] = [
-        {"implementation": "p", "variant": "v", "setting": "eager", "seconds": {"median": 2.0}},
-        {"implementation": "p", "variant": "v", "setting": "compiled", "seconds": {"median": 1.0}},
-        {"implementation": "q", "variant": "v", "setting": "eager", "seconds": {"median": 3.0}},
-        {"implementation": "q", "variant": "v", "setting": "compiled", "note": "no compiler"},
-        {"implementation": "r", "variant": "v", "note": "not installed"},
-    ]
-    best = peers.best_settings(rows)
-    assert [row.get("setting") for row in best] == ["compiled", "eager", None]
-    assert best[0]["tried"] == {"eager": 2.0, "compiled": 1.0}
+    def measured(implementation: str, setting: str | None, median: float | None) -> Measurement:
+        timing = None if median is None else Timing(median=median, **TIMED)  # type: ignore[arg-type]
+        return Measurement(kind="step", variant="v", implementation=implementation, setting=setting, seconds=timing)
+
+    best = lineup.best_settings(
+        [
+            measured("p", "eager", 2.0),
+            measured("p", "compiled", 1.0),
+            measured("q", "eager", 3.0),
+            measured("q", "compiled", None),
+            measured("r", None, None),
+        ]
+    )
+    assert [row.setting for row in best] == ["compiled", "eager", None]
+    assert [row.tried for row in best] == [{"eager": 2.0, "compiled": 1.0}, {"eager": 3.0}, None]
 
 
 @pytest.mark.parametrize(("name", "package"), [("hf-llama", "transformers"), ("x-transformers", "x_transformers")])
 def test_a_missing_peer_is_a_line_not_an_error(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    result = run_step(variants=("sqa",), peers=(name,), dtypes=("fp32",), batch_size=1, length=8, compile=False, **TINY)
+    result = run_step(demo("sqa"), peers=(name,), dtypes=("fp32",), batch_size=1, length=8, compile=False, rounds=2)
     ours, missing = result.rows
-    assert "seconds" in ours
-    assert missing["note"].startswith("not installed; run in a clone of the repository: pip install")
-    assert "seconds" not in missing
+    assert ours.seconds is not None
+    assert str(missing.note).startswith("not installed; run in a clone of the repository: pip install")
+    assert missing.seconds is None
+
+
+def test_without_llama_cpp_its_line_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "sqa.bench.llama_cpp", raising=False)
+    result = run_prefill(demo("sqa"), peers=("llama-cpp",), lengths=(16,), dtype="fp32", compile=False, rounds=1)
+    assert by_name(result)["llama-cpp", "sqa"].note == (
+        "not installed; pip install llama-cpp-python builds it in ten minutes"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="data: llama-cpp-python is not installed")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_embeddings": True}], ids=str)
+def test_llama_cpp_computes_what_we_do_and_its_best_type_counts(changes, config_of, model_of, saved) -> None:  # type: ignore[no-untyped-def]
+    models = Models.of_source(saved(model_of(config_of(**changes))))
+    (name,) = models.configs
+    result = run_prefill(models, peers=("llama-cpp",), lengths=(16, 32), compile=False, rounds=1)
+    theirs = [row for row in result.rows if row.implementation == "llama-cpp"]
+    assert [row.n for row in theirs] == [16, 32]
+    assert all(set(row.tried or {}) == set(LLAMA_CPP_SETTINGS) for row in theirs)
+    # other weights are noticed
+    other = Transformer(models.configs[name])
+    entrant = peers.build("llama-cpp", models.build(name))["f32"]
+    ids, labels = torch.randint(other.config.vocab_size, (2, 2, 16))
+    assert "last logits differ" in str(peers.difference(peers.ours(other), entrant, ids, labels))
 
 
 def test_a_shape_that_a_peer_cannot_have_is_a_line_too() -> None:
-    _, absent = peers.line_up({"rsqa": shape("rsqa", length=8, comparable=True)}, peers.PEERS,
-                              compile=False, device=CPU)  # fmt: skip
+    models = demo("rsqa").fitted(8, peers.PEERS)
+    _, absent = lineup.line_up(models, peers.PEERS, compile=False, device=CPU)
     assert all("cannot have 2 query and 4 KV heads" in note for note in absent.values())
-    assert len(absent) == 2
+    assert len(absent) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"peers": ("hf-lama",)}, "peer: 'hf-lama' is unknown; did you mean 'hf-llama'"),
+        ({"peers": ("llama-cpp",)}, "peer: llama-cpp cannot train"),
         ({"dtypes": ("fp16",)}, "dtype fp16 needs loss scaling"),
         ({"length": 0}, "length must be at least 1"),
-        ({"variants": ("sqaa",)}, "variant: 'sqaa' is unknown"),
-        ({"preset": "publishd"}, "preset: 'publishd' is unknown"),
     ],
 )
 def test_bad_step_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run_step(**options)  # type: ignore[arg-type]
+        run_step(demo("sqa"), **options)  # type: ignore[arg-type]
+
+
+def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="variant: 'sqaa' is unknown"):
+        demo("sqaa")
+    with pytest.raises(ValueError, match="preset: 'publishd' is unknown"):
+        Models.of_preset("publishd")
+    with pytest.raises(ValueError, match="variants must be at least 1"):
+        demo()
+    with pytest.raises((ValueError, OSError)):
+        Models.of_source(tmp_path)
 
 
 def test_peak_memory_grows_with_the_batch() -> None:
     config = shape("sqa", length=128)
-    row: Row = {"implementation": "sqa", "setting": "eager", "dtype": "fp32", "n": 128}
-    small, large = (step.peak_memory(row | {"batch_size": b}, config, "cpu", 1) for b in (1, 32))
+    contestant = Measurement(kind="step", implementation="sqa", variant="sqa", setting="eager", dtype="fp32", n=128)
+    small, large = (step.peak_memory(replace(contestant, batch_size=b), config, CPU, 1) for b in (1, 32))
     if small is None or large is None:
         assert sys.platform != "linux"
         return
@@ -256,58 +343,29 @@ def test_peak_memory_grows_with_the_batch() -> None:
 
 
 def test_prefill_lists_every_variant_at_every_length() -> None:
-    result = run_prefill(variants=("gqa", "xsqa"), peers=("hf-llama",), max_n=1030, compile=False, **TINY)
-    assert [row["n"] for row in result.rows] == [1024] * 4 + [1030] * 4
-    ours = [row for row in result.rows if row["implementation"] == "sqa" and row["n"] == 1030]
-    configs = [shape(row["variant"], length=1030, comparable=True) for row in ours]
+    result = run_prefill(demo("gqa", "xsqa"), peers=("hf-llama",), lengths=(1030, 1024), compile=False, rounds=2)
+    assert [row.n for row in result.rows] == [1024] * 4 + [1030] * 4
+    ours = [row for row in result.rows if row.implementation == "sqa" and row.n == 1030]
+    configs = [shape(row.variant, length=1030, comparable=True) for row in ours]
     flops = [cost.prefill_flops(config, 1030) for config in configs]
-    assert [row["limit"] for row in ours] == [1.0, flops[0] / flops[1]]
-    assert all("preprint_ratio" not in row for row in result.rows)  # another shape than the preprint's
+    assert [row.limit for row in ours] == [1.0, flops[0] / flops[1]]
+    assert [row.share_of_peak for row in ours] == [f / row.median / 1e11 for f, row in zip(flops, ours, strict=True)]
+    assert all(row.preprint_ratio is None for row in result.rows)  # another shape than the preprint's
 
 
 def test_a_spent_budget_leaves_out_longer_prompts() -> None:
-    result = run_prefill(variants=("sqa",), max_n=100_000, compile=False, budget=0.2, **TINY)
-    assert max(row["n"] for row in result.rows) < 100_000
-    assert any("budget was spent before N" in note for note in result.header["notes"])
+    result = run_prefill(demo("sqa"), lengths=(1024, 4096, 100_000), compile=False, budget=0.2, rounds=2)
+    assert max(row.n or 0 for row in result.rows) < 100_000
+    assert any("budget was spent before N" in note for note in result.notes)
 
 
 def test_decoding_starts_from_a_filled_cache_and_says_that_sqa_wins_little() -> None:
-    result = run_decode(variants=("gqa", "mqa"), lengths=(32,), steps=2, **TINY)
-    gqa, mqa = result.rows
-    assert "SQA wins little here" in result.header["notes"][0]
+    gqa, mqa = run_decode(demo("gqa", "mqa"), lengths=(32,), steps=2, rounds=2).rows
     config = shape("gqa", length=64)
     cache = filled_cache(config, 32, batch_size=1, room=6, dtype=find_dtype("bf16"), device=CPU)
     assert cache.length == 32
-    assert gqa["cache_bytes"] * 38 == cache.num_bytes * 32
-    assert gqa["cache_bytes"] == 2 * mqa["cache_bytes"]
-    assert gqa["tokens_per_s"] == 2 / gqa["seconds"]["median"]
-
-
-def test_everything_on_one_machine_and_a_part_that_fails_does_not_take_the_others_along(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(**options: object) -> None:
-        raise KeyError("bug")
-
-    monkeypatch.setattr(gpu, "run_prefill", broken)
-    seconds: list[float] = []
-
-    def compare(left: float) -> list[Row]:
-        seconds.append(left)
-        return [{"kind": "compare", "variant": "sqa", "loss": 1.0, "note": "tiny"}]
-
-    result = gpu.run_all(device="cpu", size="tiny", budget=60, compare=compare)
-    assert result.kinds == ["attention", "step", "decode", "compare"]
-    assert {row["kernel"] for row in result.rows if row["kind"] == "attention"} == {"sdpa:flash", "sdpa:math"}
-    assert {row["batch_size"] for row in result.rows if row["kind"] == "step"} == {1, 2}
-    assert "prefill failed: KeyError: 'bug'" in result.header["notes"]
-    assert len(seconds) == 1
-    assert "Traceback" in caplog.text
-
-
-def test_nothing_starts_once_the_budget_is_spent() -> None:
-    result = gpu.run_all(device="cpu", size="tiny", budget=1e-9)
-    assert result.rows == []
-    assert "budget was spent before: attention, head_dim 16" in result.header["notes"][0]
-    with pytest.raises(ValueError, match="size: 'tin' is unknown; did you mean 'tiny'"):
-        gpu.run_all(size="tin")
+    assert gqa.cache_bytes is not None
+    assert mqa.cache_bytes is not None
+    assert gqa.cache_bytes * 38 == cache.num_bytes * 32
+    assert gqa.cache_bytes == 2 * mqa.cache_bytes
+    assert gqa.tokens_per_s == 2 / gqa.median

@@ -1,27 +1,36 @@
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from sqa.bench.prefill import PREPRINT_SECONDS, lengths_to, preprint_ratio
-from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline
+from sqa.bench.measurement import Measurement, choose_baseline, with_ratios
+from sqa.bench.prefill import PREPRINT_SECONDS, preprint_ratio
+from sqa.bench.report import BenchResult
+from sqa.measure.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def step_row(variant: str, median: float, **changes: Any) -> Row:
-    row = {"kind": "step", "preset": "published", "implementation": "sqa", "variant": variant, "batch_size": 4}
-    row |= {"n": 1024, "dtype": "bf16", "kernel": "sdpa", "setting": "compiled", "tokens_per_s": 4096 / median}
-    return row | {"seconds": {"p20": 0.9 * median, "median": median, "p80": 1.2 * median}} | changes
+def step_row(variant: str, median: float, **changes: Any) -> Measurement:
+    known: dict[str, Any] = {
+        "kind": "step", "preset": "published", "implementation": "sqa", "batch_size": 4, "n": 1024, "dtype": "bf16",
+        "kernel": "sdpa", "setting": "compiled", "tokens_per_s": 4096 / median,
+        "seconds": Timing(p20=0.9 * median, median=median, p80=1.2 * median, rounds=3),
+    }  # fmt: skip
+    return Measurement(variant=variant, **(known | changes))
 
 
-def missing(variant: str, note: str) -> Row:
-    row = step_row(variant, 1.0, implementation="hf-llama", note=note)
-    return {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s", "setting")}
+def missing(variant: str, note: str) -> Measurement:
+    changes: dict[str, Any] = {"seconds": None, "tokens_per_s": None, "setting": None}
+    return step_row(variant, 1.0, implementation="hf-llama", note=note, **changes)
 
 
-def result(*rows: Row) -> BenchResult:
-    return BenchResult.of(list(rows), device="cpu", settings={"rounds": 3}, notes=("A note.",))
+def result(*rows: Measurement) -> BenchResult:
+    return BenchResult.of(rows, device="cpu", settings={"rounds": 3}, notes=("A note.",))
 
 
 def printed(result: BenchResult, width: int = 80) -> str:
@@ -32,9 +41,9 @@ def printed(result: BenchResult, width: int = 80) -> str:
 
 def test_ratios_are_baseline_over_own_time_within_a_setting() -> None:
     rows = [step_row("gqa", 2.0), step_row("sqa", 1.0), step_row("sqa", 3.0, dtype="fp32"), missing("sqa", "not there")]
-    add_ratios(rows, same=("dtype", "implementation"), baseline="gqa")
-    assert [row.get("ratio") for row in rows] == [1.0, 2.0, None, None]
-    assert rows[1]["baseline"] == "gqa"
+    found = with_ratios(rows, same=lambda m: (m.dtype, m.implementation), baseline="gqa")
+    assert [m.ratio for m in found] == [1.0, 2.0, None, None]
+    assert found[1].baseline == "gqa"
 
 
 def test_gqa_is_the_baseline_where_it_takes_part() -> None:
@@ -47,7 +56,20 @@ def test_a_file_holds_the_header_and_every_row(tmp_path: Path) -> None:
     written.write_json(tmp_path / "step.jsonl")
     assert len((tmp_path / "step.jsonl").read_text().splitlines()) == 3
     assert BenchResult.read(tmp_path / "step.jsonl") == written
-    assert set(written.header) == {"kind", "date", "device", "machine", "versions", "git", "settings", "notes"}
+    header = json.loads((tmp_path / "step.jsonl").read_text().splitlines()[0])
+    assert set(header) == {"kind", "date", "device", "machine", "versions", "git", "settings", "notes"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")), ids=lambda path: path.stem)
+def test_committed_files_are_read_and_nothing_of_them_is_lost(path: Path, tmp_path: Path) -> None:
+    result = BenchResult.read(path)
+    result.write_json(tmp_path / "again.jsonl")
+
+    def values(path: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{name: value for name, value in line.items() if value is not None} for line in lines]
+
+    assert values(tmp_path / "again.jsonl") == values(path)
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[1]\n", "no json"])
@@ -58,19 +80,19 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_table_fits_80_columns_and_loses_nothing() -> None:
-    wide = {"ratio": 12.34, "baseline": "gqa", "ratio_to_peer": 1.41, "share_of_peak": 0.5}
+    wide = {"ratio": 12.34, "baseline": "gqa", "ratio_to_peer": 1.41, "share_of_peak": 0.5, "share_of_processor": 0.4}
     rows = [
         step_row("gqa", 2.0, **wide),
         step_row("wide-gqa", 1.0, implementation="x-transformers", checked=False, **wide),
     ]
-    rows += [missing("gqa", "not installed: pip install 'sparse-query-attention[hf]'")]
+    rows += [missing("gqa", "not installed; run pip install -e '.[hf]'")]
     text = printed(result(*rows, step_row("sqa", 0.5, setting="eager", **wide, checked=True)))
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "…" not in text
     assert "preset published, batch 4, N 1,024, dtype bf16, kernel sdpa" in text
-    assert "hf-llama gqa: not installed: pip install 'sparse-query-attention[hf]'" in text
+    assert "hf-llama gqa: not installed; run pip install -e '.[hf]'" in text
     line = next(line for line in text.splitlines() if line.startswith("x-transformers"))
-    assert " ".join(line.split()) == "x-transformers wide-gqa compiled no 1.00 s ±20% 4,096 50% 12.34x 1.41x"
+    assert " ".join(line.split()) == "x-transformers wide-gqa compiled no 1.00 s ±20% 4,096 50% 40% 12.34x 1.41x"
     assert "A note." in text
 
 
@@ -80,7 +102,7 @@ def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> No
         for n in (1024, 4096)
         for name, seconds in (("gqa", 2.0), ("sqa", 1.0))
     ]
-    rows[3]["preprint_ratio"] = 1.37
+    rows[3] = replace(rows[3], preprint_ratio=1.37)
     lines = printed(result(*rows)).splitlines()
     table = [line.split() for line in lines if line.strip()]
     assert ["N", "gqa", "sqa"] in table
@@ -95,14 +117,6 @@ def test_the_preprints_ratios_are_those_it_prints() -> None:
     assert preprint_ratio("wide-gqa", "gqa", 32_768) is None
     assert preprint_ratio("sqa", "gqa", 2048) is None
     assert all(set(row) == {"mha", "gqa", "mqa", "sqa", "ssqa", "xsqa"} for row in PREPRINT_SECONDS.values())
-
-
-def test_lengths_double_up_to_the_last() -> None:
-    assert lengths_to(5000) == [1024, 2048, 4096, 5000]
-    assert lengths_to(1024) == [1024]
-    assert lengths_to(200_000)[-2:] == [131_072, 200_000]
-    with pytest.raises(ValueError, match="max_n must be at least 1, got 0"):
-        lengths_to(0)
 
 
 def test_plots_have_a_mark_for_every_measurement(tmp_path: Path) -> None:
@@ -121,3 +135,8 @@ def test_plots_have_a_mark_for_every_measurement(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no timed row"):
         result(missing("sqa", "not installed: x")).plot(tmp_path / "none.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["all.svg"]
+
+
+def test_the_processor_is_named_above_every_result() -> None:
+    measured = result(step_row("gqa", 2.0))
+    assert printed(measured, 300).startswith(f"{measured.machine.processor}, {measured.machine.threads} threads, torch")

@@ -1,9 +1,13 @@
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from sqa.measure.machine import find_device, find_dtype, matmul_peak
-from sqa.measure.timing import Budget, Timing, at_least_one, failure, take_turns
+from sqa import measure, native
+from sqa.measure.machine import find_device, find_dtype, flags
+from sqa.measure.peak import matmul_peak, measure_peak
+from sqa.measure.timing import TimeLimit, Timing, at_least_one, failure, synchronize, take_turns
 
 
 def test_everybody_is_warm_before_anybody_is_timed_and_rounds_alternate() -> None:
@@ -32,16 +36,16 @@ def test_a_spent_budget_ends_after_a_whole_round() -> None:
         calls.append("slow")
         time.sleep(0.03)
 
-    timings = take_turns({"slow": slow, "fast": lambda: calls.append("fast")}, rounds=50, budget=Budget(seconds=0.1))
+    timings = take_turns({"slow": slow, "fast": lambda: calls.append("fast")}, rounds=50, limit=TimeLimit(seconds=0.1))
     assert 1 <= timings["slow"].rounds < 10
     assert calls.count("slow") == calls.count("fast") == timings["slow"].rounds + 1
 
 
 def test_a_budget_counts_down_and_none_never_ends() -> None:
-    assert 0 < Budget(seconds=5).left <= 5
-    assert Budget().left == float("inf")
+    assert 0 < TimeLimit(seconds=5).left <= 5
+    assert TimeLimit().left == float("inf")
     with pytest.raises(ValueError, match=r"seconds must be above 0, got 0"):
-        Budget(seconds=0)
+        TimeLimit(seconds=0)
 
 
 def test_a_contestant_that_cannot_run_says_why_and_a_bug_is_raised() -> None:
@@ -73,3 +77,29 @@ def test_bad_options_are_named(call, message) -> None:  # type: ignore[no-untype
 
 def test_the_peak_is_flops_of_the_product_over_its_time() -> None:
     assert 1e7 < matmul_peak(find_dtype("fp32"), find_device("cpu")) < 1e14
+
+
+def test_any_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no CUDA: Apple's and Intel's run ahead of the program too."""
+    waited: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: waited.append(str(device)))
+    synchronize("mps")
+    synchronize("cpu")
+    assert waited == ["mps"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_processors_own_peak_is_no_less_than_a_products(dtype: str) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        peak = measure_peak(find_dtype(dtype), find_device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    if peak.processor is None:
+        assert native.load(Path(measure.__file__).with_name("peak.cpp")) in native.ABSENT or "amx_bf16" in flags()
+        return
+    # the probe does not read memory, and takes its best call
+    assert peak.product < 1.1 * peak.processor
+    assert peak.shares(peak.processor) == (peak.processor / peak.product, 1.0)

@@ -1,18 +1,8 @@
-"""Our own attention on CPU, forward and backward: fused.cpp, compiled on first use and kept in the cache folder.
-
-A plain shared library called through ctypes: it compiles in seconds where PyTorch's headers take a minute.
-"""
+"""Our own attention on CPU, forward and backward: fused.cpp, compiled on first use."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sqa.files import default_cache_dir, replacing, write_text
-
-logger = logging.getLogger(__name__)
+from sqa import native
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
 _MOST_TOKENS = 2**31 - 1024  # positions are int32, and tiles reach past the end
-
-_SOURCE = Path(__file__).with_name("fused.cpp")
-# no -ffast-math: it would reorder sums, and linked into a library it flushes denormals in the whole process
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
 
 @torch.compiler.assume_constant_result
@@ -44,35 +28,7 @@ def lacks() -> str | None:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | str:
     """The library, or in words why there is none."""
-    if platform.system() != "Linux":
-        return "built on Linux only"
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "no C++ compiler"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning("%s could not compile the attention kernel; PyTorch's is used: %s", compiler, error)
-        return "did not compile"
-    return library
-
-
-def _compiled(compiler: str) -> Path:
-    """The library in the cache, compiled there when source, compiler or processor are new."""
-    command = shlex.split(compiler)  # CXX="ccache g++" is usual
-    version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
-    target = subprocess.run(  # what -march=native means here
-        [*command, "-march=native", "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True
-    ).stdout
-    key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), version, target, " ".join(_FLAGS).encode()))).hexdigest()
-    path = default_cache_dir() / "kernels" / f"attention-{key[:16]}.so"
-    seal = path.with_suffix(".sha256")  # loading a library cut short would kill the process
-    if not (path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            subprocess.run([*command, *_FLAGS, str(_SOURCE), "-o", str(temporary)], capture_output=True, check=True)
-        write_text(seal, hashlib.sha256(path.read_bytes()).hexdigest())
-    return path
+    return native.load(Path(__file__).with_name("fused.cpp"))
 
 
 class Need(NamedTuple):

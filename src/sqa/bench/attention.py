@@ -21,11 +21,13 @@ from sqa.attention.kernels import KERNELS, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
 from sqa.attention.reference import reference_attention
-from sqa.bench.report import VARIANTS, BenchResult, Row, add_ratios, choose_baseline, heads, time_rows
+from sqa.bench.measurement import Contestant, Measurement, choose_baseline, time_all, with_ratios
+from sqa.bench.report import BenchResult
 from sqa.config import AttentionConfig, unknown
-from sqa.measure.machine import find_device, find_dtype, matmul_peak
-from sqa.measure.timing import Budget, at_least_one, first_line
-from sqa.variants import variant
+from sqa.measure.machine import find_device, find_dtype
+from sqa.measure.peak import Peak, measure_peak
+from sqa.measure.timing import TimeLimit, at_least_one, first_line
+from sqa.variants import MEASURED_VARIANTS, variant
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,9 @@ def pinned(kernel: str) -> Iterator[str]:
         yield kernel
 
 
-def layer_config(name: str, *, d_model: int, num_heads: int) -> AttentionConfig:
-    """A variant's name, or head counts written Hq/Hkv or Hq/HkvxD. Raises ValueError for neither."""
+def layer_config(name: str, *, head_dim: int, num_heads: int) -> AttentionConfig:
+    """A variant's name, or head counts written Hq/Hkv or Hq/HkvxD. Raises InputError for neither."""
+    d_model = num_heads * head_dim
     counts = re.fullmatch(r"(\d+)/(\d+)(?:x(\d+))?", name)
     if counts is None:
         return variant(name, d_model=d_model, num_heads=num_heads)
@@ -68,7 +71,7 @@ def layer_config(name: str, *, d_model: int, num_heads: int) -> AttentionConfig:
         num_heads=max(num_heads, num_query_heads, num_kv_heads),
         num_query_heads=num_query_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=int(counts[3]) if counts[3] else d_model // num_heads,
+        head_dim=int(counts[3]) if counts[3] else head_dim,
     )
 
 
@@ -142,8 +145,8 @@ class Setting:
 
         return run
 
-    def row(self, peak: float) -> Row:
-        """All of a row that is known before timing; `peak` in FLOP/s."""
+    def measurement(self, peak: Peak) -> Measurement:
+        """All that is known before timing."""
         kernel = f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
         if self.kernel == "auto":
             call = Call.of_layer(
@@ -151,15 +154,27 @@ class Setting:
                 documents=self.mask == "documents", grad=self.what != "forward",
             )  # fmt: skip
             kernel = resolve(call).kernel
-        row: Row = {
-            "kind": "attention", "d_model": self.config.d_model, "variant": self.variant, **heads(self.config),
-            "batch_size": self.batch_size, "n": self.n, "dtype": self.dtype, "mask": self.mask,
-            "window": self.config.window, "kernel": kernel, "what": self.what, "scores": self.scores,
-        }  # fmt: skip
+        flops = None
         if self.what != "layer step":
-            row["flops"] = (1 if self.what == "forward" else 3) * 4 * self.config.head_dim * self.scores
-            row["limit_seconds"] = row["flops"] / peak
-        return row
+            flops = (1 if self.what == "forward" else 3) * 4 * self.config.head_dim * self.scores
+        return Measurement(
+            kind="attention",
+            d_model=self.config.d_model,
+            variant=self.variant,
+            num_query_heads=self.config.num_query_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            batch_size=self.batch_size,
+            n=self.n,
+            dtype=self.dtype,
+            mask=self.mask,
+            window=self.config.window,
+            kernel=kernel,
+            what=self.what,
+            scores=self.scores,
+            flops=flops,
+            limit_seconds=None if flops is None else flops / peak.product,
+        )
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -215,9 +230,9 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
 
 def run_attention(
     *,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = MEASURED_VARIANTS,
     lengths: Sequence[int] = (1024, 4096),
-    d_model: int = 256,
+    head_dims: Sequence[int] = (16,),
     num_heads: int = 16,
     batch_size: int = 1,
     dtypes: Sequence[str] = ("bf16",),
@@ -228,12 +243,13 @@ def run_attention(
     device: str = "cpu",
     budget: float | None = None,
 ) -> BenchResult:
-    """Time attention; every contestant of one length and dtype takes turns with the others.
+    """Time attention; every contestant of one length, head_dim and dtype takes turns with the others.
 
-    `variants` are names or head counts (Hq/Hkv, Hq/HkvxD); `kernels` are "auto", those of `sqa kernels`, or one of
-    PyTorch's own pinned (flash, cudnn, efficient, math). With mask "window" full causal attention runs beside it, and
-    so does the training step of the whole layer. A kernel that cannot run or is not right becomes a row with a note.
-    `budget` (seconds): longer N are left out when they would not fit. Raises ValueError for bad options.
+    `variants` are names or head counts (Hq/Hkv, Hq/HkvxD) of `num_heads` nominal heads; `kernels` are "auto", those of
+    `sqa kernels`, or one of PyTorch's own pinned (flash, cudnn, efficient, math). With mask "window" full causal
+    attention runs beside it, and so does the training step of the whole layer. A kernel that cannot run or is not right
+    becomes a measurement with a note. `budget` (seconds): longer N are left out when they would not fit. Raises
+    InputError for bad options.
     """
     known = ("auto", *KERNELS, *PINNED)
     for field, names, allowed in (("mask", [mask], MASKS), ("kernel", kernels, known)):
@@ -241,70 +257,82 @@ def run_attention(
             if name not in allowed:
                 raise unknown(field, name, allowed)
     at_least_one(variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels))
-    at_least_one(batch_size=batch_size, window=window, rounds=rounds)
-    where, left, baseline = find_device(device), Budget(seconds=budget), choose_baseline(variants)
-    configs = {name: layer_config(name, d_model=d_model, num_heads=num_heads) for name in variants}
-    peaks = {dtype: matmul_peak(find_dtype(dtype), where) for dtype in dtypes}
-    measured = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
-    notes = [
-        f"limit: share of the ratio that fewer scores allow (H / Hq). peak: share of a matrix product's {measured}."
-    ]
-    rows: list[Row] = []
+    at_least_one(head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds)
+    where, limit, baseline = find_device(device), TimeLimit(seconds=budget), choose_baseline(variants)
+    configs = {
+        head_dim: {name: layer_config(name, head_dim=head_dim, num_heads=num_heads) for name in variants}
+        for head_dim in head_dims
+    }
+    peaks = {dtype: measure_peak(find_dtype(dtype), where) for dtype in dtypes}
+    notes = ["limit: share of the ratio that fewer scores allow (H / Hq)."]
+    notes += (f"{dtype}: {peak}" for dtype, peak in peaks.items())
+    rows: list[Measurement] = []
     for dtype, peak in peaks.items():
-        settings = [
-            Setting(
-                variant=name,
-                config=config.replace(causal=which != "none", window=window if which == "window" else None),
-                mask=which,
-                kernel=kernel,
-                what=what,
-                n=lengths[0],
-                batch_size=batch_size,
-                dtype=dtype,
-                device=where,
-            )
-            for name, config in configs.items()
-            for which in (("causal", "window") if mask == "window" else (mask,))
-            for kernel in kernels
-            for what in ("forward", "forward+backward", *(("layer step",) if mask == "window" else ()))
-            if what != "layer step" or kernel == "auto"
-        ]
-        refused = {setting: refusal(setting) for setting in settings}
-        for n in left.fitting(sorted(lengths), notes, f"{dtype}: the budget"):
-            logger.info("attention %s, N = %d: %d contestants", dtype, n, len(settings))
-            entries = _entries(refused, n, peak, with_refused=n == min(lengths))
-            group = time_rows(entries, rounds=rounds, warmup=1, device=where, budget=left)
-            _compare(group, peak, baseline)
-            rows += group
-    options = {"d_model": d_model, "num_heads": num_heads, "rounds": rounds}
+        for head_dim, layers in configs.items():
+            settings = [
+                Setting(
+                    variant=name,
+                    config=config.replace(causal=which != "none", window=window if which == "window" else None),
+                    mask=which,
+                    kernel=kernel,
+                    what=what,
+                    n=lengths[0],
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    device=where,
+                )
+                for name, config in layers.items()
+                for which in (("causal", "window") if mask == "window" else (mask,))
+                for kernel in kernels
+                for what in ("forward", "forward+backward", *(("layer step",) if mask == "window" else ()))
+                if what != "layer step" or kernel == "auto"
+            ]
+            refused = {setting: refusal(setting) for setting in settings}
+            for n in limit.fitting(sorted(lengths), notes, f"{dtype}, head_dim {head_dim}: the budget"):
+                logger.info("attention %s, head_dim %d, N = %d: %d contestants", dtype, head_dim, n, len(settings))
+                contestants = _contestants(refused, n, peak, with_refused=n == min(lengths))
+                timed = time_all(contestants, rounds=rounds, warmup=1, device=where, limit=limit)
+                rows += _compared(timed, peak, baseline)
+    options = {"head_dims": list(head_dims), "num_heads": num_heads, "rounds": rounds}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _entries(
-    refused: Mapping[Setting, str | None], n: int, peak: float, *, with_refused: bool
-) -> Iterator[tuple[Row, Callable[[], object] | None]]:
-    """Rows and what to run for them, at N."""
+def _contestants(
+    refused: Mapping[Setting, str | None], n: int, peak: Peak, *, with_refused: bool
+) -> Iterator[Contestant]:
+    """Everything that is timed at N."""
     for setting, problem in refused.items():
         setting = replace(setting, n=n)
         if problem is None:
-            yield setting.row(peak), setting.contestant()
+            yield setting.measurement(peak), setting.contestant()
         elif with_refused:
-            yield setting.row(peak) | {"note": problem}, None
+            yield replace(setting.measurement(peak), note=problem), None
 
 
-def _compare(rows: list[Row], peak: float, baseline: str) -> None:
-    """Rates, shares and ratios among the rows of one length and dtype."""
-    add_ratios(rows, same=("mask", "kernel", "what"), baseline=baseline)
-    done = [row for row in rows if "seconds" in row]
-    scores = {(row["variant"], row["mask"]): row["scores"] for row in done}
-    full = {(row["variant"], row["what"]): row["seconds"]["median"] for row in done if row["mask"] == "causal"}
-    for row in done:
-        median = row["seconds"]["median"]
-        if "flops" in row:
-            row["flops_per_s"] = row["flops"] / median
-            row["share_of_peak"] = row["flops_per_s"] / peak
-        if "ratio" in row and "flops" in row:
-            row["limit"] = scores[baseline, row["mask"]] / row["scores"]
-            row["share_of_limit"] = row["ratio"] / row["limit"]
-        if row["mask"] == "window" and (row["variant"], row["what"]) in full:
-            row["ratio_to_full"] = full[row["variant"], row["what"]] / median
+def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) -> list[Measurement]:
+    """With rates, shares and ratios among the measurements of one length, head_dim and dtype."""
+    measurements = with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline)
+    timed = [m for m in measurements if m.seconds is not None]
+    scores = {(m.variant, m.mask): m.scores for m in timed}
+    full = {(m.variant, m.what): m.median for m in timed if m.mask == "causal"}
+    sdpa = {(m.variant, m.mask, m.what): m.median for m in timed if m.kernel == "sdpa"}
+
+    def compared(m: Measurement) -> Measurement:
+        if m.seconds is None:
+            return m
+        if m.flops is not None:
+            rate = m.flops / m.median
+            product, processor = peak.shares(rate)
+            m = replace(m, flops_per_s=rate, share_of_peak=product, share_of_processor=processor)
+        if m.ratio is not None and m.flops is not None:
+            ours, theirs = m.scores, scores[baseline, m.mask]
+            assert ours is not None
+            assert theirs is not None
+            m = replace(m, limit=theirs / ours, share_of_limit=m.ratio * ours / theirs)
+        if m.mask == "window" and (m.variant, m.what) in full:
+            m = replace(m, ratio_to_full=full[m.variant, m.what] / m.median)
+        if m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
+            m = replace(m, ratio_to_sdpa=sdpa[m.variant, m.mask, m.what] / m.median)
+        return m
+
+    return [compared(m) for m in measurements]

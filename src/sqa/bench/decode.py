@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from sqa import cost
 from sqa.attention.cache import KVCache
-from sqa.attention.call import Call
-from sqa.attention.kernels import resolve
-from sqa.bench.peers import OURS, model_row
-from sqa.bench.report import BenchResult, Row, add_ratios, choose_baseline, timed
+from sqa.bench.lineup import Models, Task
+from sqa.bench.measurement import Measurement, choose_baseline, with_ratios
+from sqa.bench.peers import OURS
+from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.measure.machine import find_device, find_dtype
-from sqa.measure.timing import Budget, at_least_one, take_turns
+from sqa.measure.timing import TimeLimit, at_least_one, take_turns
 from sqa.model import Transformer
-from sqa.variants import preset as model_preset
 
-VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
+DECODED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
+"""What is decoded with unless told otherwise: those that differ in their KV heads take part."""
 
 NOTE = (
     "SQA wins little here: each new token reads the whole cache and all weights once, and the cache's size follows the "
@@ -39,9 +40,8 @@ def filled_cache(
 
 
 def run_decode(
+    models: Models,
     *,
-    preset: str = "published",
-    variants: Sequence[str] = VARIANTS,
     lengths: Sequence[int] = (1024, 8192, 32_768),
     batch_size: int = 1,
     steps: int = 16,
@@ -52,37 +52,31 @@ def run_decode(
 ) -> BenchResult:
     """Time `steps` new tokens after `n` cached ones, eager; variants of one length take turns.
 
-    Weights and cache are in `dtype`. The cache goes on filling from turn to turn, by `steps` tokens each.
-    Raises ValueError for bad options.
+    Weights and cache are in `dtype`. The cache goes on filling from turn to turn, by `steps` tokens each. `budget` is
+    in seconds. Raises InputError for bad options.
     """
-    lowest = min(lengths, default=0)
-    at_least_one(variants=len(variants), lengths=lowest, batch_size=batch_size, steps=steps, rounds=rounds)
-    where, torch_dtype, left = find_device(device), find_dtype(dtype), Budget(seconds=budget)
-    room, baseline = steps * (rounds + 1), choose_baseline(variants)
-    rows: list[Row] = []
+    at_least_one(lengths=min(lengths, default=0), batch_size=batch_size, steps=steps, rounds=rounds)
+    where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)
+    room = steps * (rounds + 1)
+    models = models.fitted(max(lengths) + room, ())
+    baseline = choose_baseline(models.configs)
+    rows: list[Measurement] = []
     notes = [NOTE, f"{steps} tokens a turn, eager; the cache grows from N to at most N + {room}."]
-    for n in left.fitting(sorted(lengths), notes):
+    built = {name: models.build(name).to(where, torch_dtype).eval() for name in models.configs}
+    for n in limit.fitting(sorted(lengths), notes):
+        task = Task(kind="decode", preset=models.name, dtype=dtype, batch_size=batch_size, n=n, device=where)
         contestants, group = {}, {}
-        for name in variants:
-            config = model_preset(preset, name, max_seq_len=n + room)
-            model = Transformer(config).to(where, torch_dtype).eval()
+        for name, config in models.configs.items():
             cache = filled_cache(config, n, batch_size=batch_size, room=room, dtype=torch_dtype, device=where)
-            contestants[name] = _decode(model, cache, torch.zeros(batch_size, 1, dtype=torch.long, device=where), steps)
-            bytes_per_element = torch.finfo(torch_dtype).bits // 8
-            cache_bytes = batch_size * cost.kv_cache_bytes(config, n, bytes_per_element=bytes_per_element)
-            group[name] = model_row(
-                "decode", preset, OURS, name, config, dtype, batch_size=batch_size, n=n, device=where, grad=False
-            ) | {"cache_bytes": cache_bytes}
-            layer = config.layers[0]
-            call = Call.of_layer(layer, length=n, num_queries=1, device=where.type, dtype=torch_dtype, grad=False)
-            group[name]["kernel"] = resolve(call).kernel
-        for name, timing in take_turns(contestants, rounds=rounds, device=where, budget=left).items():
-            group[name] |= timed(timing) | {"tokens_per_s": batch_size * steps / timing.median}
-        add_ratios(group.values(), same=(), baseline=baseline)
-        rows += group.values()
-    return BenchResult.of(
-        rows, device=device, settings={"preset": preset, "rounds": rounds, "steps": steps}, notes=tuple(notes)
-    )
+            first = torch.zeros(batch_size, 1, dtype=torch.long, device=where)
+            contestants[name] = _decode(built[name], cache, first, steps)
+            per_row = cost.kv_cache_bytes(config, n, bytes_per_element=torch_dtype.itemsize)
+            group[name] = replace(task.measurement(OURS, name, config), cache_bytes=batch_size * per_row)
+        for name, timing in take_turns(contestants, rounds=rounds, device=where, limit=limit).items():
+            group[name] = replace(group[name], seconds=timing, tokens_per_s=batch_size * steps / timing.median)
+        rows += with_ratios(list(group.values()), same=lambda m: m.n, baseline=baseline)
+    options = {"preset": models.name, "rounds": rounds, "steps": steps}
+    return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
 def _decode(model: Transformer, cache: KVCache, first: torch.Tensor, steps: int) -> Callable[[], None]:

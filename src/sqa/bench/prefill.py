@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from sqa import cost
-from sqa.bench.peers import OURS, Runner, line_up, measure, shapes
-from sqa.bench.report import VARIANTS, BenchResult, Row, choose_baseline
+from sqa.bench.lineup import LineUp, Models, Runner, Task, line_up, measure
+from sqa.bench.measurement import Measurement, choose_baseline
+from sqa.bench.peers import OURS, check_peers
+from sqa.bench.report import BenchResult
+from sqa.config import ModelConfig
 from sqa.measure.machine import find_device, find_dtype
-from sqa.measure.timing import Budget, at_least_one
+from sqa.measure.peak import Peak, measure_peak
+from sqa.measure.timing import TimeLimit, at_least_one
 
 PREPRINT_SECONDS: dict[int, dict[str, float]] = {
     1_024: {"xsqa": 0.0570, "sqa": 0.0642, "ssqa": 0.0669, "mqa": 0.0760, "gqa": 0.0785, "mha": 0.0869},
@@ -30,58 +34,61 @@ def preprint_ratio(variant: str, baseline: str, n: int) -> float | None:
     return seconds[baseline] / seconds[variant] if {variant, baseline} <= seconds.keys() else None
 
 
-def lengths_to(max_n: int) -> list[int]:
-    """1,024, 2,048, 4,096 and so on, and at last `max_n` itself. Raises ValueError when that is below 1."""
-    at_least_one(max_n=max_n)
-    return [*itertools.takewhile(lambda n: n < max_n, (1024 << i for i in itertools.count())), max_n]
-
-
 def run_prefill(
+    models: Models,
     *,
-    preset: str = "published",
-    variants: Sequence[str] = VARIANTS,
     peers: Sequence[str] = (),
-    max_n: int = 16_384,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192, 16_384),
     dtype: str = "bf16",
     compile: bool = True,
     rounds: int = 5,
     device: str = "cpu",
     budget: float | None = None,
 ) -> BenchResult:
-    """Time one forward pass of one sequence at N = 1,024, 2,048 ... `max_n`; contestants of one N take turns.
+    """Time one forward pass of one sequence of each length, logits of the last position only; all take turns.
 
-    Weights are in `dtype`; peers as in run_step. `budget` (seconds): longer N are left out when they would not fit.
-    Raises ValueError for bad options.
+    Weights are in `dtype`; peers as in run_step, and llama.cpp with weights in F32, BF16 and Q8_0, of which the best
+    counts. `budget` (seconds): longer N are left out when they would not fit. Raises InputError for bad options.
     """
-    lengths = lengths_to(max_n)
-    at_least_one(variants=len(variants), rounds=rounds)
-    where, torch_dtype, left = find_device(device), find_dtype(dtype), Budget(seconds=budget)
-    configs = shapes(preset, variants, peers, length=max_n)
-    baseline = choose_baseline(variants)
-    runners, absent = line_up(configs, peers, compile=compile, device=where)
-    for runner in runners:  # compared in fp32 first
+    at_least_one(lengths=min(lengths, default=0), rounds=rounds)
+    check_peers(peers, training=False)
+    where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)
+    models = models.fitted(max(lengths), peers)
+    configs = models.configs
+    baseline = choose_baseline(configs)
+    peak = measure_peak(torch_dtype, where)
+    lineup = line_up(models, peers, compile=compile, device=where)
+    for runner in lineup.runners:  # compared in fp32 first
         runner.entrant.module.to(torch_dtype).eval()
-    notes = [
-        f"ratio: {baseline}'s time over the variant's. FLOPs: the same of all matrix products (Amdahl); attention is "
-        "slower for each FLOP than they are, so times can differ by more. preprint: on an A100, 131,072 tokens a step.",
-    ]
-    rows: list[Row] = []
-    for n in left.fitting(lengths, notes):
+    notes = [f"{dtype}: {peak}"]
+    if len(configs) > 1:
+        notes.append(
+            f"ratio: {baseline}'s time over the variant's. FLOPs: the same of all matrix products (Amdahl); attention "
+            "is slower for each FLOP than they are, so times can differ by more. preprint: on an A100, 131,072 tokens "
+            "a step."
+        )
+    rows: list[Measurement] = []
+    for n in limit.fitting(sorted(lengths), notes):
         input_ids = torch.randint(configs[baseline].vocab_size, (1, n), device=where)
-        best = measure(
-            runners, absent if n == lengths[0] else {}, partial(_forward, input_ids), configs,
-            kind="prefill", preset=preset, dtype=dtype, batch_size=1, n=n, rounds=rounds, device=where, budget=left,
-        )  # fmt: skip
-        for row in best:
-            if row["implementation"] == OURS and "ratio" in row:
-                flops = [cost.prefill_flops(configs[name], n) for name in (baseline, row["variant"])]
-                row["limit"] = flops[0] / flops[1]
-                printed = preprint_ratio(row["variant"], baseline, n)
-                if preset == "published" and printed is not None:
-                    row["preprint_ratio"] = printed
-        rows += best
-    options = {"preset": preset, "rounds": rounds, "compile": compile}
+        task = Task(kind="prefill", preset=models.name, dtype=dtype, batch_size=1, n=n, device=where)
+        taking_part = lineup if n == min(lengths) else LineUp(lineup.runners, {})
+        best = measure(taking_part, task, partial(_forward, input_ids), configs, rounds=rounds, limit=limit)
+        rows += (_compared(m, configs, baseline, n, peak) for m in best)
+    options = {"preset": models.name, "rounds": rounds, "compile": compile}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
+
+
+def _compared(m: Measurement, configs: Mapping[str, ModelConfig], baseline: str, n: int, peak: Peak) -> Measurement:
+    """With its shares of the peak, and of ours what FLOPs allow and what the preprint found."""
+    if m.seconds is None:
+        return m
+    flops = {name: cost.prefill_flops(configs[name], n) for name in (baseline, m.variant)}
+    product, processor = peak.shares(flops[m.variant] / m.median)
+    m = replace(m, share_of_peak=product, share_of_processor=processor)
+    if m.implementation != OURS or m.ratio is None or len(configs) == 1:
+        return m
+    printed = preprint_ratio(m.variant, baseline, n) if m.preset == "published" else None
+    return replace(m, limit=flops[baseline] / flops[m.variant], preprint_ratio=printed)
 
 
 def _forward(input_ids: torch.Tensor, runner: Runner) -> Callable[[], None]:

@@ -6,28 +6,35 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sqa import cost
-from sqa.bench.peers import OURS, Entrant, Runner, build, compiled, line_up, measure, shapes
-from sqa.bench.report import VARIANTS, BenchResult, Row
+from sqa.bench.lineup import Models, Runner, Task, beside_peers, compiled, line_up, measure
+from sqa.bench.measurement import Measurement
+from sqa.bench.peers import OURS, Entrant, build, check_peers, ours
+from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.errors import InputError
-from sqa.measure.machine import find_device, find_dtype, matmul_peak
-from sqa.measure.timing import Budget, at_least_one
+from sqa.measure.machine import find_device, find_dtype
+from sqa.measure.peak import Peak, measure_peak
+from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.model import Transformer
 
 
 def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch: Tensor) -> Callable[[], None]:
     """One step on input ids and labels (2, B, T); any dtype but fp32 runs under autocast. AdamW is fused for all."""
     input_ids, labels = batch
     optimizer = torch.optim.AdamW(entrant.module.parameters(), lr=1e-4, fused=True)
+    compute_loss = entrant.loss
+    assert compute_loss is not None  # check_peers
 
     def step() -> None:
         with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = entrant.loss(module, input_ids, labels)
+            loss = compute_loss(module, input_ids, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -36,9 +43,8 @@ def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch
 
 
 def run_step(
+    models: Models,
     *,
-    preset: str = "published",
-    variants: Sequence[str] = VARIANTS,
     peers: Sequence[str] = (),
     dtypes: Sequence[str] = ("bf16", "fp32"),
     batch_size: int = 4,
@@ -51,104 +57,115 @@ def run_step(
 ) -> BenchResult:
     """Time training steps; all contestants of one dtype (fp32, bf16 autocast) take turns.
 
-    With peers, our models take the shape that peers can have (no biases, a final norm), a peer that shares our
-    function must compute the same logits and loss before it is timed, each is tried eager and compiled, and the
-    better counts. `memory` measures the peak memory of a step too, each contestant in a process of its own.
-    Raises ValueError for bad options.
+    With peers, the models of a preset take the shape that peers can have (no biases, a final norm). A peer that has our
+    weights must compute the same logits and loss before it is timed; each is tried eager and compiled, and the better
+    counts. `memory` measures the peak memory of a step too, each contestant in a process of its own. `budget` is in
+    seconds. Raises InputError for bad options.
     """
-    at_least_one(variants=len(variants), dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
+    at_least_one(dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
+    check_peers(peers, training=True)
     if "fp16" in dtypes:
         raise InputError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")
-    where, left = find_device(device), Budget(seconds=budget)
+    where, limit = find_device(device), TimeLimit(seconds=budget)
     torch_dtypes = {name: find_dtype(name) for name in dtypes}
-    configs = shapes(preset, variants, peers, length=length)
-    first = configs[variants[0]]
+    models = models.fitted(length, peers)
+    configs = models.configs
+    variant, first = next(iter(configs.items()))
     batch = torch.randint(first.vocab_size, (2, batch_size, length), device=where)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
+    notes = [f"{cost.parameters(first):,} parameters ({variant})"]
     for dtype, torch_dtype in torch_dtypes.items():
-        peak = matmul_peak(torch_dtype, where)
-        runners, absent = line_up(configs, peers, compile=compile, device=where)
+        peak = measure_peak(torch_dtype, where)
+        notes.append(f"{dtype}: {peak}")
+        lineup = line_up(models, peers, compile=compile, device=where)
+        task = Task(kind="step", preset=models.name, dtype=dtype, batch_size=batch_size, n=length, device=where)
 
         def work(runner: Runner, dtype: torch.dtype = torch_dtype) -> Callable[[], None]:
             return training_step(runner.entrant, runner.module, dtype, batch)
 
-        best = measure(
-            runners, absent, work, configs, kind="step", preset=preset, dtype=dtype, batch_size=batch_size, n=length,
-            rounds=rounds, device=where, budget=left,
-        )  # fmt: skip
-        for row in best:
-            if "seconds" in row:
-                flops = cost.train_step_flops(configs[row["variant"]], length, batch_size)
-                row["share_of_peak"] = flops / row["seconds"]["median"] / peak
-        for row, rivals in _beside_peers([row for row in best if "seconds" in row]):
-            row["ratio_to_peer"] = min(r["seconds"]["median"] for r in rivals) / row["seconds"]["median"]
-        rows += best
+        best = measure(lineup, task, work, configs, rounds=rounds, limit=limit)
+        rows += (_with_shares(m, cost.train_step_flops(configs[m.variant], length, batch_size), peak) for m in best)
         if memory:
-            rows += _memory_rows(best, configs, device)
-    notes = [f"{cost.parameters(first):,} parameters ({variants[0]})"]
+            rows += _memory(best, configs, where)
     if peers:
-        notes.append(
-            "Shape without biases and with a final norm, as peers have it. same: our weights, equal logits and loss."
-        )
-        notes.append("vs peer: the fastest peer's time over ours. run: the faster of eager and compiled.")
-    options = {"preset": preset, "rounds": rounds, "optimizer": "AdamW, fused", "compile": compile}
+        if models.source is None:
+            notes.append("Shape without biases and with a final norm, as peers have it.")
+        notes.append("same: our weights, equal logits and loss. vs peer: the fastest peer's time over ours.")
+        notes.append("run: the faster of eager and compiled.")
+    options = {"preset": models.name, "rounds": rounds, "optimizer": "AdamW, fused", "compile": compile}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _beside_peers(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
-    """Each row of ours, with those of peers of the same variant, where there are any."""
-    for row in rows:
-        rivals = [r for r in rows if r["variant"] == row["variant"] and r["implementation"] != OURS]
-        if row["implementation"] == OURS and rivals:
-            yield row, rivals
+def _with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
+    """With the share of both rates that a step of so many FLOPs reached."""
+    if m.seconds is None:
+        return m
+    product, processor = peak.shares(flops / m.median)
+    return replace(m, share_of_peak=product, share_of_processor=processor)
 
 
-def _memory_rows(rows: list[Row], configs: Mapping[str, ModelConfig], device: str) -> list[Row]:
+def _memory(
+    timed: Sequence[Measurement], configs: Mapping[str, ModelConfig], device: torch.device
+) -> list[Measurement]:
     """Peak memory of each contestant that was timed, and ours as a share of the most frugal peer's."""
-    found: list[Row] = []
-    for row in rows:
-        if "seconds" not in row:
+    found: list[Measurement] = []
+    for m in timed:
+        if m.seconds is None:
             continue
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
-        for _ in range(2 if row["setting"] == "compiled" else 1):
+        for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                config, threads = configs[row["variant"]], torch.get_num_threads()
-                peak = process.submit(peak_memory, row, config, device, threads).result()
+                config, threads = configs[m.variant], torch.get_num_threads()
+                peak = process.submit(peak_memory, m, config, device, threads).result()
         if peak is not None:
-            keep = ("preset", "implementation", "variant", "batch_size", "n", "dtype", "setting")
-            found.append({"kind": "step memory", **{field: row[field] for field in keep}, "peak_bytes": peak})
-    for row, rivals in _beside_peers(found):
-        row["memory_to_peer"] = row["peak_bytes"] / min(r["peak_bytes"] for r in rivals)
-    return found
+            found.append(
+                Measurement(
+                    kind="step memory",
+                    preset=m.preset,
+                    implementation=m.implementation,
+                    variant=m.variant,
+                    batch_size=m.batch_size,
+                    n=m.n,
+                    dtype=m.dtype,
+                    setting=m.setting,
+                    peak_bytes=peak,
+                )
+            )
+    return beside_peers(found)
 
 
-def peak_memory(row: Row, config: ModelConfig, device: str, threads: int) -> int | None:
-    """Bytes at the peak of steps 3 to 5 of the row's contestant, less what was held before the model was built.
+def peak_memory(contestant: Measurement, config: ModelConfig, device: torch.device, threads: int) -> int | None:
+    """Bytes at the peak of steps 3 to 5 of a contestant, less what was held before the model was built.
 
     Resident memory on CPU (Linux only, None elsewhere), PyTorch's allocations on CUDA. For a process of its own.
     """
+    assert contestant.implementation is not None
+    assert contestant.batch_size is not None
+    assert contestant.n is not None
     torch.set_num_threads(threads)
-    where, name = torch.device(device), row["implementation"]
+    name, batch_size, dtype = contestant.implementation, contestant.batch_size, find_dtype(contestant.dtype or "fp32")
 
     def steps(config: ModelConfig, n: int) -> Iterator[Callable[[], None]]:
-        entrant = build(name, config)
-        entrant.module.to(where)
-        module = compiled(name, entrant.module) if row["setting"] == "compiled" else entrant.module
-        batch = torch.randint(config.vocab_size, (2, row["batch_size"], n), device=where)
-        yield from itertools.repeat(training_step(entrant, module, find_dtype(row["dtype"]), batch), 5)
+        model = Transformer(config)
+        entrant = ours(model) if name == OURS else build(name, model)["eager"]
+        del model
+        entrant.module.to(device)
+        module = compiled(name, entrant.module) if contestant.setting == "compiled" else entrant.module
+        batch = torch.randint(config.vocab_size, (2, batch_size, n), device=device)
+        yield from itertools.repeat(training_step(entrant, module, dtype, batch), 5)
 
     # what the libraries hold once everything was imported is not the model's
     for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
         step()
     before = _resident("VmRSS")
-    for turn, step in enumerate(steps(config, row["n"])):
-        if turn == 2 and where.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(where)
+    for turn, step in enumerate(steps(config, contestant.n)):
+        if turn == 2 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         elif turn == 2 and before is not None:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again from here
         step()
-    if where.type == "cuda":
-        return torch.cuda.max_memory_allocated(where)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = _resident("VmHWM")
     return None if before is None or peak is None else peak - before
 

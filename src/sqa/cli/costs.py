@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +33,7 @@ app = typer.Typer()
 
 @app.command()
 def variants(
-    preset: Preset = "published",
+    preset: Preset[str] = "published",
     n: Length = 1024,
     all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
     json_path: JsonPath = None,
@@ -73,7 +72,7 @@ def variants(
 @app.command(name="plan")
 def plan_spending(
     like: Annotated[str, typer.Option(help="The variant whose cost may be spent.")] = "gqa",
-    preset: Preset = "published",
+    preset: Preset[str] = "published",
     budget: Annotated[
         str, typer.Option(help="equal-flops, equal-parameters or equal-time (measured).")
     ] = "equal-flops",
@@ -93,7 +92,7 @@ def plan_spending(
 
 @app.command()
 def scale(
-    preset: Preset = "8b",
+    preset: Preset[str] = "8b",
     gpus: Annotated[str, typer.Option(help="Numbers of H100s, with commas between.")] = "8,512",
     n: Lengths = "4096,32768,131072",
     variants: Variants = None,
@@ -112,14 +111,7 @@ def scale(
         console.print(paper.steps_table(preset, same))
     console.print(paper.lengths_table(preset, chosen))
     console.print(paper.ASSUMPTIONS, style="dim", highlight=False)
-    save_json(
-        json_path,
-        [
-            {**asdict(e), "step_s": e.step_s, "gpu_hours_per_billion": e.gpu_hours_per_billion}
-            for same in estimates
-            for e in same
-        ],
-    )
+    save_json(json_path, [e.to_dict() for same in estimates for e in same])
 
 
 @app.command()

@@ -34,9 +34,7 @@ def _complete_preset(incomplete: str) -> Iterator[str]:
 
 
 # the model
-Preset = Annotated[
-    str, typer.Option(help=f"Model shape: {', '.join(PRESETS)}.", autocompletion=_complete_preset, show_default=True)
-]
+Preset = Annotated[T, typer.Option(help=f"Model shape: {', '.join(PRESETS)}.", autocompletion=_complete_preset)]
 Variants = Annotated[str | None, typer.Option(help="Variants, with commas between.", autocompletion=_complete_variants)]
 VariantName = Annotated[T, typer.Option(help="A variant.", autocompletion=_complete_variants)]
 DModel = Annotated[int, typer.Option(help="Model width.")]

@@ -28,7 +28,7 @@ from sqa.conversion.subject import Subject
 from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
-from sqa.measure.timing import Budget, take_turns
+from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
 from sqa.training.loop import Hooks, Task
 
@@ -123,7 +123,7 @@ class _Run:
         self._save(
             wall_s=time.perf_counter() - self.start,
             peak_bytes=_peak_bytes(),
-            machine=machine(settings.device),
+            machine=machine(settings.device).to_dict(),
             versions=versions(),
             git=git_revision(),
         )
@@ -360,7 +360,7 @@ class _Run:
             rounds=3,
             device=self.settings.device,
             on_turn=lambda: self.display.step(None),
-            budget=Budget(seconds=TIMING_SECONDS),
+            limit=TimeLimit(seconds=TIMING_SECONDS),
         )
         self.display.finish("timed")
         return tuple(

@@ -183,7 +183,7 @@ def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Displa
         steps=plan.steps(batches_per_epoch=batches_per_epoch, step_seconds=medians),
         step_s=timings,
         kernel={name: kernel_of(plan, plan.model_config(name), device) for name in plan.variants},
-        machine=machine(str(accelerator.device)),
+        machine=machine(str(accelerator.device)).to_dict(),
         processes=accelerator.num_processes,
         versions=versions(),
         git=git_revision(),

@@ -93,6 +93,8 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
             writer.add_layer_norm_rms_eps(config.norm_eps)
             if text.tokenizer is not None:
                 _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
+            else:
+                writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes token ids
             for key, tensor in tensors.items():
                 data, stored = _quantized(tensor, kind)
                 writer.add_tensor(_their_name(key), data, raw_dtype=stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 
 from sqa.config import unknown
 from sqa.errors import InputError
-from sqa.measure.timing import take_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,18 +30,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: str = "cpu") -> dict[str, str | int]:
-    """Processor, cores, memory and threads; on CUDA the device's name and memory too."""
-    described: dict[str, str | int] = {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-    }
-    if torch.device(device).type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        described |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30)}
-    return described
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Processor, cores and threads; `gpu` and its memory where one was used."""
+
+    system: str
+    processor: str
+    cores: int
+    threads: int
+    gpu: str | None = None
+    gpu_memory_gib: int | None = None
+
+    def to_dict(self) -> dict[str, str | int]:
+        """As result files hold it, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def machine(device: str = "cpu") -> Machine:
+    """This machine, with its GPU when `device` is one."""
+    described = Machine(
+        system=platform.system(),
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+    )
+    if torch.device(device).type != "cuda":
+        return described
+    properties = torch.cuda.get_device_properties(device)
+    return replace(described, gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30))
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -61,28 +77,31 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the product of two square matrices, the best fifth of ten: what other shares are shares of.
-
-    Of 2,048 rows, and on a GPU of 8,192: it would spend the smaller product waiting for the launch.
-    """
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    timing = take_turns({"product": lambda: a @ b}, rounds=10, warmup=2, device=device)["product"]
-    return 2 * size**3 / timing.p20
-
-
 def _processor() -> str:
-    """The model name, with the vector extensions that decide speed."""
+    """The model, and the vector extensions that decide speed. Family and number tell models of one name apart."""
+    fields = _cpuinfo()
+    if not fields:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields.get('model')})"
+    return " ".join([name, *flags()])
+
+
+def flags() -> list[str]:
+    """Those of the vector extensions avx2, avx512f, avx512_bf16 and amx_bf16 that the processor has."""
+    found = _cpuinfo().get("flags", "").split()
+    return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found]
+
+
+def _cpuinfo() -> dict[str, str]:
+    """/proc/cpuinfo of the last core; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = fields.get("flags", "").split()
-    wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return " ".join([fields.get("model name", platform.machine()), *wanted])
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def git_revision() -> str | None:

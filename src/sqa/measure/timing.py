@@ -38,7 +38,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class TimeLimit:
     """Seconds that may be spent, counted from when it was made; None is no limit."""
 
     seconds: float | None = None
@@ -66,7 +66,7 @@ class Budget:
 
 
 def at_least_one(**values: int) -> None:
-    """Raise ValueError for the first option that is below 1."""
+    """Raise InputError for the first option that is below 1."""
     for name, value in values.items():
         if value < 1:
             raise InputError(f"benchmark: {name} must be at least 1, got {value}")
@@ -74,8 +74,10 @@ def at_least_one(**values: int) -> None:
 
 def synchronize(device: torch.device | str) -> None:
     """Wait for the device, where it runs ahead of the program."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    device = torch.device(device)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == device.type:
+        torch.accelerator.synchronize(device)
 
 
 def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
@@ -101,13 +103,13 @@ def take_turns(
     device: torch.device | str = "cpu",
     on_turn: Callable[[], None] = lambda: None,
     around: Callable[[Name], AbstractContextManager[None]] = lambda name: nullcontext(),
-    budget: Budget | None = None,
+    limit: TimeLimit | None = None,
 ) -> dict[Name, Timing]:
     """Time each contestant `rounds` times, in turns, so that a machine that drifts slows all of them alike.
 
     All are warmed `warmup` times before any is timed; every other round goes backwards, so that nobody always runs
     after the same neighbour. `around` encloses every turn of a contestant and `on_turn` is called after it, outside the
-    clock. With a budget, no round is started that would not fit into what is left of it; the first always runs, and
+    clock. With a limit, no round is started that would not fit into what is left of it; the first always runs, and
     everybody gets equally many.
     """
     for name, run in contestants.items():
@@ -118,7 +120,7 @@ def take_turns(
     seconds: dict[Name, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(rounds):
-        if turn and budget is not None and budget.left < sum(times[-1] for times in seconds.values()):
+        if turn and limit is not None and limit.left < sum(times[-1] for times in seconds.values()):
             break
         for name in names if turn % 2 == 0 else reversed(names):
             with around(name):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -68,7 +69,7 @@ loading, checkpoints; in the links nothing but parameters and gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class StepEstimate:
     """A training step. Bytes are a GPU's: of memory by part, and sent over links; `flops` are all GPUs' together."""
 
     variant: str
@@ -90,6 +91,10 @@ class Estimate:
     def gpu_hours_per_billion(self) -> float:
         """GPU hours for 1e9 tokens."""
         return self.step_s / (self.rows * self.n) * 1e9 / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `sqa scale --json` writes it."""
+        return asdict(self) | {"step_s": self.step_s, "gpu_hours_per_billion": self.gpu_hours_per_billion}
 
 
 def compute_seconds(config: ModelConfig, n: int, hardware: Hardware, *, recompute: bool = True) -> tuple[float, float]:
@@ -126,7 +131,7 @@ def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
     }
 
 
-def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_384) -> Estimate:
+def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_384) -> StepEstimate:
     """A step of a named shape on so many H100s, each with rows of `n` tokens, `tokens` in all or one row.
 
     Raises ValueError for a shape or variant that is unknown or numbers that are not at least 1.
@@ -137,7 +142,7 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
     config = preset(shape, variant, max_seq_len=n)
     rows = max(1, tokens // n)
     sent, seconds = communication(parameters(config), gpus, H100)
-    return Estimate(
+    return StepEstimate(
         variant=find_variant(variant)[0],
         n=n,
         gpus=gpus,
@@ -163,7 +168,7 @@ def first_length(shape: str, variant: str, share: float) -> int | None:
     return lengths[found] if found < len(lengths) else None
 
 
-def steps_table(shape: str, estimates: Sequence[Estimate]) -> Table:
+def steps_table(shape: str, estimates: Sequence[StepEstimate]) -> Table:
     """Steps on one number of GPUs, at most 80 columns wide."""
     headings = ("N", "variant", "PFLOP\na step", "states\nGB", "other\nGB", "sent\nGB", "links\ns", "step\ns",
                 "GPU h a\nG token", "vs\nGQA")  # fmt: skip

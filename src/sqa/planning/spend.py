@@ -18,6 +18,7 @@ from sqa.cost import parameters, train_step_flops
 from sqa.errors import InputError
 from sqa.files import write_text
 from sqa.measure.timing import take_turns
+from sqa.model import Transformer
 from sqa.tables import make_table
 from sqa.variants import VARIANTS, find_variant, model_config, shape
 
@@ -147,7 +148,8 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
     """With the time of their training steps, taken in turns; shares are of the first's."""
 
     def step(proposal: Proposal) -> Any:
-        entrant, config = ours(proposal.config), proposal.config
+        config = proposal.config
+        entrant = ours(Transformer(config))
         entrant.module.to(device)
         batch = torch.randint(config.vocab_size, (2, proposal.batch_size, proposal.context), device=device)
         return training_step(entrant, entrant.module, torch.float32, batch)

@@ -1,0 +1,229 @@
+"""The models that take part in a benchmark, and their times in turns."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import nn
+
+from sqa.attention.call import Call
+from sqa.attention.kernels import resolve
+from sqa.bench.measurement import Contestant, Measurement, choose_baseline, time_all, with_ratios
+from sqa.bench.peers import OURS, Entrant, Unavailable, build, difference, ours
+from sqa.config import ModelConfig
+from sqa.interop import load_config, load_model
+from sqa.losses import IGNORE
+from sqa.measure.machine import find_dtype
+from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.model import Transformer
+from sqa.variants import MEASURED_VARIANTS
+from sqa.variants import preset as model_preset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The models that are measured: a config for each variant; weights from `source`, or initial ones without it."""
+
+    name: str
+    configs: Mapping[str, ModelConfig]
+    source: str | Path | None = None
+
+    @classmethod
+    def of_preset(cls, preset: str, variants: Sequence[str] = MEASURED_VARIANTS) -> Self:
+        """A named shape in each variant. Raises InputError for an unknown name, or no variant."""
+        at_least_one(variants=len(variants))
+        return cls(name=preset, configs={name: model_preset(preset, name) for name in variants})
+
+    @classmethod
+    def of_source(cls, source: str | Path) -> Self:
+        """Whatever `sqa.load_model` reads. Raises InputError for anything else."""
+        return cls(name=Path(source).stem, configs={"as it is": load_config(source)}, source=source)
+
+    def fitted(self, length: int, peers: Sequence[str]) -> Self:
+        """For sequences of `length`; a preset takes the shape that peers can have, without biases, with a last norm."""
+        changes = {"bias": False, "final_norm": True} if peers and self.source is None else {}
+        configs = {
+            name: config.replace(max_seq_len=max(config.max_seq_len, length), **changes)
+            for name, config in self.configs.items()
+        }
+        return replace(self, configs=configs)
+
+    def build(self, variant: str) -> Transformer:
+        """The model of a variant, in fp32."""
+        model = Transformer(self.configs[variant])
+        if self.source is not None:
+            model.load_state_dict(load_model(self.source).float().state_dict())
+        return model
+
+
+class Runner(NamedTuple):
+    """An entrant ready to run: `module` is what is called, compiled (`setting`) or not."""
+
+    implementation: str
+    variant: str
+    setting: str
+    entrant: Entrant
+    module: nn.Module
+
+
+class LineUp(NamedTuple):
+    """All that take part, and why a (peer, variant) does not."""
+
+    runners: list[Runner]
+    absent: dict[tuple[str, str], str]
+
+
+def compiled(name: str, module: nn.Module) -> nn.Module:
+    """Ours by its own recipe, in place; a peer as torch.compile does it."""
+    if name == OURS:
+        module.compile()
+        return module
+    wrapped: nn.Module = torch.compile(module)  # type: ignore[assignment]
+    return wrapped
+
+
+def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torch.device) -> LineUp:
+    """Our model of each variant and its peers, in fp32.
+
+    Peers get our weights and must compute what ours does, where they can. Each peer of PyTorch is there eager and, with
+    `compile`, compiled as well; both share one module. Ours is compiled or not, as asked.
+    """
+    found = LineUp([], {})
+    for variant, config in models.configs.items():
+        input_ids, labels = torch.randint(config.vocab_size, (2, 2, min(config.max_seq_len, 128)), device=device)
+        labels[:, ::4] = IGNORE
+        model = models.build(variant).to(device)
+        own = ours(model)
+        setting = "compiled" if compile else "eager"
+        module = compiled(OURS, model) if compile else model
+        found.runners.append(Runner(OURS, variant, setting, own, module))
+        for name in peers:
+            try:
+                entrants = build(name, model)
+            except Unavailable as reason:
+                found.absent[name, variant] = str(reason)
+                continue
+            checked = [entrant for entrant in entrants.values() if entrant.same_function]
+            for entrant in entrants.values():
+                entrant.module.to(device)
+            problems = (difference(own, entrant, input_ids, labels) for entrant in checked)
+            if (problem := next(filter(None, problems), None)) is not None:
+                found.absent[name, variant] = problem
+                continue
+            found.runners.extend(Runner(name, variant, s, e, e.module) for s, e in entrants.items())
+            if compile and "eager" in entrants:
+                eager = entrants["eager"]
+                found.runners.append(Runner(name, variant, "compiled", eager, compiled(name, eager.module)))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What every contestant of a table does: `kind` is step, prefill or decode, of `batch_size` rows of `n` tokens."""
+
+    kind: str
+    preset: str
+    dtype: str
+    batch_size: int
+    n: int
+    device: torch.device
+
+    def measurement(self, implementation: str, variant: str, config: ModelConfig) -> Measurement:
+        """What is known of a contestant before it is timed."""
+        layer = config.layers[0]
+        kernel = {OURS: self._kernel(config), "llama-cpp": "llama.cpp"}.get(implementation, "sdpa")
+        return Measurement(
+            kind=self.kind,
+            preset=self.preset,
+            implementation=implementation,
+            variant=variant,
+            num_query_heads=layer.num_query_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            batch_size=self.batch_size,
+            n=self.n,
+            dtype=self.dtype,
+            kernel=kernel,
+        )
+
+    def _kernel(self, config: ModelConfig) -> str:
+        call = Call.of_layer(
+            config.layers[0],
+            length=self.n,
+            num_queries=1 if self.kind == "decode" else None,
+            device=self.device,
+            dtype=find_dtype(self.dtype),
+            grad=self.kind == "step",
+        )
+        return resolve(call).kernel
+
+
+def measure(
+    lineup: LineUp,
+    task: Task,
+    work: Callable[[Runner], Callable[[], None]],
+    configs: Mapping[str, ModelConfig],
+    *,
+    rounds: int,
+    limit: TimeLimit,
+) -> list[Measurement]:
+    """Time the `work` of each runner, in turns: a measurement for each implementation and variant in its best setting.
+
+    A peer's says whether it was shown to compute what ours does; who is absent or cannot run has a note. In the order
+    of `configs`, ours before its peers.
+    """
+    training = task.kind == "step"
+
+    def contestants() -> Iterator[Contestant]:
+        for (implementation, variant), reason in lineup.absent.items():
+            yield replace(task.measurement(implementation, variant, configs[variant]), note=reason), None
+        for runner in lineup.runners:
+            logger.info("warming %s %s %s", *runner[:3])
+            measurement = task.measurement(runner.implementation, runner.variant, configs[runner.variant])
+            checked = None if runner.implementation == OURS else runner.entrant.same_function
+            yield replace(measurement, setting=runner.setting, checked=checked), work(runner)
+
+    # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
+    timed = time_all(contestants(), rounds=rounds, warmup=int(training), device=task.device, limit=limit)
+    tokens = task.batch_size * task.n
+    timed = [m if m.seconds is None else replace(m, tokens_per_s=tokens / m.median) for m in timed]
+    best = with_ratios(best_settings(timed), same=lambda m: m.implementation, baseline=choose_baseline(configs))
+    order = list(configs)
+    return sorted(beside_peers(best), key=lambda m: (order.index(m.variant), m.implementation != OURS))
+
+
+def best_settings(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """For each implementation and variant the one with the least median, with the medians `tried`."""
+    rivals: dict[tuple[str | None, str], list[Measurement]] = {}
+    for m in measurements:
+        rivals.setdefault((m.implementation, m.variant), []).append(m)
+    best = []
+    for same in rivals.values():
+        tried = {m.setting or "": m.median for m in same if m.seconds is not None}
+        fastest = min(same, key=lambda m: math.inf if m.seconds is None else m.median)
+        best.append(replace(fastest, tried=tried) if tried else fastest)
+    return best
+
+
+def beside_peers(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Sets, in ours, the time of the fastest peer of the same variant and the memory of the thriftiest over our own."""
+
+    def compared(m: Measurement) -> Measurement:
+        rivals = [r for r in measurements if r.variant == m.variant and r.implementation != OURS]
+        if m.implementation != OURS:
+            return m
+        times = [r.median for r in rivals if r.seconds is not None]
+        if m.seconds is not None and times:
+            m = replace(m, ratio_to_peer=min(times) / m.median)
+        peaks = [r.peak_bytes for r in rivals if r.peak_bytes is not None]
+        return replace(m, memory_to_peer=m.peak_bytes / min(peaks)) if m.peak_bytes is not None and peaks else m
+
+    return [compared(m) for m in measurements]

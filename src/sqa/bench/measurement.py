@@ -1,0 +1,131 @@
+"""A benchmark's measurement: what was timed, how long it took, and how that compares with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+
+from sqa.measure.timing import TimeLimit, Timing, failure, take_turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One contestant in one setting. What does not apply is None; bytes are `_bytes`, all else is in seconds or bare.
+
+    `seconds` is the time of one turn; where there is none, `note` says why. `ratio` is the time of the variant
+    `baseline` over this one's. `share_of_peak` is the share of the rate of a large matrix product, measured in the same
+    run, and `share_of_processor` that of the processor's own multiply-adds. `tried` holds the medians of all settings
+    of a contestant, whose best is this one.
+    """
+
+    kind: str
+    preset: str | None = None
+    d_model: int | None = None
+    implementation: str | None = None
+    variant: str
+    num_query_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    batch_size: int | None = None
+    n: int | None = None
+    dtype: str | None = None
+    mask: str | None = None
+    window: int | None = None
+    kernel: str | None = None
+    what: str | None = None
+    scores: int | None = None
+    flops: int | None = None
+    limit_seconds: float | None = None
+    setting: str | None = None
+    checked: bool | None = None
+    note: str | None = None
+    seconds: Timing | None = None
+    tokens_per_s: float | None = None
+    tried: Mapping[str, float] | None = None
+    ratio: float | None = None
+    baseline: str | None = None
+    flops_per_s: float | None = None
+    share_of_peak: float | None = None
+    share_of_processor: float | None = None
+    limit: float | None = None
+    share_of_limit: float | None = None
+    ratio_to_full: float | None = None
+    ratio_to_sdpa: float | None = None
+    ratio_to_peer: float | None = None
+    preprint_ratio: float | None = None
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    memory_to_peer: float | None = None
+    loss: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+
+    @property
+    def heads(self) -> str:
+        """Hq/HkvxD."""
+        return f"{self.num_query_heads}/{self.num_kv_heads}x{self.head_dim}"
+
+    @property
+    def median(self) -> float:
+        """Seconds, of a measurement that has them."""
+        assert self.seconds is not None
+        return self.seconds.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """As files hold it: what is None is left out, and `rounds` stands beside `seconds`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: value for name, value in values.items() if value is not None}
+        if self.seconds is not None:
+            values |= {"seconds": self.seconds.to_dict(), "rounds": self.seconds.rounds}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        given = dict(values)
+        rounds = given.pop("rounds", 0)
+        if "seconds" in given:
+            given["seconds"] = Timing(**given["seconds"], rounds=rounds)
+        return cls(**given)
+
+
+Contestant = tuple[Measurement, Callable[[], object] | None]
+"""What is known before timing, and what to time: nothing where the measurement has its note already."""
+
+
+def time_all(
+    contestants: Iterable[Contestant], *, rounds: int, warmup: int, device: torch.device, limit: TimeLimit
+) -> list[Measurement]:
+    """Each measurement with its time, all taking turns, or with a note why it cannot run."""
+    measured: list[Measurement] = []
+    running = {}
+    for measurement, run in contestants:
+        if run is not None and (problem := failure(run, device)) is not None:
+            measurement = replace(measurement, note=f"cannot run: {problem}")
+        elif run is not None:
+            running[len(measured)] = run
+        measured.append(measurement)
+    for index, timing in take_turns(running, rounds=rounds, warmup=warmup, device=device, limit=limit).items():
+        measured[index] = replace(measured[index], seconds=timing)
+    return measured
+
+
+def with_ratios(
+    measurements: Sequence[Measurement], *, same: Callable[[Measurement], Hashable], baseline: str
+) -> list[Measurement]:
+    """Sets `ratio` where the `baseline` variant was timed too, among measurements that agree in `same`."""
+    times = {same(m): m.median for m in measurements if m.seconds is not None and m.variant == baseline}
+    return [
+        replace(m, ratio=times[same(m)] / m.median, baseline=baseline)
+        if m.seconds is not None and same(m) in times
+        else m
+        for m in measurements
+    ]
+
+
+def choose_baseline(variants: Collection[str]) -> str:
+    """What ratios are taken against: gqa where it takes part, else the first variant."""
+    return "gqa" if "gqa" in variants else next(iter(variants))

@@ -1,0 +1,81 @@
+"""What rates of multiply-adds a machine reaches, so that others can be shares of them."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from sqa import native
+from sqa.measure.machine import flags
+from sqa.measure.timing import take_turns
+
+_TURNS = 1 << 18
+"""Of the probe's loop, a call: some two milliseconds."""
+
+_CALLS = 100
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of a large matrix product, and of independent multiply-adds; None where those were not measured."""
+
+    product: float
+    processor: float | None
+
+    def shares(self, rate: float) -> tuple[float, float | None]:
+        """A rate in FLOP/s as shares of both."""
+        return rate / self.product, None if self.processor is None else rate / self.processor
+
+    def __str__(self) -> str:
+        processor = "" if self.processor is None else f", the processor's multiply-adds {self.processor / 1e9:,.0f}"
+        return f"a large matrix product reaches {self.product / 1e9:,.0f} GFLOP/s{processor}"
+
+
+def measure_peak(dtype: torch.dtype, device: torch.device) -> Peak:
+    """Both rates for a dtype, in about a second."""
+    return Peak(matmul_peak(dtype, device), processor_peak(dtype) if device.type == "cpu" else None)
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the product of two square matrices, the best fifth of ten.
+
+    Of 2,048 rows, and on a GPU of 8,192: it would spend the smaller product waiting for the launch.
+    """
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    timing = take_turns({"product": lambda: a @ b}, rounds=10, warmup=2, device=device)["product"]
+    return 2 * size**3 / timing.p20
+
+
+def processor_peak(dtype: torch.dtype) -> float | None:
+    """FLOP/s of independent multiply-adds in registers, on as many threads as PyTorch has; the best of many calls.
+
+    In bf16 these are dot products with fp32 sums where the processor has them (AVX-512-BF16), else fp32 as well. None
+    without a compiler, and for bf16 where there are matrix tiles (AMX), which the probe does not use.
+    """
+    half = dtype == torch.bfloat16
+    library = _library()
+    if not isinstance(library, ctypes.CDLL) or (half and "amx_bf16" in flags()):
+        return None
+    half = half and "avx512_bf16" in flags()
+    threads = torch.get_num_threads()
+
+    def rate() -> float:
+        start = time.perf_counter()
+        flops: int = library.sqa_peak(ctypes.c_int(half), ctypes.c_int64(_TURNS), ctypes.c_int(threads))
+        return flops / (time.perf_counter() - start)
+
+    return max(rate() for _ in range(_CALLS))
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | str:
+    library = native.load(Path(__file__).with_name("peak.cpp"))
+    if isinstance(library, ctypes.CDLL):
+        library.sqa_peak.restype = ctypes.c_int64
+    return library
