@@ -24,8 +24,10 @@ from sqa.conversion.records import Conversion
 from sqa.conversion.report import quality_table, samples, speed_table
 from sqa.cost import attention_flops, train_step_flops
 from sqa.experiments.directory import Directory
+from sqa.experiments.report import read_experiment
 from sqa.experiments.summary import Experiment, results_table
 from sqa.planning import scale
+from sqa.training.probes import Probe
 from sqa.variants import VARIANTS, preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,66 @@ def comparison(name: str) -> str:
     title = f"{plan.name}: {plan.budget} a run, context {plan.context}"
     table = text_of(results_table(Experiment.join([comparison]), title=title))
     return f"{table}\n\n{machine}; torch {record.versions['torch']}; {record.git}"
+
+
+def horizons() -> str:
+    """The table of the complete trainings of several lengths that are committed."""
+    found = [RESULTS / name for name in HORIZONS if (RESULTS / name / "results.jsonl").exists()]
+    return text_of(results_table(read_experiment(found), title="horizon: complete trainings, context 1,024"))
+
+
+def rates(*names: str) -> str:
+    """Validation losses of the first seed of comparisons that differ in their learning rate, a column a variant."""
+    comparisons = [Directory(RESULTS / name).read() for name in names]
+    variants = list(dict.fromkeys(result.variant for c in comparisons for result in c.results))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("learning rate")
+    for name in variants:
+        table.add_column(VARIANTS[name].label, justify="right")
+    for comparison in comparisons:
+        losses = {result.variant: result.val.loss for result in comparison.results if result.seed == 0}
+        cells = (f"{losses[name]:.4f}" if name in losses else "" for name in variants)
+        table.add_row(f"{comparison.plan.learning_rate:g}", *cells)
+    return text_of(table)
+
+
+def warm_up(*names: str) -> str:
+    """GQA's and SQA's losses, and their paired difference, under several lengths of the warm-up."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("warm-up", "tokens", "warm-up\nsteps", "seeds", "GQA", "SQA", "SQA - GQA", "95 %"):
+        table.add_column(heading, justify="right")
+    for name in names:
+        experiment = read_experiment([RESULTS / name])
+        line = {line.variant: line for line in experiment.summaries()}
+        gqa, sqa, plan = line["gqa"], line["sqa"], experiment.plan
+        difference = sqa.difference
+        assert difference is not None, f"{name} has no pair of GQA and SQA"
+        table.add_row(
+            f"{plan.warmup_fraction:.0%}", f"{gqa.tokens / 1e6:.0f}M", f"{plan.warmup_fraction * gqa.steps:.0f}",
+            str(difference.runs), f"{gqa.loss.mean:.4f}", f"{sqa.loss.mean:.4f}", f"{difference.mean:+.4f}",
+            "one seed" if difference.half_width is None else f"±{difference.half_width:.4f}",
+        )  # fmt: skip
+    return text_of(table)
+
+
+def probes(name: str, *variants: str) -> str:
+    """What the probes of a comparison's first seed found, in the order of training."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    found = {
+        variant: [Probe(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        for variant in variants
+        if (path := RESULTS / name / f"{variant}-0" / "probes.jsonl").exists()
+    }
+    bounds = next(iter(found.values()))[0].positions
+    ranges = [f"{low}-\n{high}" for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    for heading in ("", "tokens", *ranges, "repeated\nless first"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for variant, lines in found.items():
+        for probe in lines[1::2]:
+            losses = (f"{loss:.3f}" for loss in probe.loss_by_position)
+            gain = f"{probe.repeated_loss - probe.unrepeated_loss:+.3f}"
+            table.add_row(VARIANTS[variant].label, f"{probe.tokens / 1e6:.2f}M", *losses, gain)
+    return text_of(table)
 
 
 def benchmark(name: str) -> str:
@@ -162,6 +224,10 @@ SECTIONS = {
     "articles": lambda: comparison("articles"),
     "small tokens": lambda: comparison("small-tokens"),
     "small time": lambda: comparison("small-time"),
+    "horizons": horizons,
+    "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
+    "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
+    "probes": lambda: probes("horizon-16M", "gqa", "sqa"),
     "steps": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32")),
     "prefill": lambda: benchmark("prefill"),
     "step long": lambda: benchmark("step-long"),

@@ -52,7 +52,7 @@ def test_a_kernel_that_does_not_run_is_a_finding(monkeypatch: pytest.MonkeyPatch
 
 
 # names of events as PyTorch's profiler records them on CUDA
-RECORDED = {
+MADE_UP = {
     "flash": [
         "aten::scaled_dot_product_attention",
         "aten::_scaled_dot_product_flash_attention",
@@ -90,10 +90,10 @@ RECORDED = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_profiles_of_cuda_are_told_apart(name: str) -> None:
-    assert implementation(RECORDED[name]) == name
-    assert implementation(reversed(RECORDED[name])) == name
+@pytest.mark.parametrize("name", MADE_UP)
+def test_profiles_as_cuda_would_give_them_are_told_apart(name: str) -> None:
+    assert implementation(MADE_UP[name]) == name
+    assert implementation(reversed(MADE_UP[name])) == name
 
 
 def test_what_cuda_is_expected_to_run_is_what_pytorch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
