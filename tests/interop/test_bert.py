@@ -288,7 +288,7 @@ def test_counts_that_do_not_fit_are_refused(stock: BertModel, query: int, kv: in
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "sqa.interop.bert")
-    with pytest.raises(ImportError, match=r"sparse-query-attention\[hf\]"):
+    with pytest.raises(ImportError, match=r"\.\[hf\]"):
         importlib.import_module("sqa.interop.bert")
 
 
