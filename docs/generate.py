@@ -5,6 +5,7 @@ They stand between marker lines, and nothing between them is written by hand. Ch
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -102,7 +103,7 @@ def probes(name: str, *variants: str) -> str:
         if (path := RESULTS / name / f"{variant}-0" / "probes.jsonl").exists()
     }
     bounds = next(iter(found.values()))[0].positions
-    ranges = [f"{low}-\n{high}" for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    ranges = [f"{low}-\n{high}" for low, high in itertools.pairwise(bounds)]
     for heading in ("", "tokens", *ranges, "repeated\nless first"):
         table.add_column(heading, justify="right" if heading else "left")
     for variant, lines in found.items():
