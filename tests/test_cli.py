@@ -440,3 +440,12 @@ def test_without_the_extra_report_a_comparison_ends_well_and_names_it(
     done = sqa("compare", "tiny.toml", "--out", "out[a]", "--variants", "sqa", cwd=tiny)
     assert "pip install -c constraints.txt -e '.[report]'" in done.stdout
     assert "Rows: out[a]/results.jsonl" in done.stdout
+
+
+def test_json_goes_to_a_regular_file_alone(tmp_path: Path) -> None:
+    """A rename would put a file in the place of a pipe or a device."""
+    os.mkfifo(tmp_path / "pipe")
+    done = sqa("variants", "--json", str(tmp_path / "pipe"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is no regular file" in done.stderr
+    assert (tmp_path / "pipe").is_fifo()

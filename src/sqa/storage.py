@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -183,7 +184,7 @@ def regular_file(path: Path) -> bool:
     if not path.exists() and not path.is_symlink():
         return False
     folder = path.parent.resolve()
-    if path.is_symlink() and path.resolve().parent not in (folder, folder.parent.parent / "blobs"):
+    if path.is_symlink() and Path(os.path.realpath(path)).parent not in (folder, folder.parent.parent / "blobs"):
         raise InputError(f"model: {path} is a link to another place; put the file itself there")
     if not path.is_file():
         raise InputError(f"model: {path} must be a regular file")

@@ -80,7 +80,7 @@ LONG = {
     "context", "evaluation_tokens", "speed_at", "heal",
 }  # fmt: skip
 """Options of which a huge number rightly means long work."""
-TEMPORARY = re.compile(r"\.(.+\.[a-z0-9_]{8}|lock.*)")
+TEMPORARY = re.compile(r"\.(.+\.tmp|.+\.[a-z0-9_]{8}|lock.*)")
 FINDINGS = ("Traceback", "terminate called", "core dumped", "this is a bug")
 
 

@@ -248,7 +248,7 @@ def attend(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast hands them to F.scaled_dot_product_attention."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -17,8 +17,9 @@ T = TypeVar("T")
 
 def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
     """Refuses what could not be written to, before figures are measured that would be lost."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        what = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+    if path is not None and ((path.exists() and not path.is_file()) or not path.absolute().parent.is_dir()):
+        what = "is no regular file" if path.exists() else "is in a folder that does not exist"
+        what = "is a folder" if path.is_dir() else what
         raise InputError(f"{param.opts[0]} {path} {what}; name a file")
     return path
 
