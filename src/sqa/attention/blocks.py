@@ -1,8 +1,7 @@
 """Attention on CPU that never computes what a window or a document boundary hides: O(N * window) time, O(N) memory.
 
 PyTorch's fused CPU attention runs on slices: one per document, and within a window on blocks of queries with the keys
-they can reach, all blocks of a document as one batch. The loops depend on data, so they are custom operators that
-torch.compile treats as one node.
+they can reach, all blocks of a document as one batch.
 """
 
 from __future__ import annotations
@@ -13,6 +12,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from sqa.attention import operators
+from sqa.attention.call import Call
+from sqa.attention.masks import document_starts
 
 QUERY_BLOCK = 64
 
@@ -108,21 +111,15 @@ def _blocks(q: Tensor, starts: Tensor | None, causal: bool, window: int, sinks: 
                     first += part * number
 
 
-def without_gaps(*tensors: Tensor) -> Iterator[Tensor]:
+def _without_gaps(*tensors: Tensor) -> Iterator[Tensor]:
     """The fused kernels read garbage when the last axis has gaps, and check nothing."""
     return (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-# torch.compile's disk cache knows operators by name alone: another signature here or below needs another name here
-@torch.library.custom_op("sqa::block_attention", mutates_args=(), device_types="cpu")
-def block_attention(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, causal: bool, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q (B, T, Hq, D), k, v (B, T, Hkv, D) -> output (B, T, Hq, D) and log-sum-exp (B, T, Hq).
-
-    starts: bool (B, T), True at the first token of each document. window=0: none.
-    """
-    q, k, v = without_gaps(q, k, v)
+    q, k, v = _without_gaps(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype)
     logsumexp = torch.empty(q.shape[:3], dtype=torch.float32)
     for b in _blocks(q, starts, causal, window, sinks):
@@ -134,13 +131,7 @@ def block_attention(
     return out, logsumexp
 
 
-@block_attention.register_fake
-def _(q, k, v, starts, causal, window, sinks, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("sqa::block_attention_backward", mutates_args=(), device_types="cpu")
-def _block_attention_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -153,8 +144,8 @@ def _block_attention_backward(
     sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; blocks overlap in k and v, so those are summed in fp32."""
-    grad, q, k, v = without_gaps(grad, q, k, v)
+    """Blocks overlap in k and v, so the gradients of those are summed in fp32."""
+    grad, q, k, v = _without_gaps(grad, q, k, v)
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = torch.zeros(k.shape, dtype=torch.float32), torch.zeros(v.shape, dtype=torch.float32)
     for b in _blocks(q, starts, causal, window, sinks):
@@ -176,20 +167,27 @@ def _block_attention_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@_block_attention_backward.register_fake
-def _(grad, q, k, v, out, logsumexp, starts, causal, window, sinks, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_attention = operators.cpu_operator("block_attention", _forward, _backward)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, starts, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, starts, *output)
+def prepare(call: Call) -> Tensor | None:
+    """bool (B, T), True at the first token of each document; None without documents."""
+    return None if call.mask.document_ids is None else document_starts(call.mask.document_ids)
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-    q, k, v, starts, out, logsumexp = ctx.saved_tensors
-    dq, dk, dv = _block_attention_backward(grad, q, k, v, out, logsumexp, starts, *ctx.options)
-    return dq, dk, dv, *(None for _ in range(5))
+def run(call: Call, starts: Tensor | None) -> Tensor:
+    """Output (B, T, Hq, D)."""
+    window = call.window or 0
+    out: Tensor = _attention(call.q, call.k, call.v, starts, call.mask.causal, window, call.sinks, call.scale)[0]
+    return out
 
 
-block_attention.register_autograd(_backward, setup_context=_save)
+def lacks(call: Call) -> str | None:
+    """What keeps a call from attention in blocks, or None."""
+    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"fp32, fp16 and bf16 only, got {call.dtype}"
+    if call.padding:
+        return "no padding mask"
+    if call.num_queries != call.num_keys:
+        return "no cache or cross-attention"
+    return operators.lacks(call)

@@ -35,8 +35,9 @@ class Step:
 class _Positions:
     """The tokens held by layers without a window."""
 
-    def __init__(self, batch_size: int, capacity: int, device: torch.device) -> None:
-        self.real = torch.ones(batch_size, capacity, dtype=torch.bool, device=device)
+    def __init__(self, batch_size: int, size: int, num_sinks: int, device: torch.device) -> None:
+        self.num_sinks = num_sinks
+        self.real = torch.ones(batch_size, size, dtype=torch.bool, device=device)
         self.padded = False
         self.length = 0
         self.step: Step | None = None
@@ -55,18 +56,15 @@ class _Positions:
         return Step(start=start, length=length, num_keys=end, keys=keys)
 
 
-class _RollingPositions:
+class _RollingPositions(_Positions):
     """The tokens held by layers with a window: the last window - 1 and the sinks."""
 
-    def __init__(self, batch_size: int, recent: int, num_sinks: int, device: torch.device) -> None:
-        self.num_sinks = num_sinks
-        self.real = torch.zeros(batch_size, recent, dtype=torch.bool, device=device)
+    def __init__(self, batch_size: int, size: int, num_sinks: int, device: torch.device) -> None:
+        super().__init__(batch_size, size, num_sinks, device)
+        self.real.zero_()
         # slot num_sinks is a bin for everything that is no sink, so that writing needs no data-dependent shape
         self.sink_positions = torch.zeros(batch_size, num_sinks + 1, dtype=torch.long, device=device)
         self.seen = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # real tokens so far, a row
-        self.padded = False
-        self.length = 0
-        self.step: Step | None = None
 
     def add(self, length: int, padding_mask: Tensor | None) -> Step:
         start, recent, batch_size = self.length, self.real.shape[1], self.real.shape[0]
@@ -126,40 +124,35 @@ class _Keys:
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
-class _RollingKeys:
+class _RollingKeys(_Keys):
     """The last window - 1 keys and values of one layer, and the sinks: memory does not grow with length."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, positions: _RollingPositions) -> None:
-        self.positions = positions
-        self.keys = torch.zeros(shape, dtype=dtype, device=positions.real.device)
-        self.values = torch.zeros_like(self.keys)
-        self.sink_keys = self.keys.new_zeros(shape[0], positions.num_sinks + 1, *shape[2:])
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, positions: _Positions) -> None:
+        super().__init__(shape, dtype, positions)
+        self.num_sinks = positions.num_sinks
+        self.sink_keys = self.keys.new_zeros(shape[0], self.num_sinks + 1, *shape[2:])
         self.sink_values = torch.zeros_like(self.sink_keys)
-        self.length = 0
-        self.owner: int | None = None
 
     def extend(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values returned are sinks, then the last window - 1, then the new ones."""
-        keys, values = torch.cat((self.keys, k.detach()), 1), torch.cat((self.values, v.detach()), 1)
-        result = k, v
+        return self._roll(step, self.keys, self.sink_keys, k), self._roll(step, self.values, self.sink_values, v)
+
+    def _roll(self, step: Step, recent: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
+        """Keys or values as queries see them, the sinks, the last window - 1 and the new; then keeps the new ones."""
+        held, seen = torch.cat((recent, new.detach()), 1), new
         if step.keys is not None:
-            sinks = self.positions.num_sinks if step.keys.holes else 0
-            empty = keys.shape[1] + sinks - step.num_keys
-            result = keys[:, empty:], values[:, empty:]
-            if sinks:
-                held = self.sink_keys[:, :sinks], self.sink_values[:, :sinks]
-                result = torch.cat((held[0], result[0]), 1), torch.cat((held[1], result[1]), 1)
+            num_sinks = self.num_sinks if step.keys.holes else 0
+            seen = held[:, held.shape[1] + num_sinks - step.num_keys :]
+            if num_sinks:
+                seen = torch.cat((sinks[:, :num_sinks], seen), 1)
         if step.sink_slots is not None:
-            index = step.sink_slots[:, :, None, None].expand_as(k)
-            self.sink_keys.scatter_(1, index, k.detach().to(self.sink_keys.dtype))
-            self.sink_values.scatter_(1, index, v.detach().to(self.sink_values.dtype))
-        self.keys.copy_(keys[:, step.length :])
-        self.values.copy_(values[:, step.length :])
-        return result
+            slots = step.sink_slots[:, :, None, None].expand_as(new)
+            sinks.scatter_(1, slots, new.detach().to(sinks.dtype))
+        recent.copy_(held[:, step.length :])
+        return seen
 
     @property
     def num_bytes(self) -> int:
-        return sum(2 * t.numel() * t.element_size() for t in (self.keys, self.sink_keys))
+        return super().num_bytes + 2 * self.sink_keys.numel() * self.sink_keys.element_size()
 
 
 class KVCache:
@@ -195,23 +188,17 @@ class KVCache:
         if not dtype.is_floating_point:
             raise InputError(f"cache: dtype must be a floating-point one, got {dtype}")
         self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
-        kept: dict[tuple[int | None, int], _Positions | _RollingPositions] = {}
-        self.layers: list[_Keys | _RollingKeys] = []
+        kept: dict[tuple[int | None, int], _Positions] = {}
+        self.layers: list[_Keys] = []
         for layer in layers:
-            size = capacity if layer.window is None else min(layer.window - 1, capacity)
-            key = layer.window, layer.num_sink_tokens
-            if key not in kept:
-                kept[key] = (
-                    _Positions(batch_size, size, torch.device(device))
-                    if layer.window is None
-                    else _RollingPositions(batch_size, size, layer.num_sink_tokens, torch.device(device))
-                )
-            positions, shape = kept[key], (batch_size, size, layer.num_kv_heads, layer.head_dim)
-            self.layers.append(
-                _Keys(shape, dtype, positions)
-                if isinstance(positions, _Positions)
-                else _RollingKeys(shape, dtype, positions)
-            )
+            window, num_sinks = layer.window, layer.num_sink_tokens
+            size = capacity if window is None else min(window - 1, capacity)
+            if (window, num_sinks) not in kept:
+                make_positions = _Positions if window is None else _RollingPositions
+                kept[window, num_sinks] = make_positions(batch_size, size, num_sinks, torch.device(device))
+            make_keys = _Keys if window is None else _RollingKeys
+            shape = batch_size, size, layer.num_kv_heads, layer.head_dim
+            self.layers.append(make_keys(shape, dtype, kept[window, num_sinks]))
 
     def check(self, layer_index: int, config: AttentionConfig) -> None:
         """Raise InputError when the layer at `layer_index` is not the one that this cache was made for."""

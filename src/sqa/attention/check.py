@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -116,6 +116,7 @@ def _check(call: Call, kernel: str, mask: str) -> Checked:
         return attend(call.q, call.k, call.v, call.mask, kernel=kernel)
 
     expected, dtype = expected_implementations(call, kernel), str(call.dtype).removeprefix("torch.")
+    checked = Checked(kernel=kernel, mask=mask, dtype=dtype, expected=expected)
     try:
         with torch.set_grad_enabled(call.grad):
             out = forward()  # compiled and warm
@@ -127,10 +128,8 @@ def _check(call: Call, kernel: str, mask: str) -> Checked:
                 _names(lambda: torch.autograd.grad(out.float().square().sum(), inputs), call.device)
             )
     except RuntimeError as problem:  # a kernel that the table promises and that does not run is a finding
-        return Checked(kernel=kernel, mask=mask, dtype=dtype, expected=expected, error=str(problem).split("\n")[0])
-    return Checked(
-        kernel=kernel, mask=mask, dtype=dtype, expected=expected, forward=implementation(names), backward=backward
-    )
+        return replace(checked, error=str(problem).split("\n")[0])
+    return replace(checked, forward=implementation(names), backward=backward)
 
 
 def _names(run: Callable[[], object], device: torch.device) -> list[str]:

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sqa.attention import fused, pytorch
-from sqa.attention.blocks import block_attention
+from sqa.attention import blocks, pytorch, ranges
 from sqa.attention.call import Call
-from sqa.attention.masks import Mask, Prepared, document_starts
-from sqa.attention.ranges import KeyRanges, key_ranges, range_attention
+from sqa.attention.masks import Mask, Prepared
 from sqa.attention.reference import reference_attention
-from sqa.config import nearest
+from sqa.config import unknown
 from sqa.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -45,96 +43,38 @@ class Kernel:
     lacks: Callable[[Call], str | None]
     devices: str
     masks: str
-    dtypes: str
-    backward: str
-    about: str
+    backward: str = "yes"
 
 
 def _reference(call: Call, form: Tensor | None) -> Tensor:
     return reference_attention(call.q, call.k, call.v, form, scale=call.scale, softcap=call.softcap)
 
 
-def _lacks_sdpa(call: Call) -> str | None:
-    return None if call.softcap is None else "no logit soft-capping"
-
-
-def _blocks_form(call: Call) -> Tensor | None:
-    return None if call.mask.document_ids is None else document_starts(call.mask.document_ids)
-
-
-def _blocks(call: Call, form: Tensor | None) -> Tensor:
-    out: Tensor = block_attention(
-        call.q, call.k, call.v, form, call.mask.causal, call.window or 0, call.sinks, call.scale
-    )[0]
-    return out
-
-
-def _lacks_blocks(call: Call) -> str | None:
-    if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"fp32, fp16 and bf16 only, got {call.dtype}"
-    if call.padding:
-        return "no padding mask"
-    if call.num_queries != call.num_keys:
-        return "no cache or cross-attention"
-    return _lacks_on_cpu(call)
-
-
-def _lacks_on_cpu(call: Call) -> str | None:
-    if call.device.type != "cpu":
-        return "CPU only"
-    return None if call.softcap is None else "no logit soft-capping"
-
-
-def _fused_form(call: Call) -> KeyRanges:
-    return key_ranges(call.mask, call.q.shape[0], call.num_queries, call.num_keys)
-
-
-def _fused(call: Call, form: KeyRanges) -> Tensor:
-    return range_attention(call.q, call.k, call.v, form, call.scale)
-
-
-def _lacks_fused(call: Call) -> str | None:
-    if call.grad and call.num_queries != call.num_keys:
-        return "no cache or cross-attention"
-    if call.cached and call.padding and call.mask.window is not None:
-        return "no padding in a rolling cache"
-    if call.sinks:
-        return "no sinks"
-    if call.dtype not in fused.DTYPES:
-        return f"fp32 and bf16 only, got {call.dtype}"
-    if call.head_dim not in fused.HEAD_DIMS:
-        return f"head_dim must be one of {', '.join(map(str, fused.HEAD_DIMS))}, got {call.head_dim}"
-    return _lacks_on_cpu(call) or fused.lacks()
-
-
 KERNELS: dict[str, Kernel] = {
+    # the oracle; memory grows with N x N
     "reference": Kernel(
-        run=_reference, prepare=pytorch.visible, lacks=lambda call: None, devices="all", masks="all, soft-cap",
-        dtypes="all, computed in fp32", backward="yes", about="the oracle; memory grows with N x N",
+        run=_reference, prepare=pytorch.visible, lacks=lambda call: None, devices="all", masks="all, soft-cap"
     ),
     "sdpa": Kernel(
-        run=pytorch.sdpa, prepare=pytorch.sdpa_form, lacks=_lacks_sdpa, devices="all",
-        masks="all, dense but for causal", dtypes="fp32, fp16, bf16", backward="yes",
-        about="PyTorch's scaled_dot_product_attention",
+        run=pytorch.sdpa, prepare=pytorch.sdpa_form, lacks=pytorch.lacks_sdpa, devices="all",
+        masks="all, dense but for causal",
     ),
+    # this one and those below skip what a mask hides
     "blocks": Kernel(
-        run=_blocks, prepare=_blocks_form, lacks=_lacks_blocks, devices="cpu", masks="causal, window, sinks, documents",
-        dtypes="fp32, fp16, bf16", backward="yes", about="fused attention on slices; skips what a mask hides",
+        run=blocks.run, prepare=blocks.prepare, lacks=blocks.lacks, devices="cpu",
+        masks="causal, window, sinks, documents",
     ),
     "fused": Kernel(
-        run=_fused, prepare=_fused_form, lacks=_lacks_fused, devices="cpu", masks="all but sinks",
-        dtypes="fp32, bf16", backward="not cached",
-        about="our own (C++, needs a compiler), made for small heads; skips what a mask hides",
+        run=ranges.run, prepare=ranges.prepare, lacks=ranges.lacks, devices="cpu", masks="all but sinks",
+        backward="not cached",
     ),
     "varlen": Kernel(
         run=pytorch.varlen, prepare=pytorch.varlen_form, lacks=pytorch.lacks_varlen, devices="cuda",
-        masks="causal, window, documents", dtypes="fp16, bf16", backward="yes",
-        about="PyTorch's varlen_attn (flash attention); skips what a mask hides",
+        masks="causal, window, documents",
     ),
     "flex": Kernel(
         run=pytorch.flex, prepare=pytorch.flex_form, lacks=pytorch.lacks_flex, devices="cuda; cpu forward",
-        masks="all but cached, soft-cap", dtypes="fp32, fp16, bf16", backward="cuda",
-        about="PyTorch's FlexAttention, compiled; skips what a mask hides",
+        masks="all but cached, soft-cap", backward="cuda",
     ),
 }  # fmt: skip
 
@@ -144,9 +84,7 @@ _logged: set[Choice] = set()
 def check_kernel(kernel: str) -> None:
     """Raise InputError unless `kernel` is "auto" or in the table."""
     if kernel != "auto" and kernel not in KERNELS:
-        raise InputError(
-            f"kernel: {kernel!r} is unknown{nearest(kernel, list(KERNELS))} (kernels: auto, {', '.join(KERNELS)})"
-        )
+        raise unknown("kernel", kernel, ("auto", *KERNELS))
 
 
 def resolve(call: Call, kernel: str = "auto") -> Choice:
@@ -162,10 +100,10 @@ def resolve(call: Call, kernel: str = "auto") -> Choice:
         return Choice(kernel, "asked for")
     if call.cached and call.num_queries == 1 and call.dtype == torch.float32 and not call.shared and not call.masked:
         return Choice("sdpa", "fused; for one fp32 query a KV head as fast as memory is read")
-    if _lacks_fused(call) is None:
+    if ranges.lacks(call) is None:
         return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
     skips = call.window is not None or call.documents
-    if skips and _lacks_blocks(call) is None:
+    if skips and blocks.lacks(call) is None:
         return Choice("blocks", "skips the keys that the window or the documents hide")
     if call.device.type == "cuda":
         return _resolve_cuda(call, skips)

@@ -48,6 +48,11 @@ def sdpa(call: Call, form: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+def lacks_sdpa(call: Call) -> str | None:
+    """What keeps a call from F.scaled_dot_product_attention, or None."""
+    return None if call.softcap is None else "no logit soft-capping"
+
+
 def _plain_causal(call: Call) -> bool:
     return call.mask.causal and not call.masked and not call.cached
 
@@ -58,22 +63,13 @@ def fused_backends(call: Call, *, expanded: bool = False) -> tuple[str, ...]:
     expanded: with keys and values repeated for the query heads. Without a CUDA device none does.
     """
     heads = call.q.shape[2]
-    return _ask(
-        call.dtype,
-        heads,
-        heads if expanded else call.k.shape[2],
-        call.head_dim,
-        call.masked,
-        _plain_causal(call),
-        call.grad,
-    )
+    kv_heads = heads if expanded else call.k.shape[2]
+    return _ask(call.dtype, heads, kv_heads, call.head_dim, call.masked, _plain_causal(call), call.grad)
 
 
 @torch.compiler.assume_constant_result
-def _ask(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, masked: bool, causal: bool, grad: bool
-) -> tuple[str, ...]:
-    return _answer(dtype, num_heads, num_kv_heads, head_dim, masked, causal, grad)
+def _ask(*question: Any) -> tuple[str, ...]:
+    return _answer(*question)
 
 
 @lru_cache(maxsize=256)
@@ -83,19 +79,13 @@ def _answer(
     """PyTorch's answer for 128 tokens: of the length its kernels want no more than that it is not 0."""
     if not torch.cuda.is_available():
         return ()
-    length = 128
+    length, ask = 128, torch.backends.cuda
     q, k, v = (
         torch.empty(1, length, heads, head_dim, dtype=dtype, device="cuda", requires_grad=grad).transpose(1, 2)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="cuda") if masked else None
-    return can_use(q, k, v, mask, causal)
-
-
-def can_use(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[str, ...]:
-    """The fused CUDA kernels that PyTorch would use for these very tensors (B, H, T, D)."""
-    ask = torch.backends.cuda
-    parameters = ask.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
+    parameters = ask.SDPAParams(q, k, v, mask, 0.0, causal, num_heads != num_kv_heads)
     questions = {
         "flash": ask.can_use_flash_attention,
         "efficient": ask.can_use_efficient_attention,
@@ -199,7 +189,7 @@ def flex_form(call: Call) -> Any:
         return result
 
     rows = call.q.shape[0] if call.documents or call.padding or call.sinks else None
-    make = _flex(call.device.type).make_mask
+    make = _flex("create_block_mask", call.device.type)
     return make(seen, rows, None, call.num_queries, call.num_keys, device=call.device)
 
 
@@ -213,7 +203,7 @@ def flex(call: Call, form: Any) -> Tensor:
     def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    out: Tensor = _flex(call.device.type).attend(
+    out: Tensor = _flex("flex_attention", call.device.type)(
         q, k, v, score_mod=None if softcap is None else capped, block_mask=form, scale=call.scale,
         enable_gqa=call.shared,
     )  # fmt: skip
@@ -233,24 +223,16 @@ def lacks_flex(call: Call) -> str | None:
     return None
 
 
-class _Flex(NamedTuple):
-    attend: Callable[..., Any]
-    make_mask: Callable[..., Any]
+def _flex(name: str, device: str) -> Callable[..., Any]:
+    """A function of flex_attention's module, which runs fused when it is compiled."""
+    from torch.nn.attention import flex_attention as module
+
+    plain: Callable[..., Any] = getattr(module, name)
+    # inside somebody's torch.compile it is traced with the rest
+    return plain if torch.compiler.is_compiling() else _compiled(plain, device)
 
 
-def _flex(device: str) -> _Flex:
-    # inside somebody's torch.compile the plain functions are traced; alone they would run unfused
-    if torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        return _Flex(flex_attention, create_block_mask)
-    return _compiled_flex(device)
-
-
-@lru_cache(maxsize=2)
-def _compiled_flex(device: str) -> _Flex:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+@lru_cache(maxsize=4)
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     # one compilation for all lengths; on CPU, where PyTorch 2.13 generates C++ for it that does not compile, one each
-    changing = device == "cuda"
-    return _Flex(torch.compile(flex_attention, dynamic=changing), torch.compile(create_block_mask, dynamic=changing))
+    return torch.compile(function, dynamic=device == "cuda")
