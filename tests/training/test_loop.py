@@ -383,6 +383,21 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert rates[62] == pytest.approx(0.5e-2, rel=0.05)
 
 
+def test_output_projections_learn_at_a_rate_of_their_own(shards: TokenShards, tmp_path: Path) -> None:
+    """The first step of Adam is the learning rate itself, decay included, whatever the gradient."""
+    torch.manual_seed(3)
+    begun = {name: tensor.clone() for name, tensor in Transformer(CONFIG).named_parameters()}
+    settings = {"steps": 1, "warmup_fraction": 0.0, "clip_norm": 0.0}
+    plain, _ = run(shards, tmp_path / "plain", recipe(**settings))  # type: ignore[arg-type]
+    half, _ = run(shards, tmp_path / "half", recipe(**settings, output_projection_rate=0.5))  # type: ignore[arg-type]
+    for (name, one), other in zip(plain.named_parameters(), half.parameters(), strict=True):
+        if ".o_proj." in name:
+            torch.testing.assert_close((one - begun[name]) / 2, other - begun[name], rtol=1e-4, atol=1e-7)
+            assert not torch.equal(one, begun[name])
+        else:
+            assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, layout: str) -> None:
     torch.manual_seed(0)

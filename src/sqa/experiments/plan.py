@@ -59,13 +59,14 @@ class Plan:
 
     `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
     single variants. A table under another name is a shape of the plan's own, which `variants` may list beside the
-    variants: it says `variant = ...`, or `num_query_heads` and `num_kv_heads` (and `head_dim`) itself, and may have a
-    `label` for tables and figures. `context` is the tokens a row is trained at. `batch_size` rows make a step, of all
-    processes together, taken `micro_batch_size` at a time on each (0: at once). `budget` is as Budget.parse reads it.
-    `learning_rates` holds a rate of its own for single variants. `padding_in_loss` trains on padding too, as the
-    published experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of the validation set.
-    `probes` is how often a model is asked whether it uses its context while it trains (`sqa.training.probes`), at
-    steps evenly spaced in log from a hundredth of the run to its end. `dtype` bfloat16 means autocast.
+    variants: it says `variant = ...`, or `num_query_heads` and `num_kv_heads` (and `head_dim`) itself, and may have
+    a `label` for tables and figures. `context` is the tokens a row is trained at. `batch_size` rows make a step, of
+    all processes together, taken `micro_batch_size` at a time on each (0: at once). `budget` is as Budget.parse
+    reads it. `learning_rates` holds a rate of its own for single variants; attention's output projections learn at
+    `output_projection_rate` times the variant's. `padding_in_loss` trains on padding too, as the published
+    experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of the validation set. `probes`
+    is how often a model is asked whether it uses its context while it trains (`sqa.training.probes`), at steps
+    evenly spaced in log from a hundredth of the run to its end. `dtype` bfloat16 means autocast.
     `activation_checkpointing` runs each block again for its gradient: less memory, slower. `sharding` "full" gives
     each of several processes its part of the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own
     number. `timing_rounds` 0 skips the phase that times all variants in turns.
@@ -90,6 +91,7 @@ class Plan:
     budget: str = "epochs=1"
     learning_rate: float = 5e-4
     learning_rates: dict[str, float] = field(default_factory=dict)
+    output_projection_rate: float = 1.0
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     clip_norm: float = 0.0
@@ -277,7 +279,8 @@ class Plan:
 
 _LIMITS: dict[str, tuple[float, float]] = {
     "context": (2, 2**31), "batch_size": (1, 2**31), "micro_batch_size": (0, 2**31), "evaluation_tokens": (1, 10**15),
-    "warmup_fraction": (0, 1), "weight_decay": (0, 1e9), "clip_norm": (0, 1e30), "probes": (0, 1000),
+    "warmup_fraction": (0, 1), "output_projection_rate": (0, 1e9), "weight_decay": (0, 1e9),
+    "clip_norm": (0, 1e30), "probes": (0, 1000),
     "timing_rounds": (0, 10_000), "checkpoint_seconds": (0, 1e9), "threads": (0, 1024),
 }  # fmt: skip
 """The least and the most of a field; far above what a machine can do, far below what a computer counts."""

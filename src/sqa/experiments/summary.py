@@ -59,7 +59,7 @@ class Summary:
 
 _SHARED = (
     "layout", "padding_in_loss", "context", "batch_size", "evaluation_tokens", "dtype", "train_fraction",
-    "validation_fraction", "warmup_fraction", "weight_decay", "clip_norm",
+    "validation_fraction", "warmup_fraction", "output_projection_rate", "weight_decay", "clip_norm",
 )  # fmt: skip
 """Fields that comparisons of one experiment must have alike. Budget, variants, seeds and rates may differ."""
 

@@ -39,8 +39,9 @@ class Recipe:
     """How a model is trained.
 
     micro_batch_size rows of a batch at a time (0: all) go through the model, on each process; clip_norm 0 is no
-    clipping. sharding "full", for a Transformer, gives each process its part of the parameters, gradients and optimiser
-    state, "none" all. A checkpoint is written every checkpoint_seconds.
+    clipping. Attention's output projections learn at output_projection_rate times the learning rate. sharding
+    "full", for a Transformer, gives each process its part of the parameters, gradients and optimiser state, "none"
+    all. A checkpoint is written every checkpoint_seconds.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Recipe:
     weight_decay: float
     clip_norm: float
     checkpoint_seconds: float
+    output_projection_rate: float = 1.0
     sharding: Literal["none", "full"] = "none"
 
 
@@ -164,7 +166,15 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW in its fused form: one pass over each parameter."""
-    return torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    groups: dict[float, list[nn.Parameter]] = {}  # by how many times the learning rate they learn at
+    for name, parameter in model.named_parameters():
+        groups.setdefault(recipe.output_projection_rate if ".o_proj." in name else 1.0, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "rate": rate} for rate, parameters in groups.items()],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
 
 
 def set_up(model: M, recipe: Recipe, accelerator: Accelerator, *, compile: bool = False) -> Learner[M]:
@@ -231,7 +241,7 @@ def _gradients_shared(called: nn.Module, *, last: bool) -> Iterator[None]:
 
 def _update(learner: Learner[M], recipe: Recipe, rate: float) -> None:
     for group in learner.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]
     if recipe.clip_norm:
         learner.accelerator.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
     learner.optimizer.step()
