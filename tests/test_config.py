@@ -58,6 +58,8 @@ def test_reverse_reads_and_costs_the_larger_count() -> None:
         ({"logit_softcap": 0.0}, "logit_softcap must be above 0, got 0.0"),
         ({"scale": -1.0}, "scale must be above 0, got -1.0"),
         ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+        ({"scale": float("inf")}, "scale must be a finite number, got inf"),
+        ({"num_sink_tokens": 10**400, "window": 4}, "num_sink_tokens must be at most 16,777,216, got 100"),
     ],
 )
 def test_attention_mistakes(changes: dict, message: str) -> None:

@@ -8,28 +8,32 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
-from sqa.errors import InputError
-from sqa.records import read_value, shown
+from sqa.errors import InputError, shown
+from sqa.records import read_value
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name[:100].lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown(field: str, name: str, known: Collection[str]) -> InputError:
     """The error for a name that is none of `known`."""
-    return InputError(f"{field}: {name!r} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})")
+    return InputError(
+        f"{field}: {shown(repr(name))} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})"
+    )
 
 
 def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
     """Raise ValueError for the first key of `given` that is not in `known`, with the nearest real one."""
     for name in given:
         if name not in known:
-            raise InputError(f"{where} has no field {name!r}{nearest(name, known)} (fields: {', '.join(known)})")
+            raise InputError(
+                f"{where} has no field {shown(repr(name))}{nearest(name, known)} (fields: {', '.join(known)})"
+            )
 
 
 def _read(cls: type, values: Any, where: str) -> Any:
@@ -38,7 +42,7 @@ def _read(cls: type, values: Any, where: str) -> Any:
     Raises ValueError for what is no mapping, for keys that are no fields and for missing ones without a default.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a table of fields, got {shown(values)}")
+        raise InputError(f"{where} must be a table of fields, got {shown(repr(values))}")
     own = dataclasses.fields(cls)
     reject_unknown(values, [f.name for f in own], where)
     needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
@@ -51,14 +55,15 @@ MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
 """The most layers, tokens and anything else (rows, columns, heads, entries) that a config may ask for."""
 
 
-def _positive(where: str, config: Any, *names: str) -> None:
+def _positive(where: str, config: Any, *names: str, least: int = 1) -> None:
     limits = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_len": LONGEST, "window": LONGEST}
     for name in names:
         value, limit = getattr(config, name), limits.get(name, LARGEST)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: {name} must be a positive whole number, got {shown(value)}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted = "a positive whole number" if least else "0 or more"
+            raise InputError(f"{where}: {name} must be {wanted}, got {shown(repr(value))}")
         if value > limit:
-            raise InputError(f"{where}: {name} must be at most {limit:,}, got {shown(value)}")
+            raise InputError(f"{where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
 
 
 def _check_types(where: str, config: Any) -> None:
@@ -192,8 +197,7 @@ class AttentionConfig:
             _positive("attention", self, "window")
             if not self.causal:
                 raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
-        if type(self.num_sink_tokens) is not int or self.num_sink_tokens < 0:
-            raise InputError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens!r}")
+        _positive("attention", self, "num_sink_tokens", least=0)
         if self.num_sink_tokens and self.window is None:
             raise InputError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
         for name in ("logit_softcap", "scale"):

@@ -17,7 +17,7 @@ class MissingExtraError(ImportError):
         )
 
 
-def shown(name: str, limit: int = 100) -> str:
-    """A name out of a file as a sentence can hold it: on one line, unprintable characters escaped, cut at `limit`."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name[: limit + 1])
-    return text if len(text) <= limit else f"{text[:limit]}..."
+def shown(text: str, limit: int = 100) -> str:
+    """Foreign text as a sentence can hold it: on one line, unprintable characters escaped, cut at `limit`."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: limit + 1])
+    return line if len(line) <= limit else f"{line[:limit]}..."

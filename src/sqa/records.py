@@ -11,20 +11,20 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 
 T = TypeVar("T")
 
 _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a finite number", str: "text", bool: "true or false", NoneType: "null",
 }  # fmt: skip
-_SHOWN = 60
 
 
 def read_value(kind: Any, value: Any, name: str) -> Any:
     """`value` as the annotation `kind` wants it: lists become tuples, whole numbers floats, tables dataclasses.
 
-    Raises InputError, `NAME must be WANTED, got VALUE`, for anything else. Floats must be finite.
+    Raises InputError, `NAME must be WANTED, got VALUE`, for anything else. Floats must be finite, whole numbers below
+    2**63.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -43,7 +43,7 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(read_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: read_value(arguments[1], item, f"{name}.{key}") for key, item in value.items()}
+        return {key: read_value(arguments[1], item, f"{name}.{shown(key)}") for key, item in value.items()}
     elif origin is Literal and value in arguments:
         return value
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
@@ -56,8 +56,10 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
         if math.isfinite(number):
             return number
     elif type(value) is kind:
+        if kind is int and abs(value) >= 2**63:
+            raise InputError(f"{name} must be below 2**63, got {shown(repr(value))}")
         return value
-    raise InputError(f"{name} must be {_wanted(kind)}, got {shown(value)}")
+    raise InputError(f"{name} must be {_wanted(kind)}, got {shown(repr(value))}")
 
 
 def _wanted(kind: Any) -> str:
@@ -69,12 +71,6 @@ def _wanted(kind: Any) -> str:
     if origin is tuple:
         return "a list"
     return _WORDS.get(kind, "a table")
-
-
-def shown(value: Any) -> str:
-    """`value` as an error message has it: short, and on one line."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
 
 
 _annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)
@@ -97,7 +93,10 @@ def read_record(kind: type[T], values: Mapping[str, Any], name: str) -> T:
             found[item.name] = read_value(_annotations(kind)[item.name], values[item.name], f"{name}.{item.name}")
         elif item.default is MISSING and item.default_factory is MISSING:
             raise InputError(f"{name} lacks {item.name}")
-    return kind(**found)
+    try:
+        return kind(**found)
+    except InputError as error:
+        raise InputError(f"{name}.{error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {shown(value)}")
+        raise InputError(f"{path} must hold a JSON object, got {shown(repr(value))}")
     return value
 
 

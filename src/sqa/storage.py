@@ -114,7 +114,8 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     values = {key: value for key, value in values.items() if key != "model_type"}
     if not isinstance(values.get("attention", {}), dict | list):
         raise InputError(
-            f"model: attention in config.json must be one object or a list of them, got {values['attention']!r}"
+            f"model: attention in config.json must be one object or a list of them, "
+            f"got {shown(repr(values['attention']))}"
         )
     if "auto_map" in values:
         known = {field.name for field in fields(ModelConfig)}

@@ -563,10 +563,15 @@ def test_shapes_that_do_not_fit(shapes: tuple, mask: Mask, message: str) -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Mask(window=0), "window must be at least 1, or None for no window, got 0"),
-        (lambda: Mask(window=-1), "window must be at least 1, or None for no window, got -1"),
+        (lambda: Mask(window=0), r"window must be a whole number from 1 to [\d,]+, or None for no window, got 0"),
+        (lambda: Mask(window=-1), r"window must be a whole number from 1 to [\d,]+, or None for no window, got -1"),
+        (lambda: Mask(window=1.5), "window must be a whole number .*, got 1.5"),
+        (lambda: Mask(window=10**30), "window must be a whole number .*, got 10000"),
         (lambda: Mask(causal=False, window=3), "a window needs causal=True, got window=3 and causal=False"),
-        (lambda: Mask(num_sink_tokens=-1), "num_sink_tokens must be 0 or more, got -1"),
+        (lambda: Mask(num_sink_tokens=-1), r"num_sink_tokens must be a whole number from 0 to [\d,]+, got -1"),
+        (lambda: Mask(num_sink_tokens="1", window=2), "num_sink_tokens must be a whole number .*, got '1'"),
+        (lambda: Mask(padding_mask=[True]), r"padding_mask must be a tensor or None, got \[True\]"),
+        (lambda: Mask(document_ids=3), "document_ids must be a tensor or None, got 3"),
         (lambda: Mask(padding_mask=torch.ones(2, 9)), "padding_mask must be bool"),
         (lambda: Mask(document_ids=torch.ones(2, 9)), "document_ids must be integers, got torch.float32"),
     ],
@@ -576,12 +581,13 @@ def test_masks_that_mean_nothing(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["scale", "softcap"])
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
-def test_soft_caps_that_mean_nothing(kernel: str, softcap: float) -> None:
+def test_scales_and_soft_caps_that_mean_nothing(kernel: str, name: str, number: float) -> None:
     x = torch.zeros(2, 9, 4, 4)
-    with pytest.raises(InputError, match="softcap must be above 0 and finite"):
-        attend(x, x, x, Mask(), softcap=softcap, kernel=kernel)
+    with pytest.raises(InputError, match=f"{name} must be above 0 and finite, or None .*, got {number}"):
+        attend(x, x, x, Mask(), kernel=kernel, **{name: number})
 
 
 def test_documents_of_fewer_queries_than_keys_are_refused() -> None:
@@ -614,6 +620,8 @@ def test_integers_and_other_devices_are_refused() -> None:
     x = torch.zeros(2, 9, 4, 4)
     with pytest.raises(InputError, match="one floating dtype"):
         attend(x.int(), x.int(), x.int(), Mask())
+    with pytest.raises(InputError, match=r"q and k must be \(B, T, H, D\), got \(\) and"):
+        attend(torch.tensor(1.0), x, x, Mask())
     with pytest.raises(InputError, match="q is on cpu, but k on meta"):
         attend(x, x.to("meta"), x.to("meta"), Mask())
     with pytest.raises(InputError, match="heads and head_dim must be at least 1"):

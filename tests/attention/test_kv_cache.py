@@ -127,8 +127,15 @@ def test_overflow_names_both_sizes_and_writes_nothing(window: int | None) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"capacity": 0}, "capacity must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to [0-9,]+, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number .*, got 1.5"),
+        ({"capacity": 0}, "capacity must be a whole number from 1 to [0-9,]+, got 0"),
+        ({"capacity": 10**30}, "capacity must be a whole number .*, got 1000000"),
+        ({"dtype": "float32"}, "dtype must be a floating-point one of 16 bits or more, got 'float32'"),
+        ({"dtype": torch.float8_e4m3fn}, "of 16 bits or more, got torch.float8_e4m3fn"),
+        ({"device": "nowhere"}, "device must be one of PyTorch's, got 'nowhere'"),
+        ({"config": 3}, "config must be a ModelConfig, an AttentionConfig or a list of them, got 3"),
+        ({"config": [config(None, 0), None]}, r"or a list of them, got \[AttentionConfig"),
         ({"config": variant("sqa", d_model=64, num_heads=8, causal=False)}, "got causal=False"),
     ],
 )
@@ -143,8 +150,29 @@ def test_rows_and_padding_must_fit() -> None:
     with pytest.raises(ValueError, match="batch_size=2, got a batch of 3"):
         layer(torch.zeros(3, 1, 64), cache=cache)
     layer(torch.zeros(2, 4, 64), cache=cache)
-    with pytest.raises(ValueError, match=r"bool \(2, 1\), of the new tokens alone, got torch.bool \(2, 5\)"):
-        layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=torch.ones(2, 5) > 0)
+    for mask, got in (
+        (torch.ones(2, 5) > 0, r"torch.bool \(2, 5\) on cpu"),
+        (torch.ones(2, 1), r"torch.float32 \(2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"bool \(2, 1\) on cpu, of the new tokens alone, got {got}"):
+            layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=mask)
+    with pytest.raises(ValueError, match=r"padding_mask must be a tensor or None, got \[True\]"):
+        layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=[True])
+    with pytest.raises(ValueError, match="got layer -1"):
+        SparseQueryAttention(attention, layer_index=-1)(torch.zeros(2, 1, 64), cache=cache)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (3, 1)], ids=str)
+def test_a_cache_on_another_device_is_named_and_untouched(window: int | None, sinks: int) -> None:
+    attention = config(window, sinks)
+    layer = SparseQueryAttention(attention)
+    elsewhere = KVCache(attention, batch_size=1, capacity=9, device="meta")
+    with pytest.raises(ValueError, match="cache: made on meta, got x on cpu"):
+        layer(torch.zeros(1, 2, 64), cache=elsewhere)
+    cache = KVCache(attention, batch_size=1, capacity=9)
+    with pytest.raises(ValueError, match=r"on cpu, of the new tokens alone, got torch.bool \(1, 2\) on meta"):
+        layer(torch.zeros(1, 2, 64), cache=cache, padding_mask=torch.ones(1, 2, dtype=torch.bool, device="meta"))
+    assert (elsewhere.length, cache.length) == (0, 0)
 
 
 @pytest.mark.parametrize("full_every", [1, 2, 4])

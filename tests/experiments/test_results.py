@@ -3,6 +3,7 @@ are refused."""
 
 import json
 import math
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,13 @@ def test_what_does_not_belong_together_is_refused() -> None:
         )  # fmt: skip
     with pytest.raises(InputError, match="sqa with seed 0 is there though it is not in the plan"):
         Comparison(record=first.record, results=comparison(PUBLISHED, {("sqa", 0): 2.0}).results)
+    for field, value, message in (
+        ("steps", 11, "must have the 10 steps of the plan, got 11"),
+        ("config", plan.model_config("mha"), "must have the plan's config of gqa, got another one"),
+        ("variant", "\n\x1b" + "x" * 999, r"results: \\n\\x1bx{90,96}\.\.\. with seed 0 is there though it is not"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Comparison(record=first.record, results=[replace(first.results[0], **{field: value})])
     with pytest.raises(InputError, match="gqa with seed 0 is there twice"):
         Comparison(record=first.record, results=[*first.results, *first.results])
 
@@ -280,7 +288,12 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
     ("field", "value", "message"),
     [
         ("parameters", "many", r"line 1 of .*results\.jsonl\.parameters must be a whole number, got 'many'; remove it"),
-        ("steps", 0, "steps must be at least 1, got 0"),
+        ("steps", 0, r"line 1 of .*results\.jsonl\.steps must be at least 1, got 0; remove it"),
+        ("tokens", 10**400, r"tokens must be below 2\*\*63, got 1000"),
+        ("parameters", -1, "parameters must be at least 1, got -1"),
+        ("wall_s", -0.5, "wall_s must be at least 0, got -0.5"),
+        ("val.tokens", -1, r"val\.tokens must be 0 or more, got -1"),
+        ("val.accuracy", 1.5, r"val\.accuracy must be from 0 to 1, got 1.5"),
         ("val.loss", 10**400, r"val\.loss must be a finite number, got 1000"),
         ("val.loss", float("nan"), r"val\.loss must be a finite number, got nan"),
         ("val.accuracy", None, r"val\.accuracy must be a finite number, got None"),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sqa.attention.masks import CachedKeys
-from sqa.config import AttentionConfig, ModelConfig
-from sqa.errors import InputError
+from sqa.config import LONGEST, AttentionConfig, ModelConfig
+from sqa.errors import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,8 @@ class KVCache:
     Window layers roll (memory O(window)); the others are allocated whole, `capacity` tokens for each row. `capacity`
     bounds the tokens fed in, whatever the layers keep. Gradients do not pass through a cache.
 
-    Raises InputError for a size below 1, a layer that is not causal, or a dtype that is not a floating-point one.
+    Raises InputError for a size that is no whole number of at least 1, for what is no config or not causal, and for a
+    dtype or device that cannot hold keys.
     """
 
     def __init__(
@@ -176,17 +177,24 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if value < 1:
-                raise InputError(f"cache: {name} must be at least 1, got {value}")
-        if isinstance(config, ModelConfig):
-            config = config.layers
-        layers = (config,) if isinstance(config, AttentionConfig) else tuple(config)
+            if type(value) is not int or not 1 <= value <= LONGEST:
+                wanted = f"a whole number from 1 to {LONGEST:,}"
+                raise InputError(f"cache: {name} must be {wanted}, got {shown(repr(value))}")
+        given = config.layers if isinstance(config, ModelConfig) else config
+        layers = tuple(given) if isinstance(given, Sequence) else (given,)
         if not layers:
             raise InputError("cache: config must name at least one layer, got none")
+        if not all(isinstance(layer, AttentionConfig) for layer in layers):
+            wanted = "a ModelConfig, an AttentionConfig or a list of them"
+            raise InputError(f"cache: config must be {wanted}, got {shown(repr(config))}")
         if not all(layer.causal for layer in layers):
             raise InputError("cache: only a causal model can be decoded with a cache, got causal=False")
-        if not dtype.is_floating_point:
-            raise InputError(f"cache: dtype must be a floating-point one, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise InputError(f"cache: dtype must be a floating-point one of 16 bits or more, got {shown(repr(dtype))}")
+        try:
+            device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise InputError(f"cache: device must be one of PyTorch's, got {shown(repr(device))}") from None
         self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
         kept: dict[tuple[int | None, int], _Positions] = {}
         self.layers: list[_Keys] = []
@@ -195,15 +203,17 @@ class KVCache:
             size = capacity if window is None else min(window - 1, capacity)
             if (window, num_sinks) not in kept:
                 make_positions = _Positions if window is None else _RollingPositions
-                kept[window, num_sinks] = make_positions(batch_size, size, num_sinks, torch.device(device))
+                kept[window, num_sinks] = make_positions(batch_size, size, num_sinks, device)
             make_keys = _Keys if window is None else _RollingKeys
             shape = batch_size, size, layer.num_kv_heads, layer.head_dim
             self.layers.append(make_keys(shape, dtype, kept[window, num_sinks]))
 
-    def check(self, layer_index: int, config: AttentionConfig) -> None:
-        """Raise InputError when the layer at `layer_index` is not the one that this cache was made for."""
-        if layer_index >= len(self._configs):
-            raise InputError(f"cache: made for {len(self._configs)} layers, got layer {layer_index}")
+    def check(self, layer_index: int, config: AttentionConfig, device: torch.device) -> None:
+        """Raise InputError when this cache was made for another layer than that at `layer_index`, or for a device."""
+        if layer_index not in range(len(self._configs)):
+            raise InputError(f"cache: made for {len(self._configs)} layers, got layer {layer_index!r}")
+        if device != self.layers[layer_index].keys.device:
+            raise InputError(f"cache: made on {self.layers[layer_index].keys.device}, got x on {device}")
         made = self._configs[layer_index]
         for name in ("num_kv_heads", "head_dim", "window", "num_sink_tokens"):
             if getattr(made, name) != getattr(config, name):
@@ -240,11 +250,15 @@ class KVCache:
         layer, (batch_size, length) = self.layers[layer_index], shape
         if batch_size != self.batch_size:
             raise InputError(f"cache: made for batch_size={self.batch_size}, got a batch of {batch_size}")
-        if padding_mask is not None and (padding_mask.shape != shape or padding_mask.dtype != torch.bool):
-            raise InputError(
-                f"cache: padding_mask must be bool {tuple(shape)}, of the new tokens alone, "
-                f"got {padding_mask.dtype} {tuple(padding_mask.shape)}"
-            )
+        if padding_mask is not None:
+            if not isinstance(padding_mask, Tensor):
+                raise InputError(f"cache: padding_mask must be a tensor or None, got {shown(repr(padding_mask))}")
+            given = (padding_mask.dtype, tuple(padding_mask.shape), padding_mask.device)
+            if given != (torch.bool, tuple(shape), layer.keys.device):
+                raise InputError(
+                    f"cache: padding_mask must be bool {tuple(shape)} on {layer.keys.device}, of the new tokens alone, "
+                    f"got {given[0]} {given[1]} on {given[2]}"
+                )
         if layer.length + length > self.capacity:
             raise InputError(
                 f"cache: capacity is {self.capacity} tokens, {layer.length} are held and {length} more were given"

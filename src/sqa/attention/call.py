@@ -52,7 +52,9 @@ class Call:
             raise InputError(
                 f"attention: q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
             )
-        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
+        if not 0 < self.scale < math.inf:
+            raise InputError(f"attention: scale must be above 0 and finite, or None for D ** -0.5, got {self.scale}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise InputError(f"attention: softcap must be above 0 and finite, or None for none, got {self.softcap}")
         if mask.cached is None and q.shape[1] != k.shape[1] and (mask.causal or mask.document_ids is not None):
             what = "a causal mask without a cache needs" if mask.causal else "document_ids need"

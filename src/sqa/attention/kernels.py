@@ -162,13 +162,15 @@ def attend(
     q, k, v = _autocast(q, k, v)
     if q.ndim == k.ndim == 4 and 0 < q.shape[2] < k.shape[2] and k.shape[2] % q.shape[2] == 0:
         q = q.repeat_interleave(k.shape[2] // q.shape[2], dim=2)
+    if scale is None:
+        scale = max((1, *q.shape[3:])) ** -0.5
     call = Call(
         q=q,
         k=k,
         v=v,
         mask=mask,
         device=q.device,
-        scale=q.shape[-1] ** -0.5 if scale is None and q.shape[-1] else scale or 0.0,
+        scale=scale,
         softcap=softcap,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )

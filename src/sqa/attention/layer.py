@@ -162,4 +162,4 @@ class SparseQueryAttention(nn.Module):
         if cache is not None and document_ids is not None:
             raise InputError("attention: a cache holds one document a row; document_ids cannot be given with it")
         if cache is not None:
-            cache.check(self.layer_index, self.config)
+            cache.check(self.layer_index, self.config, x.device)

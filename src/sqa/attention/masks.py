@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sqa.errors import InputError
+from sqa.config import LONGEST
+from sqa.errors import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Mask:
     True = real. document_ids: integers (B, T), a document being a run of equal ids. cached: set when the keys come out
     of a cache. prepared: set by whoever uses one mask for several calls of the same length.
 
-    Raises InputError for a window below 1 or without causal, and for tensors of the wrong dtype.
+    Raises InputError for a window below 1 or without causal, and for what is no tensor or of the wrong dtype.
     """
 
     causal: bool = True
@@ -55,12 +56,17 @@ class Mask:
     prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise InputError(f"attention: window must be at least 1, or None for no window, got {self.window}")
+        if self.window is not None and not _whole(self.window, 1):
+            wanted = f"a whole number from 1 to {LONGEST:,}, or None for no window"
+            raise InputError(f"attention: window must be {wanted}, got {shown(repr(self.window))}")
         if self.window is not None and not self.causal:
             raise InputError(f"attention: a window needs causal=True, got window={self.window} and causal=False")
-        if self.num_sink_tokens < 0:
-            raise InputError(f"attention: num_sink_tokens must be 0 or more, got {self.num_sink_tokens}")
+        if not _whole(self.num_sink_tokens, 0):
+            wanted, given = f"a whole number from 0 to {LONGEST:,}", shown(repr(self.num_sink_tokens))
+            raise InputError(f"attention: num_sink_tokens must be {wanted}, got {given}")
+        for name, tensor in (("padding_mask", self.padding_mask), ("document_ids", self.document_ids)):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise InputError(f"attention: {name} must be a tensor or None, got {shown(repr(tensor))}")
         if self.padding_mask is not None and self.padding_mask.dtype != torch.bool:
             raise InputError(f"attention: padding_mask must be bool (True = real), got {self.padding_mask.dtype}")
         if self.cached is not None and (self.padding_mask is not None or self.document_ids is not None):
@@ -68,6 +74,10 @@ class Mask:
         ids = self.document_ids
         if ids is not None and (ids.is_floating_point() or ids.is_complex()):
             raise InputError(f"attention: document_ids must be integers, got {ids.dtype}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and least <= value <= LONGEST
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

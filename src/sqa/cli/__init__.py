@@ -12,7 +12,7 @@ import typer
 from sqa._version import __version__
 from sqa.cli import bench, comparison, convert, costs, models
 from sqa.cli.display import OutputClosed, is_main
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, shown
 from sqa.progress import Interrupted, NonFiniteLoss
 
 app = typer.Typer(
@@ -65,7 +65,7 @@ def _out_of_memory(error: RuntimeError) -> str | None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"sqa: {message}", file=sys.stderr)
+    print(f"sqa: {shown(message, 2000)}", file=sys.stderr)
     sys.exit(code)
 
 

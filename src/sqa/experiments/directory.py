@@ -84,7 +84,7 @@ class Directory:
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Those of the cells that have not finished, in their order."""
-        done = {result.cell for result in self.results()}
+        done = {result.cell for result in self.read().results} if self.begun else set()
         return [cell for cell in cells if cell not in done]
 
     def resumed(self, changes: Mapping[str, Any]) -> Plan:

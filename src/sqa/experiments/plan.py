@@ -13,8 +13,8 @@ from typing import Any, Literal, Self, get_type_hints
 
 from sqa.config import ModelConfig, nearest, reject_unknown
 from sqa.cost import train_step_flops
-from sqa.errors import InputError
-from sqa.records import read_value, shown
+from sqa.errors import InputError, shown
+from sqa.records import read_value
 from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config, shape
 
 Cell = tuple[str, int]
@@ -39,13 +39,17 @@ class Budget:
         """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises ValueError for anything else."""
         kind, _, amount = text.partition("=")
         if kind not in BUDGETS:
-            raise InputError(f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {text!r}")
+            raise InputError(
+                f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {shown(repr(text))}"
+            )
         units = _SECONDS if kind == "time" else _UNITS
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
         if found is None or found[2] not in units or not float(found[1]) > 0:
-            raise InputError(f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {amount!r}")
+            raise InputError(
+                f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {shown(repr(amount))}"
+            )
         if (count := float(found[1]) * units[found[2]]) > BUDGETS[kind]:
-            raise InputError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {amount!r}")
+            raise InputError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {shown(repr(amount))}")
         return cls(kind, count)
 
 
@@ -120,9 +124,11 @@ class Plan:
         for name in ("variants", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise InputError(f"plan: {name} must be one or more, none of them twice, got {list(values)}")
+                raise InputError(
+                    f"plan: {name} must be one or more, none of them twice, got {shown(repr(list(values)))}"
+                )
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
-            raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {list(self.seeds)}")
+            raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {shown(repr(list(self.seeds)))}")
         if self.padding_in_loss and self.layout != "padded":
             raise InputError(f"plan: padding_in_loss needs layout 'padded', got {self.layout!r}")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -169,7 +175,7 @@ class Plan:
         object.__setattr__(self, "variants", names)
         for table in ("shapes", "learning_rates"):
             if unused := [name for name in getattr(self, table) if name not in names]:
-                raise InputError(f"plan: {table} must be of the variants {list(names)}, got {unused[0]!r}")
+                raise InputError(f"plan: {table} must be of the variants {list(names)}, got {shown(repr(unused[0]))}")
 
     def base(self, name: str) -> str | None:
         """The variant that gives `name` its head counts; None where its shape gives them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sqa.config import ModelConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.measure.timing import Timing
 from sqa.records import read_json, read_lines, read_record
@@ -45,8 +45,8 @@ class RunResult:
         for name in ("parameters", "steps", "tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.step_s is not None and not self.step_s.median > 0:
-            raise InputError(f"step_s.median must be above 0, got {self.step_s.median}")
+        if self.wall_s < 0:
+            raise InputError(f"wall_s must be at least 0, got {self.wall_s}")
 
     @property
     def cell(self) -> Cell:
@@ -92,10 +92,8 @@ class Record:
         for name in ("steps", "kernel", "step_s"):
             table = getattr(self, name)
             if set(table) != set(self.plan.variants) and (table or name != "step_s"):
-                raise InputError(f"{name} must be of the variants {list(self.plan.variants)}, got {list(table)}")
-        for name, timing in self.step_s.items():
-            if not timing.median > 0:
-                raise InputError(f"step_s.{name}.median must be above 0, got {timing.median}")
+                given = shown(repr(list(table)))
+                raise InputError(f"{name} must be of the variants {list(self.plan.variants)}, got {given}")
         if Budget.parse(self.plan.budget).kind != "epochs":
             self.check_steps(1)
 
@@ -137,10 +135,15 @@ class Comparison:
 
     def __post_init__(self) -> None:
         cells = [result.cell for result in self.results]
-        for cell in cells:
-            if cell not in self.plan.cells or cells.count(cell) > 1:
-                what = "twice" if cells.count(cell) > 1 else "though it is not in the plan"
-                raise InputError(f"results: {cell[0]} with seed {cell[1]} is there {what}")
+        for result in self.results:
+            where = f"results: {shown(result.variant)} with seed {result.seed}"
+            if result.cell not in self.plan.cells or cells.count(result.cell) > 1:
+                what = "twice" if cells.count(result.cell) > 1 else "though it is not in the plan"
+                raise InputError(f"{where} is there {what}")
+            if result.steps != (steps := self.record.steps[result.variant]):
+                raise InputError(f"{where} must have the {steps} steps of the plan, got {result.steps}")
+            if result.config != self.plan.model_config(result.variant):
+                raise InputError(f"{where} must have the plan's config of {result.variant}, got another one")
         if len(fingerprints := sorted({result.data_fingerprint for result in self.results})) > 1:
             raise InputError(
                 f"results: rows come from different data (fingerprints {', '.join(f[:12] for f in fingerprints)}); "

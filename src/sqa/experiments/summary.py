@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sqa.cost import attention_saving
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.experiments.plan import Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import Curve, Estimate, Speedup, effective_speedup, paired_difference, summarise
@@ -205,7 +205,8 @@ def _check_same(merged: Plan, other: Plan, names: Iterable[str]) -> None:
     for name in names:
         if (here := getattr(merged, name)) != (there := getattr(other, name)):
             raise InputError(
-                f"report: comparisons must have the same {name}, got {here!r}, and {there!r} in {other.name}"
+                f"report: comparisons must have the same {name}, "
+                f"got {shown(repr(here))}, and {shown(repr(there))} in {other.name}"
             )
     for name in set(other.variants) & set(merged.variants):
         if other.model_config(name) != merged.model_config(name):

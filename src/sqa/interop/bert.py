@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqa import storage
 from sqa.config import AttentionConfig
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, shown
 from sqa.files import write_json, write_safetensors
 from sqa.interop.text import FILES, read_text_side
 
@@ -45,7 +45,9 @@ def load_config(directory: Path) -> BertConfig:
         ("quantization_config", None),
     ):
         if (value := values.get(name, plain)) != plain:
-            raise InputError(f"model: {name} must be {plain}, got {value!r}: only plain BERT encoders are supported")
+            raise InputError(
+                f"model: {name} must be {plain}, got {shown(repr(value))}: only plain BERT encoders are supported"
+            )
     counts = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
         "max_position_embeddings", "type_vocab_size", *_OURS,

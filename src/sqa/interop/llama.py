@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.storage import require_counts
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -43,7 +43,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     )
     for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
         if values.get(name, allowed) != allowed:
-            raise InputError(f"model: {name} must be {allowed!r} to be read here, got {values[name]!r}")
+            raise InputError(f"model: {name} must be {allowed!r} to be read here, got {shown(repr(values[name]))}")
     d_model, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or d_model // heads
     attention_bias = bool(values.get("attention_bias")) and kind in ("llama", "qwen3")
@@ -84,7 +84,9 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
     ]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
-        raise InputError(f"model: layer_types must be {count} of full_attention and sliding_attention, got {types}")
+        raise InputError(
+            f"model: layer_types must be {count} of full_attention and sliding_attention, got {shown(repr(types))}"
+        )
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
@@ -93,7 +95,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
     given: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):  # transformers lets the older name win
         if not isinstance(values.get(name) or {}, dict):
-            raise InputError(f"model: {name} must be a JSON object, got {values[name]!r}")
+            raise InputError(f"model: {name} must be a JSON object, got {shown(repr(values[name]))}")
         given |= {key: value for key, value in (values.get(name) or {}).items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     kind = given.pop("type", "default")
@@ -101,13 +103,14 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
     partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(
-            f"model: partial_rotary_factor must be 1, got {partial}; rotating part of a head is not supported"
+            f"model: partial_rotary_factor must be 1, got {shown(repr(partial))}; "
+            f"rotating part of a head is not supported"
         )
     if kind == "default":
         return Rope(base=base)
     if kind not in tuple(_SCALING_FIELDS):
         raise InputError(
-            f"model: rope type must be default, {', '.join(_SCALING_FIELDS)} to be read here, got {kind!r}"
+            f"model: rope type must be default, {', '.join(_SCALING_FIELDS)} to be read here, got {shown(repr(kind))}"
         )
     length = given.pop("original_max_position_embeddings", values["max_position_embeddings"])
     if kind != "linear":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sqa.attention.rope import inverse_frequencies
 from sqa.config import AttentionConfig, ModelConfig, Rope
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.storage import require_counts
 
 # fields that change the computation, and the value that this reader implements
@@ -53,12 +53,12 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         )
     for name, allowed in _FIXED.items():
         if values.get(name, allowed[0]) not in allowed:
-            raise InputError(f"model: {name} must be {allowed[0]!r} to be read here, got {values[name]!r}")
+            raise InputError(f"model: {name} must be {allowed[0]!r} to be read here, got {shown(repr(values[name]))}")
     heads, kind = values["att_heads"], values["att_type"]
     groups, queries = values.get("att_groups"), values.get("att_num_query_groups")
     counts = {"mha": (heads, heads), "gqa": (heads, groups), "mqa": (heads, 1), "sqa": (queries, groups)}
     if kind not in tuple(counts):
-        raise InputError(f"model: att_type must be one of {', '.join(counts)}, got {kind!r}")
+        raise InputError(f"model: att_type must be one of {', '.join(counts)}, got {shown(repr(kind))}")
     num_query_heads, num_kv_heads = counts[kind]
     if num_query_heads is None or num_kv_heads is None:
         raise InputError(f"model: att_type {kind} needs att_groups{' and att_num_query_groups' * (kind == 'sqa')}")

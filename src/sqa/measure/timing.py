@@ -19,12 +19,20 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one contestant's turns, of so many rounds (0: the file that it was read from does not say)."""
+    """Seconds of one contestant's turns, of so many rounds (0: the file that it was read from does not say).
+
+    Raises InputError for a time that is not above 0.
+    """
 
     p20: float
     median: float
     p80: float
     rounds: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("p20", "median", "p80"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:

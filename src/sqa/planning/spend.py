@@ -15,7 +15,7 @@ from sqa.bench.peers import ours
 from sqa.bench.step import training_step
 from sqa.config import ModelConfig
 from sqa.cost import parameters, train_step_flops
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.files import write_text
 from sqa.measure.timing import take_turns
 from sqa.model import Transformer
@@ -81,7 +81,7 @@ def propose(
     equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises ValueError for bad options.
     """
     if budget not in BUDGETS:
-        raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {shown(repr(budget))}")
     for name, value in (("n", n), ("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise InputError(f"plan: {name} must be at least 1, got {value}")

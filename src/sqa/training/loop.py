@@ -383,6 +383,11 @@ class Evaluation:
     loss_all_positions: float | None = None
     accuracy_all_positions: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and (value < 0 or ("accuracy" in name and value > 1)):  # a loss may be nan
+                raise InputError(f"{name} must be {'from 0 to 1' if 'accuracy' in name else '0 or more'}, got {value}")
+
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, accelerator: Accelerator) -> Evaluation:
