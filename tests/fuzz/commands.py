@@ -7,17 +7,16 @@ an option, a value in a file or a file, or kills a comparison and resumes it.
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from functools import cache
 from pathlib import Path
 from random import Random
 
+from forked import Server
 from timed import fuzz
 from typer.main import get_command
 
@@ -90,38 +89,21 @@ class Finding(Exception):
 
 def run(folder: Path, *arguments: str, kill: tuple[int, float] | None = None) -> subprocess.CompletedProcess[str]:
     """`sqa` in the folder. Raises Finding for a traceback, a crash or a hang. `kill`: a signal and when to send it."""
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-
-    command = [sys.executable, "-m", "sqa", *arguments]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        errors="replace", preexec_fn=limited,
-    )  # fmt: skip
     try:
-        if kill is not None:
-            try:
-                process.wait(kill[1])
-            except subprocess.TimeoutExpired:
-                process.send_signal(kill[0])
-        out, err = process.communicate(timeout=WALL_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        raise Finding(f"{arguments} hangs\n{out}\n{err}") from None
-    code = process.returncode
-    killed = kill is not None and code == -kill[0]
-    if any(word in err for word in FINDINGS) or (code < 0 and not killed):
-        raise Finding(f"{arguments} ended with {code}\n{out}\n{err}")
-    return subprocess.CompletedProcess(command, code, out, err)
+        done = server().run(folder, arguments, WALL_SECONDS, kill)
+    except TimeoutError as error:
+        raise Finding(f"{arguments} hangs\n{error}") from None
+    killed = kill is not None and done.returncode == -kill[0]
+    if any(word in done.stderr for word in FINDINGS) or (done.returncode < 0 and not killed):
+        raise Finding(f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
 
 
 @cache
-def environment() -> dict[str, str]:
+def server() -> Server:
     folder = tempfile.mkdtemp(prefix="sqa-fuzz-cache-")
     ours = {"XDG_CACHE_HOME": folder, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), **ours}
+    return Server({**os.environ, "PYTHONPATH": str(ROOT / "src"), **ours}, CPU_SECONDS)
 
 
 @cache
@@ -281,7 +263,7 @@ def killed(random: Random, folder: Path) -> None:
     seconds = time.monotonic() - start
     for _ in range(random.choice((1, 1, 2, 3))):
         number = random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        run(folder, *arguments, kill=(number, random.uniform(0.2, 1.0) * seconds))  # not while Python starts
+        run(folder, *arguments, kill=(number, random.random() * seconds))
         if (folder / "new" / "plan.json").exists():
             arguments = ("compare", "--resume", "new")
     done = run(folder, *arguments)

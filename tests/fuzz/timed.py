@@ -12,24 +12,30 @@ from random import Random
 
 
 def fuzz(case: Callable[[Random], object], about: str) -> None:
-    """`case(random)` draws from `random` what it tries and raises on a finding, which ends the process with code 1."""
+    """`case(random)` draws from `random` what it tries and raises on a finding; the process then ends with code 1."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--cases", type=int, help="stop after so many, whatever the time")
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--all", action="store_true", help="go on after a finding")
     parser.add_argument("--sanitize", action="store_true", help="compile our kernel with g++'s address sanitizer")
     given = parser.parse_args()
     if given.sanitize and "LD_PRELOAD" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _sanitizer())
-    begin, number = time.monotonic(), given.seed
+    begin, number, failed = time.monotonic(), given.seed, 0
     while number - given.seed < given.cases if given.cases else time.monotonic() - begin < 60 * given.minutes:
         try:
             case(Random(number))
         except Exception:
+            failed += 1
             traceback.print_exc()
-            sys.exit(f"Case {number} failed. Repeat it: python {sys.argv[0]} --seed {number} --cases 1")
+            print(f"Case {number} failed. Repeat it: python {sys.argv[0]} --seed {number} --cases 1", file=sys.stderr)
+            if not given.all:
+                sys.exit(1)
         number += 1
-    print(f"{about}: {number - given.seed} cases in {time.monotonic() - begin:.0f} s, nothing found.")
+    found = f"{failed} of them failed" if failed else "nothing found"
+    print(f"{about}: {number - given.seed} cases in {time.monotonic() - begin:.0f} s, {found}.")
+    sys.exit(failed > 0)
 
 
 def _sanitizer() -> dict[str, str]:
