@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from sqa.errors import InputError, shown
-from sqa.records import read_value
+from sqa.records import nearest, read_value
 
 RopeKind = Literal["linear", "llama3", "yarn"]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
-    close = difflib.get_close_matches(name[:100].lower(), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def unknown(field: str, name: str, known: Collection[str]) -> InputError:

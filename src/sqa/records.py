@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     2**63.
     """
     origin, arguments = get_origin(kind), get_args(kind)
+    hint = ""
     if kind is Any:
         return value
     if origin in (Union, UnionType):
@@ -44,8 +46,10 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
         return tuple(read_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
     elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: read_value(arguments[1], item, f"{name}.{shown(key)}") for key, item in value.items()}
-    elif origin is Literal and value in arguments:
-        return value
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        hint = nearest(str(value), list(map(str, arguments)))
     elif isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
         return read_record(kind, value, name)
     elif kind is float and type(value) in (int, float):
@@ -59,7 +63,19 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
         if kind is int and abs(value) >= 2**63:
             raise InputError(f"{name} must be below 2**63, got {shown(repr(value))}")
         return value
-    raise InputError(f"{name} must be {_wanted(kind)}, got {shown(repr(value))}")
+    raise InputError(f"{name} must be {_wanted(kind)}, got {shown(repr(value))}{hint}")
+
+
+def read_own_fields(record: Any, name: str) -> None:
+    """Give each field of a frozen dataclass the type of its annotation, as `read_value` does; for __post_init__."""
+    for item, kind in _annotations(type(record)).items():
+        object.__setattr__(record, item, read_value(kind, getattr(record, item), f"{name}: {item}"))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
+    close = difflib.get_close_matches(name[:100].lower(), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _wanted(kind: Any) -> str:
@@ -77,16 +93,21 @@ _annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def read_record(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """A dataclass from a table: by its `from_dict` if it has one, else by `read_fields`, which says what is raised."""
+    if (from_dict := getattr(kind, "from_dict", None)) is None:
+        return read_fields(kind, values, name)
+    try:
+        made: T = from_dict(values)
+        return made
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def read_fields(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     """A dataclass from a table of its fields, those inside it included; other keys are left aside.
 
-    A class with a `from_dict` of its own is read by that. Raises InputError that names the field.
+    Raises InputError that names a field which is missing or of another type.
     """
-    if (from_dict := getattr(kind, "from_dict", None)) is not None:
-        try:
-            made: T = from_dict(values)
-            return made
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
     found = {}
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in values:

@@ -49,7 +49,7 @@ def healed(
         if ("_proj" in name and "self_attn" in name) or not attention_only
     ]
     settings = Settings(query_heads=2, batch_size=2, length=24, learning_rate=1e-3)
-    return heal(student, task, batches, settings, trained, folder, Hooks(on_step, stop or StopFlag()))
+    return heal(task, batches, settings, trained, folder, Hooks(on_step, stop or StopFlag()))
 
 
 def mean(task: Task[Batch], batch: Batch) -> torch.Tensor:

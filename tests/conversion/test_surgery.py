@@ -14,7 +14,7 @@ from sqa import AttentionConfig, ModelConfig, Rope, Transformer
 from sqa.conversion import importance, surgery
 from sqa.conversion.decoder import Decoder
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView, AttentionWeights, watched
+from sqa.conversion.subject import AttentionView, AttentionWeights, joined, watched
 from sqa.data.batches import Batch
 
 Make = Callable[..., ModelConfig]
@@ -146,7 +146,7 @@ def test_importance_is_that_of_the_definition(config_of: Make, model_of: Build, 
     subject = Decoder(model_of(config_of()))
     view, size = subject.views[0], subject.views[0].config.head_dim
     z = read_by(subject, batches, 0, "o")
-    moments = moments_of(z, z @ view.output_weight.T)
+    moments = moments_of(z, z @ joined(view.o).T)
     weight = view.o.weight.detach().double()
     norms = [
         (z[:, h * size : (h + 1) * size] @ weight[:, h * size : (h + 1) * size].T).square().sum().sqrt()
@@ -211,7 +211,7 @@ def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) 
 def test_every_method_keeps_as_many_of_each_pool(method: str) -> None:
     view = layer_view(6, 2)
     z = torch.randn(80, 24, generator=torch.Generator().manual_seed(2)).double()
-    moments = moments_of(z, z @ view.output_weight.T)
+    moments = moments_of(z, z @ joined(view.o).T)
     kept = importance.choose_heads(
         method,
         view,
@@ -281,9 +281,9 @@ def test_under_qk_norm_keys_are_not_turned() -> None:
     inputs = Moments(24, 0, constant=True)
     inputs.add(torch.randn(50, 24, generator=torch.Generator().manual_seed(0)))
     weights = surgery.cut(view, 2, range(4), inputs)
-    torch.testing.assert_close(weights.q.weight, view.q.weight.detach().double())
+    torch.testing.assert_close(weights.q[:, :24], view.q.weight.detach().double())
     mean = view.k.weight.detach().double().view(2, 2, -1, 24).mean(1).flatten(0, 1)
-    torch.testing.assert_close(weights.k.weight, mean)
+    torch.testing.assert_close(weights.k[:, :24], mean)
 
 
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3), (1, 3)])

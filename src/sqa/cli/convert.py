@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ app = typer.Typer()
 
 @app.command()
 def convert(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a run of ours, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
     query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
@@ -68,27 +70,14 @@ def convert(
 
     if heal is not None and not heal.startswith("tokens="):
         raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
+    given = {item.name: ctx.params[item.name] for item in fields(Settings) if item.name in ctx.params}
     settings = Settings(
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        allocation=allocation,  # type: ignore[arg-type]
-        method=method,
-        pooling=pooling,  # type: ignore[arg-type]
-        sequences=sequences,
-        length=length,
-        heal_tokens=0 if heal is None else round(Budget.parse(heal).amount),
-        layerwise=layerwise,
-        train=train,  # type: ignore[arg-type]
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        control=control,
-        evaluation_tokens=evaluation_tokens,
-        speed_at=None if speed_at is None else numbers(speed_at, "--speed-at"),
-        dtype=long_dtype(dtype),  # type: ignore[arg-type]
-        compile=compile,
-        device=device,
-        seed=seed,
-        threads=threads,
+        **given
+        | {
+            "heal_tokens": 0 if heal is None else round(Budget.parse(heal).amount),
+            "speed_at": None if speed_at is None else numbers(speed_at, "--speed-at"),
+            "dtype": long_dtype(dtype),
+        }
     )
     job = prepare(model, out, settings, calibration=calibration, evaluate=None if evaluate == "none" else evaluate)
     console = make_console()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sqa.conversion.importance import choose_heads
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView, Subject, watched
+from sqa.conversion.subject import AttentionView, Subject, joined, watched
 from sqa.conversion.surgery import solve_damped
 from sqa.errors import InputError
 
@@ -60,7 +60,7 @@ def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: 
     kept = choose_heads(
         "l2", view, moments, pools, count // len(pools), gate_gradients=None, generator=torch.Generator()
     )
-    size, weight = view.config.head_dim, view.output_weight
+    size, weight = view.config.head_dim, joined(view.o)
     columns = [head * size + i for head in kept for i in range(size)] + list(range(view.o.in_features, weight.shape[1]))
     error = weight.clone()
     error[:, columns] = 0.0  # what is lost when the other heads go
@@ -82,10 +82,7 @@ def spread(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
                     extended[spent + count] = cost + more, [*counts, count]
         best = extended
     if total not in best:
-        below, above = (
-            max((n for n in best if n < total), default=None),
-            min((n for n in best if n > total), default=None),
-        )
-        near = " or ".join(str(n) for n in (below, above) if n is not None)
+        below, above = sorted(n for n in best if n < total), sorted(n for n in best if n > total)
+        near = " or ".join(str(n) for n in below[-1:] + above[:1])
         raise InputError(f"convert: no spread over {len(costs)} layers has {total} query heads in all; try {near}")
     return best[total][1]

@@ -42,8 +42,8 @@ class Decoder(Subject):
 
     @property
     def views(self) -> list[AttentionView]:
-        layers = [block.self_attn for block in self.model.model.layers]
-        return [AttentionView(layer.config, layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj) for layer in layers]
+        layers = (block.self_attn for block in self.model.model.layers)
+        return [AttentionView(each.config, each.q_proj, each.k_proj, each.v_proj, each.o_proj) for each in layers]
 
     def batches(
         self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
@@ -57,29 +57,21 @@ class Decoder(Subject):
     def row_of(self, input_ids: Tensor) -> Batch:
         return Batch(input_ids=input_ids, labels=input_ids, labels_all_positions=None, document_ids=None)
 
-    def count(self, batch: Batch) -> int:
-        return batch.input_ids.numel()
-
     def stream(self, batch: Batch) -> Tensor:
-        embedded: Tensor = self.model.model.embed_tokens(batch.input_ids)
-        return embedded
+        return self.model.model.embed_tokens(batch.input_ids)
 
     def read(self, index: int, stream: Tensor) -> Tensor:
-        read: Tensor = self.model.model.layers[index].input_layernorm(stream)
-        return read
+        return self.model.model.layers[index].input_layernorm(stream)
 
     def attend(self, index: int, read: Tensor, batch: Batch) -> Tensor:
-        given: Tensor = self.model.model.layers[index].self_attn(read, document_ids=batch.document_ids)
-        return given
+        return self.model.model.layers[index].self_attn(read, document_ids=batch.document_ids)
 
     def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
         layer, stream = self.model.model.layers[index], stream + given
-        after: Tensor = stream + layer.mlp(layer.post_attention_layernorm(stream))
-        return after
+        return stream + layer.mlp(layer.post_attention_layernorm(stream))
 
     def hidden(self, batch: Batch) -> Tensor:
-        state: Tensor = self.model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
-        return state
+        return self.model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
 
     def prefill(self, batch: Batch) -> object:
         """Logits of the last position."""
@@ -87,8 +79,7 @@ class Decoder(Subject):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean nll a real token."""
-        loss: Tensor = self.model(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss
-        return loss
+        return self.model(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss
 
     def distance(self, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor, batch: Batch) -> Tensor:
         """KL(teacher || this model), mean over tokens."""
@@ -124,21 +115,17 @@ class Decoder(Subject):
 
     def with_heads(self, attention: Sequence[AttentionConfig]) -> Decoder:
         config = self.model.config.replace(attention=attention[0] if len(set(attention)) == 1 else tuple(attention))
-        tensors: dict[str, Tensor] = self.model.state_dict()
-        for i, layer in enumerate(attention):
-            where = f"model.layers.{i}.self_attn"
-            rows = {"q": layer.query_width, "k": layer.kv_width, "v": layer.kv_width}
-            for name, width in rows.items():
-                for key in (f"{where}.{name}_proj.weight", f"{where}.{name}_proj.bias"):
-                    if key in tensors:
-                        tensors[key] = tensors[key].new_zeros(width, *tensors[key].shape[1:])
-            output = tensors[f"{where}.o_proj.weight"]
-            tensors[f"{where}.o_proj.weight"] = output.new_zeros(len(output), layer.output_width)
+        old = self.model.state_dict()
+        with torch.device("meta"):
+            new = Transformer(config).state_dict()
+        tensors = {
+            key: old[key] if old[key].shape == wanted.shape else old[key].new_zeros(wanted.shape)
+            for key, wanted in new.items()
+        }
         return Decoder(Transformer.from_tensors(config, tensors, "the converted model").to(self.device))
 
     def continued(self, batch: Batch, new_tokens: int) -> Tensor:
-        tokens: Tensor = self.model.generate(batch.input_ids, max_new_tokens=new_tokens)
-        return tokens[:, batch.input_ids.shape[1] :]
+        return self.model.generate(batch.input_ids, max_new_tokens=new_tokens)[:, batch.input_ids.shape[1] :]
 
     @classmethod
     def serve(cls, directory: Path) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.conversion.records import EmbeddingQuality
 from sqa.conversion.subject import AttentionView, Subject
@@ -53,12 +52,7 @@ class Encoder(Subject):
 
     @classmethod
     def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-            if (directory / name).is_file():
-                storage.read_json(directory / name)
-        for module in directory.glob("[0-9]_*"):
-            if not module.is_dir():
-                raise InputError(f"model: {module} must be a folder, as sentence-transformers writes it")
+        """Nothing is left to check: `shape` has read all that is copied."""
 
     @property
     def views(self) -> list[AttentionView]:
@@ -94,11 +88,7 @@ class Encoder(Subject):
 
     def hidden(self, batch: Passages) -> Tensor:
         """The last hidden state."""
-        state: Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.real.long()).last_hidden_state
-        return state
-
-    def count(self, batch: Passages) -> int:
-        return int(batch.real.sum())
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.real.long()).last_hidden_state
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -106,21 +96,18 @@ class Encoder(Subject):
         return [p for name, p in self.model.named_parameters() if not name.startswith("pooler.")]
 
     def stream(self, batch: Passages) -> Tensor:
-        embedded: Tensor = self.model.embeddings(input_ids=batch.input_ids)
-        return embedded
+        return self.model.embeddings(input_ids=batch.input_ids)
 
     def read(self, index: int, stream: Tensor) -> Tensor:
         return stream
 
     def attend(self, index: int, read: Tensor, batch: Passages) -> Tensor:
         attention = self.model.encoder.layer[index].attention
-        given: Tensor = attention.output.dense(attention.self(read, attention_mask=batch.real[:, None, None])[0])
-        return given
+        return attention.output.dense(attention.self(read, attention_mask=batch.real[:, None, None])[0])
 
     def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
         layer = self.model.encoder.layer[index]
-        after: Tensor = layer.feed_forward_chunk(layer.attention.output.LayerNorm(stream + given))
-        return after
+        return layer.feed_forward_chunk(layer.attention.output.LayerNorm(stream + given))
 
     def loss(self, batch: Passages) -> Tensor:
         """Something to differentiate and time: an encoder predicts nothing by itself (`prepare` refuses the rest)."""
@@ -155,9 +142,6 @@ class Encoder(Subject):
         return Encoder(
             bert.with_heads(self.model, num_query_heads=heads.num_query_heads, num_kv_heads=heads.num_kv_heads)
         )
-
-    def continued(self, batch: Passages, new_tokens: int) -> None:
-        return None
 
     @classmethod
     def serve(cls, directory: Path) -> str:

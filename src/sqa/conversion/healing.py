@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,74 +14,78 @@ from torch import Tensor, nn
 from sqa.conversion.settings import Settings
 from sqa.conversion.subject import Subject
 from sqa.training.checkpoint import Progress
-from sqa.training.loop import Hooks, Recipe, Task, make_accelerator, set_up, train
+from sqa.training.loop import Hooks, Recipe, make_accelerator, set_up, train
 
 
 @dataclass(frozen=True)
-class Layerwise:
-    """Each layer's attention against the original's on the original's input: squared error as a share of its energy.
-
-    Layers share nothing, so their mean trains them independently. A batch counts by its real tokens.
-    """
+class Healing(ABC):
+    """A task whose batches count by their real tokens."""
 
     student: Subject
-    teacher: Subject
+
+    @abstractmethod
+    def mean(self, part: Any) -> Tensor:
+        """The loss of some rows, a token."""
 
     def count(self, batch: Any) -> int:
         return self.student.count(batch)
 
     def loss_sum(self, model: nn.Module, part: Any) -> Tensor:
+        return self.mean(part) * self.count(part)
+
+
+@dataclass(frozen=True)
+class Layerwise(Healing):
+    """Each layer's attention against the original's on the original's input: squared error as a share of its energy.
+
+    Layers share nothing, so their mean trains them independently.
+    """
+
+    teacher: Subject
+
+    def mean(self, part: Any) -> Tensor:
         with torch.no_grad():
             pairs = list(self.teacher.layers(part))
         losses = [
             (self.student.attend(i, read, part) - given).float().square().sum() / given.float().square().sum()
             for i, (read, given) in enumerate(pairs)
         ]
-        return torch.stack(losses).mean() * self.count(part)
+        return torch.stack(losses).mean()
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """How far the model's outputs are from the original's, a token (arXiv 1503.02531, at temperature 1)."""
+class Distillation(Healing):
+    """How far the model's outputs are from the original's (arXiv 1503.02531, at temperature 1)."""
 
-    student: Subject
     teacher: Subject
 
-    def count(self, batch: Any) -> int:
-        return self.student.count(batch)
-
-    def loss_sum(self, model: nn.Module, part: Any) -> Tensor:
+    def mean(self, part: Any) -> Tensor:
         with torch.no_grad():
             target = self.teacher.hidden(part)
-        return self.student.distance(self.student.hidden(part), self.teacher, target, part) * self.count(part)
+        return self.student.distance(self.student.hidden(part), self.teacher, target, part)
 
 
 @dataclass(frozen=True)
-class OwnLoss:
+class OwnLoss(Healing):
     """The model's own loss: what more training alone would do."""
 
-    student: Subject
-
-    def count(self, batch: Any) -> int:
-        return self.student.count(batch)
-
-    def loss_sum(self, model: nn.Module, part: Any) -> Tensor:
-        return self.student.loss(part) * self.count(part)
+    def mean(self, part: Any) -> Tensor:
+        return self.student.loss(part)
 
 
 def heal(
-    student: Subject,
-    task: Task[Any],
+    task: Healing,
     batches: Sequence[Any],
     settings: Settings,
     trained: Sequence[nn.Parameter],
     folder: Path,
     hooks: Hooks,
 ) -> Progress:
-    """Train on each batch once, at a warmed-up cosine rate, or go on from the last checkpoint in `folder`.
+    """Train the task's student on each batch once, at a warmed-up cosine rate.
 
-    All but the parameters `trained` stay as they are, and each of those must have a gradient. A phase that is over has
-    a last checkpoint, and is not run again. Raises as `training.loop.train` does.
+    It goes on from the last checkpoint in `folder`, if there is one; a phase that is over is not run again. All but
+    the parameters `trained`, each of which must have a gradient, stay as they are. Raises as
+    `training.loop.train` does.
     """
     recipe = Recipe(
         steps=len(batches),
@@ -91,6 +96,7 @@ def heal(
         clip_norm=1.0,
         checkpoint_seconds=120.0,
     )
+    student = task.student
     student.model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

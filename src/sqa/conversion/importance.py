@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView, Subject, watched
+from sqa.conversion.subject import AttentionView, Subject, joined, watched
 
-METHODS = {
+Method = Literal["random", "weight", "l2", "taylor", "greedy"]
+
+METHODS: dict[Method, str] = {
     "random": "any heads, by the seed (takes nothing more)",
     "weight": "norm of the head's query rows times that of its output columns (takes nothing more)",
     "l2": "L2 norm of what the head adds to the residual stream (arXiv 2407.14679) (takes nothing more)",
@@ -22,7 +24,7 @@ METHODS = {
 
 
 def choose_heads(
-    method: str,
+    method: Method,
     view: AttentionView,
     moments: Moments,
     pools: Sequence[Sequence[int]],
@@ -72,7 +74,7 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     gram = moments.gram
     damping = 1e-6 * gram.diagonal().mean()
     inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
-    weight = view.output_weight
+    weight = joined(view.o)
     left = {head: pool for pool in map(set, pools) for head in pool}
     while any(len(pool) > keep for pool in left.values()):
         costs = {}

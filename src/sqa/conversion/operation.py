@@ -18,7 +18,7 @@ from sqa.conversion import importance, surgery
 from sqa.conversion.moments import Moments
 from sqa.conversion.records import LayerChange
 from sqa.conversion.settings import Settings
-from sqa.conversion.subject import AttentionView, Projection, Subject, watched
+from sqa.conversion.subject import AttentionView, Subject, watched
 
 
 class Walk:
@@ -108,9 +108,8 @@ def operate(
         weights = surgery.cut(view, after.num_kv_heads, kept, walk.inputs() if joins else None)
         dropped.views[index].write(weights)
         fitted, held = walk.features(dropped, index), check.features(dropped, index)
-        before = weights.o.joined
-        after_fit = surgery.refit(before, fitted, held)
-        refitted.views[index].write(replace(weights, o=Projection.split(after_fit, bias=weights.o.bias is not None)))
-        changes.append(LayerChange(kept=tuple(kept), dropped=held.error(before), refitted=held.error(after_fit)))
+        output = surgery.refit(weights.o, fitted, held)
+        refitted.views[index].write(replace(weights, o=output))
+        changes.append(LayerChange(kept=tuple(kept), dropped=held.error(weights.o), refitted=held.error(output)))
         on_layer()
     return dropped, refitted, tuple(changes)

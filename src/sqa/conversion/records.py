@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
+
+from sqa.records import read_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageQuality:
+class _Figures:
+    """Numbers with names, some of which may be absent."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:,.4f}" for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageQuality(_Figures):
     """Of a language model: loss in nats a real token, its perplexity, KL(original || this) in nats a token.
 
     `agreement`: the share of positions at which both find the same token most likely.
@@ -20,7 +31,7 @@ class LanguageQuality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingQuality:
+class EmbeddingQuality(_Figures):
     """Of an encoder: cosine of embeddings to the original's; share of each passage's nearest ten that stay."""
 
     cosine: float
@@ -30,13 +41,10 @@ class EmbeddingQuality:
 Quality = LanguageQuality | EmbeddingQuality
 
 
-def _shown(quality: Quality) -> str:
-    return ", ".join(f"{name} {value:,.4f}" for name, value in asdict(quality).items() if value is not None)
-
-
-def _quality(values: dict[str, Any]) -> Quality:
-    kind = LanguageQuality if "loss" in values else EmbeddingQuality
-    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
+def _quality(values: Mapping[str, Any]) -> Quality:
+    if "loss" in values:
+        return read_fields(LanguageQuality, values, "quality")
+    return read_fields(EmbeddingQuality, values, "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +61,19 @@ class Stage:
 
     def __str__(self) -> str:
         """One line: what a display tells when it is measured."""
-        parts = [
-            f"{self.stage} ({self.tokens:,} tokens of healing)" if self.tokens else self.stage,
-            _shown(self.quality),
-        ]
-        return ": ".join(parts) + (f"; second domain: {_shown(self.elsewhere)}" if self.elsewhere else "")
+        after = f" ({self.tokens:,} tokens of healing)" if self.tokens else ""
+        beside = f"; second domain: {self.elsewhere}" if self.elsewhere else ""
+        return f"{self.stage}{after}: {self.quality}{beside}"
 
     def to_dict(self) -> dict[str, Any]:
         values = {"stage": self.stage, "tokens": self.tokens, **asdict(self.quality)}
         return values if self.elsewhere is None else values | {"elsewhere": asdict(self.elsewhere)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         elsewhere = values.get("elsewhere")
-        return cls(
-            stage=values["stage"],
-            tokens=values["tokens"],
-            quality=_quality(values),
-            elsewhere=None if elsewhere is None else _quality(elsewhere),
-        )
+        found = {"quality": _quality(values), "elsewhere": None if elsewhere is None else _quality(elsewhere)}
+        return read_fields(cls, {**values, **found}, "stage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,6 @@ class LayerChange:
     kept: tuple[int, ...]
     dropped: float
     refitted: float
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        return cls(kept=tuple(values["kept"]), dropped=values["dropped"], refitted=values["refitted"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class Conversion:
     settings: dict[str, Any]
     stages: tuple[Stage, ...] = ()
     layers: tuple[LayerChange, ...] = ()
-    parameters: tuple[int, int] | None = None
+    parameters: tuple[int, ...] | None = None
     speed: tuple[Speed, ...] = ()
     samples: tuple[Sample, ...] = ()
     serve: str | None = None
@@ -151,29 +149,17 @@ class Conversion:
         """Plain JSON values; `from_dict` reads them back equal."""
         values = asdict(self) | {
             "stages": [stage.to_dict() for stage in self.stages],
-            "layers": [{**asdict(layer), "kept": list(layer.kept)} for layer in self.layers],
             "speed": [{**asdict(speed), "ratio": speed.ratio} for speed in self.speed],
-            "samples": [asdict(sample) for sample in self.samples],
         }
-        before_and_after = values.pop("parameters")
-        if before_and_after is not None:
-            names = ("before", "after")
-            values["cost"] = {n: {"parameters": p} for n, p in zip(names, before_and_after, strict=True)}
+        if (counts := values.pop("parameters")) is not None:
+            values["cost"] = {
+                name: {"parameters": count} for name, count in zip(("before", "after"), counts, strict=True)
+            }
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read `to_dict`'s output, and what earlier versions wrote."""
-        given = {name: values[name] for name in (item.name for item in fields(cls)) if name in values}
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output, and what earlier versions wrote. Raises InputError that names a damaged field."""
         if "cost" in values:
-            given["parameters"] = tuple(values["cost"][name]["parameters"] for name in ("before", "after"))
-        speeds = (Speed(**{k: v for k, v in each.items() if k != "ratio"}) for each in values.get("speed", ()))
-        return cls(
-            **given
-            | {
-                "stages": tuple(map(Stage.from_dict, values.get("stages", ()))),
-                "layers": tuple(map(LayerChange.from_dict, values.get("layers", ()))),
-                "speed": tuple(speeds),
-                "samples": tuple(Sample(**each) for each in values.get("samples", ())),
-            }
-        )
+            values = {**values, "parameters": [values["cost"][name]["parameters"] for name in ("before", "after")]}
+        return read_fields(cls, values, "conversion")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -40,7 +38,7 @@ def planned(job: Job) -> Group:
     """What a conversion would do, before it does it."""
     settings, n = job.settings, job.settings.length
     table = _table("attention", "before", "after")
-    after = [layer for layer, _ in job.plans(job.counts())]
+    after = [layer for layer, _ in job.plans()]
     for what, count in (
         ("query heads a layer", lambda layer: layer.num_query_heads / len(job.before)),
         ("KV heads a layer", lambda layer: layer.num_kv_heads / len(job.before)),
@@ -67,44 +65,35 @@ def planned(job: Job) -> Group:
 def quality_table(conversion: Conversion) -> Group:
     """Quality at every stage, on text used for nothing else."""
     last = {stage.stage: stage for stage in conversion.stages}
-    parts: list[RenderableType] = [_stages(last, "quality")]
-    if any(stage.elsewhere is not None for stage in last.values()):
-        parts += [f"\non {conversion.settings['evaluate']}, the second domain:", _stages(last, "elsewhere")]
-    layers = conversion.layers
-    means = {name: sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("dropped", "refitted")}
-    worst = sorted(range(len(layers)), key=lambda i: -layers[i].refitted)[:WORST_LAYERS]
-    parts += [
-        _MEANINGS[type(next(iter(last.values())).quality)],
-        f"attention outputs, share of energy lost, mean over layers: {means['dropped']:.4f} dropped, "
-        f"{means['refitted']:.4f} refitted.",
+    parts: list[RenderableType] = [_stages([(stage, stage.quality) for stage in last.values()])]
+    if elsewhere := [(stage, stage.elsewhere) for stage in last.values() if stage.elsewhere is not None]:
+        parts += [f"\non {conversion.settings['evaluate']}, the second domain:", _stages(elsewhere)]
+    before, after = last["original"], [stage for stage in conversion.stages if stage.stage != "control"][-1]
+    gaps = [
+        f"{new.loss - old.loss:+.4f}"
+        for old, new in ((before.quality, after.quality), (before.elsewhere, after.elsewhere))
+        if isinstance(old, LanguageQuality) and isinstance(new, LanguageQuality)
     ]
-    if (gap := _gap(conversion)) is not None:
-        parts.insert(-2, gap)
+    if gaps:
+        parts.append(f"{after.stage} beside the original: {' and '.join(gaps)} nats.")
+    layers = conversion.layers
+    dropped, refitted = (sum(getattr(each, name) for each in layers) / len(layers) for name in ("dropped", "refitted"))
+    parts += [
+        _MEANINGS[type(before.quality)],
+        f"attention outputs, share of energy lost, mean over layers: {dropped:.4f} dropped, {refitted:.4f} refitted.",
+    ]
     if len(layers) > WORST_LAYERS:
+        worst = sorted(range(len(layers)), key=lambda i: -layers[i].refitted)[:WORST_LAYERS]
         shown = ", ".join(f"{i} ({layers[i].refitted:.3f})" for i in worst)
         parts.append(f"layers that lost most, refitted: {shown}.")
     return Group(*parts)
 
 
-def _gap(conversion: Conversion) -> str | None:
-    """What the last stage of the converted model loses beside the original; None of an encoder."""
-    before, after = conversion.last("original"), [each for each in conversion.stages if each.stage != "control"][-1]
-    found = []
-    for old, new in ((before.quality, after.quality), (before.elsewhere, after.elsewhere)):
-        if isinstance(old, LanguageQuality) and isinstance(new, LanguageQuality):
-            found.append(f"{new.loss - old.loss:+.4f}")
-    if not found:
-        return None
-    return f"{after.stage} beside the original: {' and '.join(found)} nats."
-
-
-def _stages(stages: Mapping[str, Stage], domain: Literal["quality", "elsewhere"]) -> Table:
-    measured = {name: getattr(stage, domain) for name, stage in stages.items() if getattr(stage, domain) is not None}
-    first = asdict(next(iter(measured.values())))
-    fields = [name for name in first if first[name] is not None]
+def _stages(measured: Sequence[tuple[Stage, Quality]]) -> Table:
+    fields = [name for name, value in vars(measured[0][1]).items() if value is not None]
     table = _table("stage", "tokens", *fields)
-    for name, quality in measured.items():
-        table.add_row(name, f"{stages[name].tokens:,}", *(f"{getattr(quality, field):,.4f}" for field in fields))
+    for stage, quality in measured:
+        table.add_row(stage.stage, f"{stage.tokens:,}", *(f"{getattr(quality, name):,.4f}" for name in fields))
     return table
 
 
@@ -114,22 +103,22 @@ def speed_table(conversion: Conversion) -> Group:
     for speed in conversion.speed:
         times = (seconds_text(seconds["median"]) for seconds in (speed.before, speed.after))
         table.add_row(speed.what, f"{speed.n:,}", *times, f"{speed.ratio:.2f}x")
-    lines = []
-    if conversion.parameters is not None and conversion.wall_s is not None:
-        before, after = conversion.parameters
-        peak = conversion.peak_bytes
-        memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB at the peak"
-        lines = [f"parameters {before:,} -> {after:,}; converting took {conversion.wall_s:,.0f} s{memory}"]
-    return Group(table, *lines)
+    if conversion.parameters is None or conversion.wall_s is None:
+        return Group(table)
+    before, after = conversion.parameters
+    peak = conversion.peak_bytes
+    memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB at the peak"
+    return Group(table, f"parameters {before:,} -> {after:,}; converting took {conversion.wall_s:,.0f} s{memory}")
 
 
 def samples(conversion: Conversion) -> Group:
     """Continuations by the original and the converted model, one under the other."""
-    lines = []
-    for sample in conversion.samples:
-        texts = (" ".join(text.split()) for text in (sample.prompt, sample.original, sample.converted))
-        lines += [f"{name:>9}: {text}" for name, text in zip(("prompt", "original", "converted"), texts, strict=True)]
-    return Group(*(Text(line) for line in lines))
+    lines = [
+        Text(f"{name:>9}: {' '.join(text.split())}")
+        for sample in conversion.samples
+        for name, text in vars(sample).items()
+    ]
+    return Group(*lines)
 
 
 def plot(conversion: Conversion, path: Path) -> None:

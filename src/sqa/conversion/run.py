@@ -9,18 +9,18 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqa import storage
 from sqa.conversion import allocation
-from sqa.conversion.healing import Distillation, Layerwise, OwnLoss, heal
+from sqa.conversion.healing import Distillation, Healing, Layerwise, OwnLoss, heal
 from sqa.conversion.operation import operate
 from sqa.conversion.records import Conversion, Quality, Sample, Speed, Stage
 from sqa.conversion.settings import Job, Settings, prepare, subject_class
@@ -30,7 +30,7 @@ from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
-from sqa.training.loop import Hooks, Task
+from sqa.training.loop import Hooks
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
 GO_ON = "stopped; the same command goes on from what is done"
@@ -88,10 +88,19 @@ class _Text:
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for part in (self.fit, self.held_out, self.healing, self.evaluation, self.elsewhere):
+        for part in vars(self).values():
             for batch in part:
                 digest.update(batch.input_ids.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """Text that quality is measured on, and what the original gives for it."""
+
+    name: str
+    batches: Sequence[Any]
+    reference: Sequence[Tensor]
 
 
 class _Run:
@@ -111,7 +120,11 @@ class _Run:
         self.original = self._load(job.source)
         self.original.check_finite(job.source)
         self.text = self._read()
-        self._measure_original()
+        self.domains = [self._domain("the validation text", self.text.evaluation)]
+        if job.second:
+            self.domains.append(self._domain("the second domain", self.text.elsewhere))
+        if not self.state.has("original", 0):
+            self._record("original", self.original)
         if not (job.work / "refitted").is_dir():
             self._operate()
         for stage in ("dropped", "refitted"):
@@ -181,7 +194,6 @@ class _Run:
         """The text, each split read once and only as far as it is needed."""
         job, settings = self.job, self.settings
         self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
-
         read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
         training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
         held_out = read(training, settings.sequences // 8)
@@ -198,34 +210,22 @@ class _Run:
             self._save(settings={**self.state.settings, "text": text.fingerprint})
         return text
 
-    def _measure_original(self) -> None:
-        with torch.no_grad(), self._autocast():
-            self.reference = self._outputs("the original on the validation text", self.text.evaluation)
-            self.reference_elsewhere = self._outputs("the original on the second domain", self.text.elsewhere)
-        if not self.state.has("original", 0):
-            self._record("original", self.original)
-
-    def _outputs(self, label: str, batches: Sequence[Any]) -> list[torch.Tensor]:
-        if not batches:
-            return []
-        return [output for batch in self._shown(label, batches) for output in self.original.outputs([batch])]
+    def _domain(self, name: str, batches: Sequence[Any]) -> _Domain:
+        with self._autocast():
+            return _Domain(name, batches, self.original.outputs(self._shown(f"the original on {name}", batches)))
 
     def _record(self, stage: str, subject: Subject, tokens: int = 0, *, midway: bool = False) -> None:
         """Measure a stage, print it and keep it. `midway` through healing one domain will do."""
-        label = f"measuring {stage}"
-        quality = self._measure(subject, self._shown(label, self.text.evaluation), self.reference)
-        elsewhere = None
-        if self.text.elsewhere and not midway:
-            batches = self._shown(f"{label} on the second domain", self.text.elsewhere)
-            elsewhere = self._measure(subject, batches, self.reference_elsewhere)
-        measured = Stage(stage=stage, tokens=tokens, quality=quality, elsewhere=elsewhere)
+        quality = [self._measure(stage, subject, domain) for domain in self.domains[: 1 if midway else 2]]
+        measured = Stage(stage=stage, tokens=tokens, quality=quality[0], elsewhere=next(iter(quality[1:]), None))
         self.display.note(str(measured))
         self.state = self.state.with_stage(measured)
         self._save()
 
-    def _measure(self, subject: Subject, batches: Iterable[Any], reference: Sequence[Any]) -> Quality:
+    def _measure(self, stage: str, subject: Subject, domain: _Domain) -> Quality:
         with self._autocast():
-            quality = subject.measure(batches, self.original, reference)
+            batches = self._shown(f"measuring {stage} on {domain.name}", domain.batches)
+            quality = subject.measure(batches, self.original, domain.reference)
         if not all(math.isfinite(value) for value in vars(quality).values()):
             what = "the original" if subject is self.original else "the converted model"
             raise InputError(f"model: {what} gives values that are not finite ({quality}); nothing was converted")
@@ -233,19 +233,13 @@ class _Run:
 
     def _operate(self) -> None:
         job, text = self.job, self.text
-        counts = job.uniform
-        if self.settings.allocation == "measured":
-            counts = self._allocate()
-        self.display.start("refitting layer by layer", len(job.before))
-
         with self._autocast():
+            plans = job.plans(self._costs() if self.settings.allocation == "measured" else None)
+            counts = ", ".join(str(after.num_query_heads) for after, _ in plans)
+            self.display.note(f"query heads of the layers: {counts}")
+            self.display.start("refitting layer by layer", len(plans))
             dropped, refitted, layers = operate(
-                self.settings,
-                self.original,
-                job.plans(counts),
-                text.fit,
-                text.held_out,
-                lambda: self.display.step(None),
+                self.settings, self.original, plans, text.fit, text.held_out, lambda: self.display.step(None)
             )
         self.display.finish("refitted")
         self._save(layers=layers)
@@ -253,16 +247,11 @@ class _Run:
         self._write(dropped, job.work / "dropped", torch.float32)
         self._write(refitted, job.work / "refitted", torch.float32)
 
-    def _allocate(self) -> list[int]:
-        """Query heads of each layer, by what they cost on a quarter of the calibration text."""
-        choices, part = self.job.choices(), self.text.fit[: -(-len(self.text.fit) // 4)]
-        pools = [{count: pools for count, (_, pools) in plans.items()} for plans in choices]
+    def _costs(self) -> list[dict[int, float]]:
+        """What each layer's query heads are worth on a quarter of the calibration text."""
+        part = self.text.fit[: -(-len(self.text.fit) // 4)]
         batches = self._shown("measuring what each layer's heads are worth", part)
-        with self._autocast():
-            costs = allocation.layer_costs(self.original, batches, pools)
-        counts = allocation.spread(costs, sum(self.job.uniform))
-        self.display.finish(f"query heads of the layers: {', '.join(map(str, counts))}")
-        return counts
+        return allocation.layer_costs(self.original, batches, self.job.choices())
 
     def _write(self, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
         """Write a model inside the work folder, where nothing is left behind when this process is killed."""
@@ -272,22 +261,23 @@ class _Run:
     def _heal(self) -> None:
         job, batches, first = self.job, self.text.healing, self.settings.layerwise_steps
         student = self._load(job.work / "refitted")
-        self._phase("layers healed", student, Layerwise(student, self.original), batches[:first])
+        self._phase("layers healed", Layerwise(student, self.original), batches[:first])
         spent = sum(map(student.count, batches[:first]))
-        self._phase("distilled", student, Distillation(student, self.original), batches[first:], spent)
+        self._phase("distilled", Distillation(student, self.original), batches[first:], spent)
         if self.settings.control:
-            control = copy.deepcopy(self.original)
-            self._phase("control", control, OwnLoss(control), batches)
-        self._save(parameters=(_parameters(self.original), _parameters(student)))
+            self._phase("control", OwnLoss(copy.deepcopy(self.original)), batches)
+        both = (self.original, student)
+        self._save(parameters=tuple(sum(p.numel() for p in subject.model.parameters()) for subject in both))
         shutil.rmtree(job.work / "converted", ignore_errors=True)
         self._write(student, job.work / "converted", self.original.dtype)
         write_json(job.work / "converted" / "conversion.json", self.state.to_dict())
         (job.work / "converted").rename(job.out)
         self.display.note(f"wrote {job.out}")
 
-    def _phase(self, stage: str, subject: Subject, task: Task[Any], batches: Sequence[Any], offset: int = 0) -> None:
+    def _phase(self, stage: str, task: Healing, batches: Sequence[Any], offset: int = 0) -> None:
         if not batches:
             return
+        subject = task.student
         self.display.start(f"healing: {stage}", len(batches))
         marks = self._marks(len(batches))
         trained: list[nn.Parameter] = subject.trainable
@@ -303,7 +293,7 @@ class _Run:
 
         folder = self.job.work / stage.replace(" ", "-")
         try:
-            progress = heal(subject, task, batches, self.settings, trained, folder, Hooks(on_step, self.stop))
+            progress = heal(task, batches, self.settings, trained, folder, Hooks(on_step, self.stop))
         except Interrupted as error:
             raise Interrupted(f"{error} of healing; the same command goes on from there") from None
         self.display.finish(f"{stage}: {progress.tokens:,} tokens in {progress.wall_s:,.0f} s")
@@ -327,30 +317,33 @@ class _Run:
 
     @torch.no_grad()
     def _samples(self, converted: Subject) -> tuple[Sample, ...]:
-        """Continuations of the beginnings of validation rows, greedy, by both models."""
+        """Continuations of the beginnings of validation rows, greedy, by both models; none of an encoder."""
+        if not self.kind.predicts:
+            return ()
         tokenizer, found = self.original.tokenizer(self.job.source), []
         for batch in self.text.evaluation[:SAMPLES]:
             prompt = self.original.row_of(batch.input_ids[:1, :PROMPT_TOKENS])
-            both = [subject.continued(prompt, NEW_TOKENS) for subject in (self.original, converted)]
-            texts = [tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, *both) if ids is not None]
-            if len(texts) == 3:
-                found.append(Sample(prompt=texts[0], original=texts[1], converted=texts[2]))
+            before, after = (subject.continued(prompt, NEW_TOKENS) for subject in (self.original, converted))
+            texts = (tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
+            found.append(Sample(**dict(zip(("prompt", "original", "converted"), texts, strict=True))))
         return tuple(found)
 
     def _speed(self, converted: Subject) -> tuple[Speed, ...]:
         """Seconds of prefill and of forward and backward at each length, before and after in turns."""
 
-        def timed(subject: Subject, what: str, n: int) -> None:
+        def timed(subject: Subject, what: str, row: Any) -> None:
             if what == "prefill":
                 with torch.no_grad():
-                    subject.prefill(subject.row(n))
+                    subject.prefill(row)
                 return
-            subject.loss(subject.row(n)).backward()
+            subject.loss(row).backward()
             subject.model.zero_grad()
 
+        vocab_size, device = converted.model.config.vocab_size, converted.device
         contestants = {
-            (what, n, name): partial(timed, subject, what, n)
+            (what, n, name): partial(timed, subject, what, row)
             for n in self.job.speed_at
+            for row in [converted.row_of(torch.arange(n, device=device)[None] % vocab_size)]
             for what in ("prefill", "forward and backward")
             for name, subject in (("before", self.original), ("after", converted))
         }
@@ -368,10 +361,6 @@ class _Run:
             for (what, n, name), timing in timings.items()
             if name == "after"
         )
-
-
-def _parameters(subject: Subject) -> int:
-    return sum(parameter.numel() for parameter in subject.model.parameters())
 
 
 def _peak_bytes() -> int | None:

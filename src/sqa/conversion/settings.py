@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sqa import storage
-from sqa.config import AttentionConfig, nearest
-from sqa.conversion import allocation, importance, surgery
+from sqa.config import AttentionConfig
+from sqa.conversion import allocation, surgery
 from sqa.conversion.decoder import Decoder
+from sqa.conversion.importance import Method
 from sqa.conversion.subject import Subject
 from sqa.data import Corpus, open_corpus
 from sqa.errors import InputError
 from sqa.interop.hub import local_path
 from sqa.measure.machine import find_device
+from sqa.records import read_own_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,13 @@ class Settings:
     512). `dtype` bfloat16 is autocast, of everything that is computed; `compile` compiles what healing trains.
     `device` is PyTorch's name of one, `threads` of the CPU 0 for PyTorch's choice.
 
-    Raises ValueError, naming the field, for what cannot be run.
+    Raises InputError, naming the field, for what cannot be run.
     """
 
     query_heads: int
     kv_heads: int | None = None
     allocation: Literal["uniform", "measured"] = "uniform"
-    method: str = "l2"
+    method: Method = "l2"
     pooling: Literal["aligned", "mean"] = "aligned"
     sequences: int = 128
     length: int = 512
@@ -58,37 +59,26 @@ class Settings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "allocation": ("uniform", "measured"),
-            "method": tuple(importance.METHODS),
-            "pooling": ("aligned", "mean"),
-            "train": ("attention", "all"),
-            "dtype": ("float32", "bfloat16"),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise InputError(
-                    f"convert: {name} must be one of {', '.join(known)}, got {value!r}{nearest(value, list(known))}"
-                )
-        for name, least in (("sequences", 8), ("length", 2), ("batch_size", 1), ("evaluation_tokens", self.length)):
-            if getattr(self, name) < least:
-                raise InputError(f"convert: {name} must be at least {least}, got {getattr(self, name)}")
+        read_own_fields(self, "convert")
         most = 4 * (os.cpu_count() or 1)
-        if not 0 <= self.threads <= most:
-            raise InputError(f"convert: threads must be 0 to {most} (four a core), got {self.threads}")
-        if self.speed_at and min(self.speed_at) < 1:
-            raise InputError(f"convert: speed_at must be lengths of at least 1, got {min(self.speed_at)}")
+        for name, fits, wanted in (
+            ("sequences", self.sequences >= 8, "at least 8"),
+            ("length", self.length >= 2, "at least 2"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("evaluation_tokens", self.evaluation_tokens >= self.length, f"at least length={self.length}"),
+            ("threads", 0 <= self.threads <= most, f"0 to {most} (four a core)"),
+            ("speed_at", min(self.speed_at or (1,)) >= 1, "lengths of at least 1"),
+            (
+                "heal_tokens",
+                self.heal_tokens == 0 or self.heal_tokens >= self.tokens_per_step,
+                f"0 or at least one step of {self.tokens_per_step} tokens",
+            ),
+            ("layerwise", 0 <= self.layerwise <= 1, "a share from 0 to 1"),
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+        ):
+            if not fits:
+                raise InputError(f"convert: {name} must be {wanted}, got {getattr(self, name)}")
         find_device(self.device)
-        if self.heal_tokens and self.heal_tokens < self.batch_size * self.length:
-            raise InputError(
-                f"convert: heal must be 0 or at least one step of {self.batch_size * self.length} tokens, "
-                f"got {self.heal_tokens}"
-            )
-        if not 0 <= self.layerwise <= 1:
-            raise InputError(f"convert: layerwise must be a share from 0 to 1, got {self.layerwise}")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"convert: learning_rate must be above 0 and finite, got {self.learning_rate}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -122,7 +112,7 @@ Plan = tuple[AttentionConfig, list[range]]
 class Job:
     """A conversion that is known to fit: from which directory, to where, with which text.
 
-    `second` is the second domain that measures, if there is one.
+    `second` is the second domain that measures, if there is one. `before` are the attention layers of the original.
     """
 
     source: Path
@@ -138,35 +128,31 @@ class Job:
         """Where a conversion keeps what it can go on from."""
         return self.out.with_name(f".{self.out.name}.converting")
 
-    def plans(self, counts: Sequence[int]) -> list[Plan]:
-        """Of each layer the plan that keeps so many query heads."""
+    def choices(self) -> list[dict[int, list[range]]]:
+        """Of each layer the counts of query heads that its KV heads allow, each with its pools of heads."""
+        found = []
+        for layer in self.before:
+            multi_head = layer.num_query_heads == layer.num_kv_heads  # where KV heads go with their query heads
+            step = 1 if multi_head else layer.num_kv_heads
+            counts = range(step, layer.num_query_heads + 1, step)
+            found.append({n: surgery.plan_heads(layer, n, None)[1] for n in counts})
+        return found
+
+    def plans(self, costs: Sequence[Mapping[int, float]] | None = None) -> list[Plan]:
+        """The plan of each layer. `costs` of the `choices` decide how many heads it keeps where that is measured.
+
+        Without them it is one of the spreads with the same total, all of which take as much time.
+        """
+        counts = [self.settings.query_heads] * len(self.before)
+        if self.settings.allocation == "measured":
+            costs = costs or [dict.fromkeys(choices, 0.0) for choices in self.choices()]
+            counts = allocation.spread(costs, sum(counts))
         kv_heads = self.settings.kv_heads
         return [surgery.plan_heads(layer, n, kv_heads) for layer, n in zip(self.before, counts, strict=True)]
 
-    @property
-    def uniform(self) -> list[int]:
-        """Query heads of each layer where all keep as many."""
-        return [self.settings.query_heads] * len(self.before)
-
-    def counts(self) -> list[int]:
-        """Query heads of each layer: of `measured`, one of the spreads with this total, all of which cost as much."""
-        if self.settings.allocation == "uniform":
-            return self.uniform
-        return allocation.spread([dict.fromkeys(plans, 0.0) for plans in self.choices()], sum(self.uniform))
-
-    def choices(self) -> list[dict[int, Plan]]:
-        """Of each layer all plans that keep its KV heads, by how many query heads stay."""
-        return [_choices(layer) for layer in self.before]
-
-
-def _choices(layer: AttentionConfig) -> dict[int, Plan]:
-    multi_head = layer.num_query_heads == layer.num_kv_heads  # where KV heads go with their query heads
-    step = 1 if multi_head else layer.num_kv_heads
-    return {n: surgery.plan_heads(layer, n, None) for n in range(step, layer.num_query_heads + 1, step)}
-
 
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
-    """Check all that can be checked without reading a weight or a text. Raises ValueError; nothing is written."""
+    """Check all that can be checked without reading a weight or a text. Raises InputError; nothing is written."""
     directory = local_path(source)
     if directory.resolve() in out.resolve().parents:
         raise InputError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
@@ -186,15 +172,14 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
         storage.refuse_existing(out)
     if settings.allocation == "measured" and settings.kv_heads is not None:
         raise InputError("convert: allocation measured keeps the KV heads of each layer; leave kv_heads out")
-    subject.check_source(directory, [after for after, _ in job.plans(job.counts())])
+    subject.check_source(directory, [after for after, _ in job.plans()])
     if settings.length > longest:
         raise InputError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
-    if not subject.predicts:
-        for name, asked in (
-            ("method taylor", settings.method == "taylor"),
-            ("allocation measured", settings.allocation == "measured"),
-            ("control", settings.control),
-        ):
-            if asked:
-                raise InputError(f"convert: {name} needs a loss, which an encoder has not; leave it out")
+    for name, needs_loss in (
+        ("method taylor", settings.method == "taylor"),
+        ("allocation measured", settings.allocation == "measured"),
+        ("control", settings.control),
+    ):
+        if needs_loss and not subject.predicts:
+            raise InputError(f"convert: {name} needs a loss, which an encoder has not; leave it out")
     return job

@@ -22,45 +22,20 @@ from sqa.conversion.records import Quality
 from sqa.errors import InputError
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A linear map: weight (out, in), and bias (out,) where there is one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> Projection:
-        """What a layer holds, in fp64 on the CPU."""
-        bias = None if linear.bias is None else linear.bias.detach().cpu().double()
-        return cls(linear.weight.detach().cpu().double(), bias)
-
-    @classmethod
-    def split(cls, joined: Tensor, *, bias: bool) -> Projection:
-        """The inverse of `joined`."""
-        return cls(joined[:, :-1], joined[:, -1]) if bias else cls(joined, None)
-
-    @property
-    def joined(self) -> Tensor:
-        """The bias as one more column of the weight, (out, in + 1); the weight alone where there is none."""
-        return self.weight if self.bias is None else torch.cat([self.weight, self.bias[:, None]], dim=1)
-
-    @torch.no_grad()
-    def copy_to(self, linear: nn.Linear) -> None:
-        """Give a layer of this shape these values."""
-        linear.weight.copy_(self.weight)
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
+def joined(linear: nn.Linear) -> Tensor:
+    """Weight in fp64 on the CPU, (out, in), with the bias as one more column where there is one."""
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+    return torch.cat([part.detach().cpu().double() for part in parts], dim=1)
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The four projections of an attention layer as values."""
+    """New values of the four projections of an attention layer, each (out, in) with any bias as one more column."""
 
-    q: Projection
-    k: Projection
-    v: Projection
-    o: Projection
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
 
 
 @dataclass(frozen=True)
@@ -77,16 +52,13 @@ class AttentionView:
     def projections(self) -> tuple[nn.Linear, ...]:
         return self.q, self.k, self.v, self.o
 
-    @property
-    def output_weight(self) -> Tensor:
-        """The output projection in fp64, (d, F), its bias as one more column where there is one."""
-        return Projection.of(self.o).joined
-
+    @torch.no_grad()
     def write(self, weights: AttentionWeights) -> None:
-        """Take these values."""
-        values = (weights.q, weights.k, weights.v, weights.o)
-        for projection, linear in zip(values, self.projections, strict=True):
-            projection.copy_to(linear)
+        """Take these values; a column for a bias that a projection lacks is left aside."""
+        for values, linear in zip((weights.q, weights.k, weights.v, weights.o), self.projections, strict=True):
+            linear.weight.copy_(values[:, : linear.in_features])
+            if linear.bias is not None:
+                linear.bias.copy_(values[:, linear.in_features])
 
 
 @contextmanager
@@ -106,7 +78,7 @@ def watched(modules: Sequence[nn.Linear]) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 class Subject(ABC):
-    """A model in conversion. `Any` stands for the class's kind of batch.
+    """A model in conversion. `Any` stands for the class's kind of batch, whose `input_ids` are (B, T).
 
     A layer is taken in three parts: what its attention reads of the residual stream, what the attention gives for
     that, and the stream after the layer.
@@ -124,17 +96,17 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def load(cls, directory: Path) -> Self:
-        """Read a model directory. Raises ValueError for what is missing, damaged or of another kind."""
+        """Read a model directory. Raises InputError for what is missing, damaged or of another kind."""
 
     @classmethod
     @abstractmethod
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
-        """The attention layers, and how many tokens the model can read."""
+        """The attention layers, and how many tokens the model can read. Raises InputError for a damaged directory."""
 
     @classmethod
     @abstractmethod
     def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Raise ValueError where `save` could not write a model with these layers, or not copy what is beside it."""
+        """Raise InputError where `save` could not write a model with these layers, or not copy what is beside it."""
 
     @property
     @abstractmethod
@@ -152,31 +124,27 @@ class Subject(ABC):
     ) -> Sequence[Any]:
         """The next `rows` rows of `length` tokens of the text, on the model's device.
 
-        Raises ValueError when there is less.
+        Raises InputError when there is less.
         """
 
     def tokenizer(self, directory: Path) -> Any:
-        """The `tokenizers.Tokenizer` of a model directory. Raises ValueError without one."""
+        """The `tokenizers.Tokenizer` of a model directory. Raises InputError without one."""
         tokenizer = interop.read_tokenizer(directory, self.model.config.vocab_size)
         if tokenizer is None:
             raise InputError(f"model: {directory} has no tokenizer.json, which the calibration text is encoded with")
         return tokenizer
-
-    def row(self, n: int) -> Any:
-        """A batch of one row of n tokens, to be timed with."""
-        return self.row_of(torch.arange(n, device=self.device)[None] % self.model.config.vocab_size)
 
     @abstractmethod
     def row_of(self, input_ids: Tensor) -> Any:
         """A batch of these tokens (1, T), none of them padding."""
 
     def tokens(self, x: Tensor, batch: Any) -> Tensor:
-        """(B, T, F) -> (N, F): the positions of a batch that are no padding."""
+        """(B, T, ...) -> (N, ...): the positions of a batch that are no padding."""
         return x.flatten(0, 1)
 
-    @abstractmethod
     def count(self, batch: Any) -> int:
-        """The tokens of a batch that are no padding."""
+        """N, the tokens of a batch that are no padding."""
+        return len(self.tokens(batch.input_ids, batch))
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -236,9 +204,9 @@ class Subject(ABC):
     def with_heads(self, attention: Sequence[AttentionConfig]) -> Self:
         """A new model with these attention layers, their projections still to be written; all else is copied."""
 
-    @abstractmethod
-    def continued(self, batch: Any, new_tokens: int) -> Tensor | None:
-        """Greedy continuation (B, new_tokens) of the rows of a batch; None of a model that predicts nothing."""
+    def continued(self, batch: Any, new_tokens: int) -> Tensor:
+        """Greedy continuation (B, new_tokens) of the rows of a batch, by a model that predicts."""
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod
@@ -250,7 +218,7 @@ class Subject(ABC):
         """Write the kind of directory that `source` is; the model itself takes that dtype."""
 
     def check_finite(self, where: Path) -> None:
-        """Raise ValueError naming a weight that holds nan or an infinity."""
+        """Raise InputError naming a weight that holds nan or an infinity."""
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise InputError(f"model: {name} of {where} holds nan or infinity; convert a model with finite weights")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sqa.config import AttentionConfig
 from sqa.conversion.moments import Moments
-from sqa.conversion.subject import AttentionView, AttentionWeights, Projection
+from sqa.conversion.subject import AttentionView, AttentionWeights, joined
 from sqa.errors import InputError
 
 DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
@@ -64,8 +64,8 @@ def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Mom
     config, size = view.config, view.config.head_dim
     shared = config.num_query_heads // config.num_kv_heads
     all_q, all_k, all_v = (_head_rows(linear, size) for linear in (view.q, view.k, view.v))
-    output = Projection.of(view.o)
-    columns = output.weight.split(size, dim=1)
+    output = joined(view.o)
+    columns, output_bias = output[:, : view.o.in_features].split(size, dim=1), output[:, view.o.in_features :]
     queries: list[Tensor] = []
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -85,18 +85,14 @@ def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Mom
             place = sources.index(head // shared)
             queries.append(turn_k[place] @ all_q[head])
             outputs.append(columns[head] @ turn_v[place].T)
-    q, k, v = (
-        Projection(joined[:, :-1], None if linear.bias is None else joined[:, -1])
-        for joined, linear in ((torch.cat(queries), view.q), (torch.cat(keys), view.k), (torch.cat(values), view.v))
-    )
-    return AttentionWeights(q, k, v, Projection(torch.cat(outputs, dim=1), output.bias))
+    q, k, v = (torch.cat(rows) for rows in (queries, keys, values))
+    return AttentionWeights(q, k, v, torch.cat([*outputs, output_bias], dim=1))
 
 
 def _head_rows(linear: nn.Linear, size: int) -> tuple[Tensor, ...]:
     """Each head's rows (D, d + 1) in fp64, the bias (or zero) as last column."""
-    own = Projection.of(linear)
-    bias = own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias
-    return torch.cat([own.weight, bias[:, None]], dim=1).split(size)
+    own = joined(linear)
+    return (own if linear.bias is not None else nn.functional.pad(own, (0, 1))).split(size)
 
 
 def _rotary_pairs(config: AttentionConfig) -> Tensor | None:

@@ -15,8 +15,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqa.config import nearest
 from sqa.errors import InputError, MissingExtraError
+from sqa.records import nearest
 
 Split = Literal["train", "validation"]
 

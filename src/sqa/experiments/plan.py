@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self
 
-from sqa.config import ModelConfig, nearest, reject_unknown
+from sqa.config import ModelConfig, reject_unknown
 from sqa.cost import train_step_flops
 from sqa.errors import InputError, shown
-from sqa.records import read_value
+from sqa.records import nearest, read_own_fields, read_value
 from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config, shape
 
 Cell = tuple[str, int]
@@ -111,8 +111,7 @@ class Plan:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, read_value(kind, getattr(self, name), f"plan: {name}"))
+        read_own_fields(self, "plan")
         for name, (least, most) in _LIMITS.items():
             if (value := getattr(self, name)) < least:
                 raise InputError(f"plan: {name} must be at least {least}, got {value}")

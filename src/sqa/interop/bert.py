@@ -71,6 +71,8 @@ def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> 
     for module in sorted(directory.glob("[0-9]_*")):
         if module.is_symlink():
             raise InputError(f"model: {module} is a link to another place; put the folder itself there")
+        if not module.is_dir():
+            raise InputError(f"model: {module} must be a folder, as sentence-transformers writes it")
         found += [path for path in sorted(module.rglob("*")) if not path.is_dir() and storage.regular_file(path)]
     for path in found:
         if path.suffix == ".json" and path.name != "modules.json":  # that one is a list
