@@ -36,6 +36,7 @@ LAYERS = (
     "data",
     "training",
     "interop",
+    "evaluation",
     "bench",
     "conversion",
     "planning",

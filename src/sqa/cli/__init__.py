@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sqa._version import __version__
-from sqa.cli import bench, comparison, convert, costs, models
+from sqa.cli import bench, comparison, convert, costs, evaluate, models
 from sqa.cli.display import OutputClosed, is_main
 from sqa.errors import InputError, MissingExtraError, shown
 from sqa.progress import Interrupted, NonFiniteLoss
@@ -24,6 +24,7 @@ for _purpose, _commands in (
     ("Train and compare", comparison.app),
     ("Models", models.app),
     ("Models", convert.app),
+    ("Models", evaluate.app),
     ("What a shape costs", costs.app),
 ):
     for _command in _commands.registered_commands:

@@ -55,6 +55,12 @@ Compile = Annotated[T, typer.Option("--compile/--no-compile", help="torch.compil
 
 # what is written
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here.", callback=_file_path)]
+ItemsPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--items-file", help="Write the items here, as JSON Lines for lm-evaluation-harness.", callback=_file_path
+    ),
+]
 PlotPath = Annotated[
     Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_file_path)
 ]

@@ -1,0 +1,75 @@
+"""`sqa evaluate`: a four-way choice from articles."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sqa.cli.display import make_console, make_display
+from sqa.cli.options import Device, Dtype, ItemsPath, JsonPath, Seed, Threads, at_least_one, long_dtype, save_json
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Runs, model directories, .gguf files or Hub names; the first is the baseline.")
+    ],
+    data: Annotated[str, typer.Option(help="Articles: builtin, wikipedia, or a file or folder; its validation split.")],
+    items: Annotated[int, typer.Option(help="Four-way choices, each from an article of its own.")] = 500,
+    items_file: ItemsPath = None,
+    dtype: Dtype[str] = "float32",
+    device: Device[str] = "cpu",
+    seed: Seed[int] = 0,
+    threads: Threads[int] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Let models find the paragraph that continues an article among four, without any training for it."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from sqa import evaluation
+    from sqa.config import unknown
+    from sqa.data import open_corpus
+    from sqa.files import write_text
+    from sqa.measure.machine import find_device, git_revision, machine, versions
+    from sqa.progress import stop_flag
+
+    at_least_one("--items", items)
+    dtype = long_dtype(dtype)
+    if dtype not in ("float32", "bfloat16"):
+        raise unknown("dtype", dtype, ("float32", "bfloat16"))
+    find_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    display, scores = make_display(), []
+    with stop_flag():
+        corpus = open_corpus(data)
+        drawn = evaluation.make_items(corpus.documents("validation"), items, seed)
+        if items_file is not None:
+            write_text(items_file, "".join(json.dumps(asdict(item)) + "\n" for item in drawn))
+        for name in models:
+            reader = evaluation.load_reader(name, device)
+            right = []
+            display.start(name, len(drawn))
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                for item in drawn:
+                    right.append(reader.choose(item) == item.answer)
+                    display.step(None)
+            scores.append(evaluation.Score(model=name, right=tuple(right)))
+            display.finish(f"{name}: {scores[-1].accuracy:.1%} of {len(drawn)} items")
+    make_console().print(evaluation.score_table(scores))
+    found = {
+        "data": corpus.name,
+        "seed": seed,
+        "dtype": dtype,
+        "machine": machine(device).to_dict(),
+        "versions": versions(),
+        "git": git_revision(),
+        "scores": [score.to_dict() for score in scores],
+    }
+    save_json(json_path, found)
