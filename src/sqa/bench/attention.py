@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from sqa.attention.kernels import KERNELS, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
 from sqa.attention.reference import reference_attention
-from sqa.bench.measurement import Contestant, Measurement, choose_baseline, time_all, with_ratios
+from sqa.bench.measurement import Measurement, choose_baseline, time_all, with_ratios, with_shares
 from sqa.bench.report import BenchResult
 from sqa.config import AttentionConfig, unknown
 from sqa.measure.machine import find_device, find_dtype
@@ -40,8 +41,6 @@ PINNED = {
     "math": SDPBackend.MATH,
 }
 """PyTorch's own implementations under `sdpa`: naming one lets no other run."""
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
@@ -92,27 +91,22 @@ class Setting:
     @property
     def document_length(self) -> int:
         """512 tokens, or less where there would not be two documents otherwise."""
-        return max(1, min(512, self.n // 2))
-
-    @property
-    def documents(self) -> Tensor | None:
-        """document_ids (B, N) where the mask is made of documents."""
-        if self.mask != "documents":
-            return None
-        ids = torch.arange(self.n, device=self.device) // self.document_length
-        return ids.expand(self.batch_size, self.n).contiguous()
+        return max(1, min(512, self.n // 2)) if self.mask == "documents" else self.n
 
     @property
     def visible(self) -> Mask:
         """The mask as `attend` takes it."""
-        return Mask(causal=self.config.causal, window=self.config.window, document_ids=self.documents)
+        ids = None
+        if self.mask == "documents":
+            ids = torch.arange(self.n, device=self.device) // self.document_length
+            ids = ids.expand(self.batch_size, self.n).contiguous()
+        return Mask(causal=self.config.causal, window=self.config.window, document_ids=ids)
 
     @property
     def scores(self) -> int:
         """(query, key, head) triples: as many exponentials, and 4 x head_dim FLOPs each."""
-        length = self.document_length if self.mask == "documents" else self.n
-        whole, rest = divmod(self.n, length)
-        pairs = whole * cost.visible_pairs(self.config, length) + cost.visible_pairs(self.config, rest)
+        whole, rest = divmod(self.n, self.document_length)
+        pairs = whole * cost.visible_pairs(self.config, self.document_length) + cost.visible_pairs(self.config, rest)
         return self.batch_size * self.config.num_output_heads * pairs
 
     def inputs(self) -> tuple[list[Tensor], Tensor]:
@@ -134,41 +128,31 @@ class Setting:
             wanted = (x.requires_grad_(), *layer.parameters())
             return lambda: torch.autograd.grad(layer(x, document_ids=mask.document_ids), wanted, out_grad)
         inputs, grad = self.inputs()
-        q, k, v = inputs
-
-        def run() -> None:
-            # a compiled backward is compiled when it first runs, so inside `pinned` too
-            with pinned(self.kernel) as kernel:
-                out = attend(q, k, v, mask, kernel=kernel)
-                if out.requires_grad:
-                    torch.autograd.grad(out, inputs, grad)
-
-        return run
+        return lambda: _run(partial(attend, mask=mask), inputs, grad, self.kernel)
 
     def measurement(self, peak: Peak) -> Measurement:
         """All that is known before timing."""
-        kernel = f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
-        if self.kernel == "auto":
+        config, kernel = self.config, f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
+        if kernel == "auto":
             call = Call.of_layer(
-                self.config, length=self.n, device=self.device.type, dtype=find_dtype(self.dtype),
+                config, length=self.n, device=self.device, dtype=find_dtype(self.dtype),
                 documents=self.mask == "documents", grad=self.what != "forward",
             )  # fmt: skip
             kernel = resolve(call).kernel
-        flops = None
-        if self.what != "layer step":
-            flops = (1 if self.what == "forward" else 3) * 4 * self.config.head_dim * self.scores
+        passes = {"forward": 1, "forward+backward": 3}.get(self.what)
+        flops = None if passes is None else passes * 4 * config.head_dim * self.scores
         return Measurement(
             kind="attention",
-            d_model=self.config.d_model,
+            d_model=config.d_model,
             variant=self.variant,
-            num_query_heads=self.config.num_query_heads,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
+            num_query_heads=config.num_query_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             batch_size=self.batch_size,
             n=self.n,
             dtype=self.dtype,
             mask=self.mask,
-            window=self.config.window,
+            window=config.window,
             kernel=kernel,
             what=self.what,
             scores=self.scores,
@@ -177,13 +161,13 @@ class Setting:
         )
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention as one would write it, in the inputs' own precision: the yardstick for rounding errors."""
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[3] ** -0.5
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+def _run(attention: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kernel: str) -> list[Tensor]:
+    """The output of attention(q, k, v, kernel=...), and the gradients of those that want one."""
+    # a compiled backward is compiled when it first runs, so inside `pinned` too
+    with pinned(kernel) as name:
+        out = attention(*inputs, kernel=name)
+        gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype)) if out.requires_grad else ()
+    return [out.detach(), *gradients]
 
 
 def _rms(x: Tensor) -> float:
@@ -202,24 +186,27 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
     mask = setting.visible
     visible = dense_mask(mask, n, n, setting.device)
     inputs, grad = setting.inputs()
-    repeats = config.num_output_heads // config.num_query_heads  # reverse SQA, of which the oracle knows nothing
+    whole = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
 
-    def all_of(run: Attention, inputs: list[Tensor]) -> list[Tensor]:
-        out = run(*inputs)
-        gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype)) if out.requires_grad else ()
-        return [out.detach(), *gradients]
+    def oracle(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
+        q = q.repeat_interleave(config.num_output_heads // config.num_query_heads, dim=2)  # for reverse SQA
+        return reference_attention(q, k, v, visible, scale=config.head_dim**-0.5)
 
-    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference_attention(q.repeat_interleave(repeats, 2), k, v, visible, scale=config.head_dim**-0.5)
+    def plain(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
+        """Attention as one would write it, in the inputs' own precision: the yardstick for rounding errors."""
+        heads = config.num_output_heads
+        q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * config.head_dim**-0.5
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
-    wanted = all_of(oracle, [x.detach().float().requires_grad_(x.requires_grad) for x in inputs])
-    plain = all_of(lambda q, k, v: _plain(q.repeat_interleave(repeats, 2), k, v, visible), inputs)
+    exactly, simply = _run(oracle, whole, grad, "auto"), _run(plain, inputs, grad, "auto")
     try:
-        with pinned(setting.kernel) as name:
-            got = all_of(lambda q, k, v: attention(q, k, v, mask, kernel=name), inputs)
+        got = _run(partial(attention, mask=mask), inputs, grad, setting.kernel)
     except (RuntimeError, ValueError) as problem:
         return f"cannot run: {first_line(problem)}"
-    for what, given, simple, exact in zip(("output", "dq", "dk", "dv"), got, plain, wanted, strict=False):
+    for what, given, simple, exact in zip(("output", "dq", "dk", "dv"), got, simply, exactly, strict=False):
         error, allowed = _rms(given - exact), 2 * _rms(simple - exact)
         if setting.dtype == "fp32":
             error, allowed = float((given - exact).abs().max()), 1e-5 + 1.3e-6 * float(exact.abs().max())
@@ -290,49 +277,31 @@ def run_attention(
             refused = {setting: refusal(setting) for setting in settings}
             for n in limit.fitting(sorted(lengths), notes, f"{dtype}, head_dim {head_dim}: the budget"):
                 logger.info("attention %s, head_dim %d, N = %d: %d contestants", dtype, head_dim, n, len(settings))
-                contestants = _contestants(refused, n, peak, with_refused=n == min(lengths))
+                contestants = (
+                    (replace(each.measurement(peak), note=problem), each.contestant() if problem is None else None)
+                    for each, problem in ((replace(setting, n=n), problem) for setting, problem in refused.items())
+                    if problem is None or n == min(lengths)
+                )
                 timed = time_all(contestants, rounds=rounds, warmup=1, device=where, limit=limit)
                 rows += _compared(timed, peak, baseline)
     options = {"head_dims": list(head_dims), "num_heads": num_heads, "rounds": rounds}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _contestants(
-    refused: Mapping[Setting, str | None], n: int, peak: Peak, *, with_refused: bool
-) -> Iterator[Contestant]:
-    """Everything that is timed at N."""
-    for setting, problem in refused.items():
-        setting = replace(setting, n=n)
-        if problem is None:
-            yield setting.measurement(peak), setting.contestant()
-        elif with_refused:
-            yield replace(setting.measurement(peak), note=problem), None
-
-
-def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) -> list[Measurement]:
+def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) -> Iterator[Measurement]:
     """With rates, shares and ratios among the measurements of one length, head_dim and dtype."""
-    measurements = with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline)
     timed = [m for m in measurements if m.seconds is not None]
-    scores = {(m.variant, m.mask): m.scores for m in timed}
+    scores = {(m.variant, m.mask): m.scores or 0 for m in timed}
     full = {(m.variant, m.what): m.median for m in timed if m.mask == "causal"}
     sdpa = {(m.variant, m.mask, m.what): m.median for m in timed if m.kernel == "sdpa"}
-
-    def compared(m: Measurement) -> Measurement:
-        if m.seconds is None:
-            return m
-        if m.flops is not None:
-            rate = m.flops / m.median
-            product, processor = peak.shares(rate)
-            m = replace(m, flops_per_s=rate, share_of_peak=product, share_of_processor=processor)
+    for m in with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline):
+        if m.seconds is not None and m.flops is not None:
+            m = replace(with_shares(m, m.flops, peak), flops_per_s=m.flops / m.median)
         if m.ratio is not None and m.flops is not None:
-            ours, theirs = m.scores, scores[baseline, m.mask]
-            assert ours is not None
-            assert theirs is not None
-            m = replace(m, limit=theirs / ours, share_of_limit=m.ratio * ours / theirs)
-        if m.mask == "window" and (m.variant, m.what) in full:
+            limit = scores[baseline, m.mask] / scores[m.variant, m.mask]
+            m = replace(m, limit=limit, share_of_limit=m.ratio / limit)
+        if m.seconds is not None and m.mask == "window" and (m.variant, m.what) in full:
             m = replace(m, ratio_to_full=full[m.variant, m.what] / m.median)
-        if m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
+        if m.seconds is not None and m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
             m = replace(m, ratio_to_sdpa=sdpa[m.variant, m.mask, m.what] / m.median)
-        return m
-
-    return [compared(m) for m in measurements]
+        yield m

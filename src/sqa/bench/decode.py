@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import nn
 
 from sqa import cost
 from sqa.attention.cache import KVCache
-from sqa.bench.lineup import Models, Task
-from sqa.bench.measurement import Measurement, choose_baseline, with_ratios
-from sqa.bench.peers import OURS
+from sqa.bench.lineup import Models, Runner, Task, line_up, measure
+from sqa.bench.measurement import Measurement
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.measure.machine import find_device, find_dtype
-from sqa.measure.timing import TimeLimit, at_least_one, take_turns
-from sqa.model import Transformer
+from sqa.measure.timing import TimeLimit, at_least_one
 
 DECODED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
 """What is decoded with unless told otherwise: those that differ in their KV heads take part."""
@@ -59,32 +59,31 @@ def run_decode(
     where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)
     room = steps * (rounds + 1)
     models = models.fitted(max(lengths) + room, ())
-    baseline = choose_baseline(models.configs)
+    lineup = line_up(models, (), compile=False, device=where)
     rows: list[Measurement] = []
     notes = [NOTE, f"{steps} tokens a turn, eager; the cache grows from N to at most N + {room}."]
-    built = {name: models.build(name).to(where, torch_dtype).eval() for name in models.configs}
+    for runner in lineup.runners:
+        runner.module.to(torch_dtype).eval()
     for n in limit.fitting(sorted(lengths), notes):
-        task = Task(kind="decode", preset=models.name, dtype=dtype, batch_size=batch_size, n=n, device=where)
-        contestants, group = {}, {}
-        for name, config in models.configs.items():
+        task = Task(
+            kind="decode", preset=models.name, dtype=dtype, batch_size=batch_size, n=n, new_tokens=steps, device=where
+        )
+
+        def work(runner: Runner, n: int = n) -> Callable[[], None]:
+            config = models.configs[runner.variant]
             cache = filled_cache(config, n, batch_size=batch_size, room=room, dtype=torch_dtype, device=where)
-            first = torch.zeros(batch_size, 1, dtype=torch.long, device=where)
-            contestants[name] = _decode(built[name], cache, first, steps)
-            per_row = cost.kv_cache_bytes(config, n, bytes_per_element=torch_dtype.itemsize)
-            group[name] = replace(task.measurement(OURS, name, config), cache_bytes=batch_size * per_row)
-        for name, timing in take_turns(contestants, rounds=rounds, device=where, limit=limit).items():
-            group[name] = replace(group[name], seconds=timing, tokens_per_s=batch_size * steps / timing.median)
-        rows += with_ratios(list(group.values()), same=lambda m: m.n, baseline=baseline)
+            return partial(_decode, runner.module, cache, steps)
+
+        for m in measure(lineup, task, work, models.configs, rounds=rounds, limit=limit):
+            a_row = cost.kv_cache_bytes(models.configs[m.variant], n, bytes_per_element=torch_dtype.itemsize)
+            rows.append(replace(m, cache_bytes=batch_size * a_row))
     options = {"preset": models.name, "rounds": rounds, "steps": steps}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _decode(model: Transformer, cache: KVCache, first: torch.Tensor, steps: int) -> Callable[[], None]:
-    @torch.inference_mode()
-    def run() -> None:
-        token = first
-        for _ in range(steps):
-            logits = model(token, cache=cache, num_logits=1).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
-
-    return run
+@torch.inference_mode()
+def _decode(model: nn.Module, cache: KVCache, steps: int) -> None:
+    token = torch.zeros(cache.batch_size, 1, dtype=torch.long, device=cache.layers[0].keys.device)
+    for _ in range(steps):
+        logits = model(token, cache=cache, num_logits=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)

@@ -127,13 +127,17 @@ def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torc
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every contestant of a table does: `kind` is step, prefill or decode, of `batch_size` rows of `n` tokens."""
+    """What every contestant of a table does: `kind` is step or prefill, of `batch_size` rows of `n` tokens, or decode.
+
+    A turn of decode makes `new_tokens` in each row, after `n` cached ones.
+    """
 
     kind: str
     preset: str
     dtype: str
     batch_size: int
     n: int
+    new_tokens: int | None = None
     device: torch.device
 
     def measurement(self, implementation: str, variant: str, config: ModelConfig) -> Measurement:
@@ -158,7 +162,7 @@ class Task:
         call = Call.of_layer(
             config.layers[0],
             length=self.n,
-            num_queries=1 if self.kind == "decode" else None,
+            num_queries=None if self.new_tokens is None else 1,
             device=self.device,
             dtype=find_dtype(self.dtype),
             grad=self.kind == "step",
@@ -193,7 +197,7 @@ def measure(
 
     # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
     timed = time_all(contestants(), rounds=rounds, warmup=int(training), device=task.device, limit=limit)
-    tokens = task.batch_size * task.n
+    tokens = task.batch_size * (task.new_tokens or task.n)
     timed = [m if m.seconds is None else replace(m, tokens_per_s=tokens / m.median) for m in timed]
     best = with_ratios(best_settings(timed), same=lambda m: m.implementation, baseline=choose_baseline(configs))
     order = list(configs)

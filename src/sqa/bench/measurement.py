@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from sqa.measure.peak import Peak
 from sqa.measure.timing import TimeLimit, Timing, failure, take_turns
 
 
@@ -124,6 +125,14 @@ def with_ratios(
         else m
         for m in measurements
     ]
+
+
+def with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
+    """With the share of both rates that a turn of so many FLOPs reached, where it was timed."""
+    if m.seconds is None:
+        return m
+    product, processor = peak.shares(flops / m.median)
+    return replace(m, share_of_peak=product, share_of_processor=processor)
 
 
 def choose_baseline(variants: Collection[str]) -> str:

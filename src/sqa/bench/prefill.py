@@ -10,7 +10,7 @@ import torch
 
 from sqa import cost
 from sqa.bench.lineup import LineUp, Models, Runner, Task, line_up, measure
-from sqa.bench.measurement import Measurement, choose_baseline
+from sqa.bench.measurement import Measurement, choose_baseline, with_shares
 from sqa.bench.peers import OURS, check_peers
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
@@ -80,11 +80,8 @@ def run_prefill(
 
 def _compared(m: Measurement, configs: Mapping[str, ModelConfig], baseline: str, n: int, peak: Peak) -> Measurement:
     """With its shares of the peak, and of ours what FLOPs allow and what the preprint found."""
-    if m.seconds is None:
-        return m
     flops = {name: cost.prefill_flops(configs[name], n) for name in (baseline, m.variant)}
-    product, processor = peak.shares(flops[m.variant] / m.median)
-    m = replace(m, share_of_peak=product, share_of_processor=processor)
+    m = with_shares(m, flops[m.variant], peak)
     if m.implementation != OURS or m.ratio is None or len(configs) == 1:
         return m
     printed = preprint_ratio(m.variant, baseline, n) if m.preset == "published" else None

@@ -56,16 +56,8 @@ class BenchResult:
 
     def write_json(self, path: Path) -> None:
         """JSON lines: the header, then one object a measurement."""
-        header = {
-            "kind": "header",
-            "date": self.date,
-            "device": self.device,
-            "machine": self.machine.to_dict(),
-            "versions": self.versions,
-            "git": self.git,
-            "settings": self.settings,
-            "notes": self.notes,
-        }
+        header = {"kind": "header"} | vars(self) | {"machine": self.machine.to_dict()}
+        del header["rows"]
         values = (header, *(row.to_dict() for row in self.rows))
         lines = (json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
         write_text(path, "\n".join(lines) + "\n")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from sqa import cost
 from sqa.bench.lineup import Models, Runner, Task, beside_peers, compiled, line_up, measure
-from sqa.bench.measurement import Measurement
+from sqa.bench.measurement import Measurement, with_shares
 from sqa.bench.peers import OURS, Entrant, build, check_peers, ours
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.errors import InputError
 from sqa.measure.machine import find_device, find_dtype
-from sqa.measure.peak import Peak, measure_peak
+from sqa.measure.peak import measure_peak
 from sqa.measure.timing import TimeLimit, at_least_one
 from sqa.model import Transformer
 
@@ -84,9 +84,9 @@ def run_step(
             return training_step(runner.entrant, runner.module, dtype, batch)
 
         best = measure(lineup, task, work, configs, rounds=rounds, limit=limit)
-        rows += (_with_shares(m, cost.train_step_flops(configs[m.variant], length, batch_size), peak) for m in best)
+        rows += (with_shares(m, cost.train_step_flops(configs[m.variant], length, batch_size), peak) for m in best)
         if memory:
-            rows += _memory(best, configs, where)
+            rows += _memory(best, task, configs)
     if peers:
         if models.source is None:
             notes.append("Shape without biases and with a final norm, as peers have it.")
@@ -96,17 +96,7 @@ def run_step(
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
 
-def _with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
-    """With the share of both rates that a step of so many FLOPs reached."""
-    if m.seconds is None:
-        return m
-    product, processor = peak.shares(flops / m.median)
-    return replace(m, share_of_peak=product, share_of_processor=processor)
-
-
-def _memory(
-    timed: Sequence[Measurement], configs: Mapping[str, ModelConfig], device: torch.device
-) -> list[Measurement]:
+def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, ModelConfig]) -> list[Measurement]:
     """Peak memory of each contestant that was timed, and ours as a share of the most frugal peer's."""
     found: list[Measurement] = []
     for m in timed:
@@ -116,21 +106,10 @@ def _memory(
         for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 config, threads = configs[m.variant], torch.get_num_threads()
-                peak = process.submit(peak_memory, m, config, device, threads).result()
+                peak = process.submit(peak_memory, m, config, task.device, threads).result()
         if peak is not None:
-            found.append(
-                Measurement(
-                    kind="step memory",
-                    preset=m.preset,
-                    implementation=m.implementation,
-                    variant=m.variant,
-                    batch_size=m.batch_size,
-                    n=m.n,
-                    dtype=m.dtype,
-                    setting=m.setting,
-                    peak_bytes=peak,
-                )
-            )
+            known = task.measurement(m.implementation or OURS, m.variant, config)
+            found.append(replace(known, kind="step memory", setting=m.setting, peak_bytes=peak))
     return beside_peers(found)
 
 
