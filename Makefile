@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 EXTRAS := all,ray,peers,docs,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-gguf asan fuzz lint docs bench clean
+.PHONY: help compare test test-gguf asan fuzz lint lines docs bench clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -31,10 +31,15 @@ fuzz: $(VENV)/.installed-dev  ## random input to kernel and commands, MINUTES mi
 	@$(BIN)/python tests/fuzz/kernel.py --minutes $(MINUTES) --seed $(SEED)
 	@$(BIN)/python tests/fuzz/commands.py --minutes $(MINUTES) --seed $(SEED)
 
-lint: $(VENV)/.installed-dev  ## formatting and types only
+lint: $(VENV)/.installed-dev lines  ## formatting and types only
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
+
+lines:  ## lines of Python in each folder of the package
+	@cd src/sqa && find . -name '*.py' | xargs wc -l | awk '$$2 != "total" { n = split($$2, part, "/"); \
+		lines[n > 2 ? part[2] "/" : "."] += $$1; all += $$1 } \
+		END { for (folder in lines) print lines[folder], folder | "sort -n"; close("sort -n"); print all, "in all" }'
 
 docs: $(VENV)/.installed-dev  ## the documentation site in site/; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from sqa.errors import InputError, shown
 from sqa.records import nearest, read_value
@@ -29,54 +29,67 @@ def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> No
             )
 
 
-def _read(cls: type, values: Any, where: str) -> Any:
-    """A config from a mapping, those inside it included.
-
-    Raises ValueError for what is no mapping, for keys that are no fields and for missing ones without a default.
-    """
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a table of fields, got {shown(repr(values))}")
-    own = dataclasses.fields(cls)
-    reject_unknown(values, [f.name for f in own], where)
-    needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in values]:
-        raise InputError(f"{where} lacks {', '.join(missing)}")
-    return cls(**values)
-
-
 MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
 """The most layers, tokens and anything else (rows, columns, heads, entries) that a config may ask for."""
 
-
-def _positive(where: str, config: Any, *names: str, least: int = 1) -> None:
-    limits = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_len": LONGEST, "window": LONGEST}
-    for name in names:
-        value, limit = getattr(config, name), limits.get(name, LARGEST)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            wanted = "a positive whole number" if least else "0 or more"
-            raise InputError(f"{where}: {name} must be {wanted}, got {shown(repr(value))}")
-        if value > limit:
-            raise InputError(f"{where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
-
-
-def _check_types(where: str, config: Any) -> None:
-    """Give every field the type of its annotation: tables become configs, lists tuples, whole numbers floats.
-
-    Raises InputError that says what a field wants. Whole numbers have a range as well, and are checked with it.
-    """
-    for name, kind in get_type_hints(type(config)).items():
-        if kind is not int and int not in get_args(kind):
-            object.__setattr__(config, name, read_value(kind, getattr(config, name), f"{where}: {name}"))
+_LIMITS = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_len": LONGEST, "window": LONGEST}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class _Config:
+    """What all configs share. `where` names one in errors."""
+
+    _where: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Give every field the type of its annotation: tables become configs, lists tuples, whole numbers floats.
+
+        Raises InputError that says what a field wants. Whole numbers have a range as well, and are checked with it.
+        """
+        kinds = get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self)):
+            if kinds[name] is not int and int not in get_args(kinds[name]):
+                object.__setattr__(self, name, read_value(kinds[name], getattr(self, name), f"{self._where}: {name}"))
+
+    def _check_counts(self, *names: str, least: int = 1) -> None:
+        for name in names:
+            value, limit = getattr(self, name), _LIMITS.get(name, LARGEST)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                wanted = "a positive whole number" if least else "0 or more"
+                raise InputError(f"{self._where}: {name} must be {wanted}, got {shown(repr(value))}")
+            if value > limit:
+                raise InputError(f"{self._where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back equal."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output. Raises InputError for fields that are unknown or missing."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"{cls._where} must be a table of fields, got {shown(repr(values))}")
+        own = dataclasses.fields(cls)
+        reject_unknown(values, [f.name for f in own], cls._where)
+        needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise InputError(f"{cls._where} lacks {', '.join(missing)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(_Config):
     """How published models stretch rotary frequencies beyond the length they were trained at.
 
     `linear` divides every frequency by `factor`; `llama3` leaves short wavelengths alone (Llama 3.1 config);
     `yarn` interpolates by wavelength and scales the tables by `attention_factor` (arXiv 2309.00071).
     """
 
+    _where = "rope scaling"
     kind: RopeKind
     factor: float
     original_max_seq_len: int | None = None
@@ -87,7 +100,7 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types("rope scaling", self)
+        super().__post_init__()
         if self.factor < 1:
             raise InputError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -96,40 +109,29 @@ class RopeScaling:
                 f"got {self.low_freq_factor}"
             )
         if self.kind != "linear":
-            _positive(f"rope scaling {self.kind}", self, "original_max_seq_len")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the fields from a table. Raises InputError for those that are unknown or missing."""
-        config: Self = _read(cls, values, "rope scaling")
-        return config
+            self._check_counts("original_max_seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
+class Rope(_Config):
     """Rotary position embedding (arXiv 2104.09864) over the whole head.
 
     `interleaved` pairs dimension 2j with 2j+1; otherwise j pairs with j + head_dim/2, as in Llama.
     """
 
+    _where = "rope"
     base: float = 10_000.0
     interleaved: bool = False
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        _check_types("rope", self)
+        super().__post_init__()
         if self.base <= 1:
             raise InputError(f"rope: base must be above 1, got {self.base!r}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the fields from a table. Raises InputError for those that are unknown or missing."""
-        config: Self = _read(cls, values, "rope")
-        return config
-
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(_Config):
     """One attention layer.
 
     `num_heads` is the nominal count H that fixes `head_dim = d_model // num_heads`; the layer really has
@@ -143,6 +145,7 @@ class AttentionConfig:
     Raises ValueError, naming the field and both numbers, for a shape that cannot be built.
     """
 
+    _where = "attention"
     d_model: int
     num_heads: int
     num_query_heads: int = None  # type: ignore[assignment]
@@ -158,13 +161,13 @@ class AttentionConfig:
     rope: Rope | None = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
-        _check_types("attention", self)
+        super().__post_init__()
 
         def default(name: str, value: int) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        _positive("attention", self, "d_model", "num_heads")
+        self._check_counts("d_model", "num_heads")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise InputError(
                 f"attention: num_heads must divide d_model or head_dim be given, "
@@ -173,7 +176,7 @@ class AttentionConfig:
         default("head_dim", self.d_model // self.num_heads)
         default("num_query_heads", self.num_heads)
         default("num_kv_heads", self.num_query_heads)
-        _positive("attention", self, "num_query_heads", "num_kv_heads", "head_dim")
+        self._check_counts("num_query_heads", "num_kv_heads", "head_dim")
         for name in ("num_query_heads", "num_kv_heads"):
             if (count := getattr(self, name)) > self.num_heads:
                 raise InputError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
@@ -187,10 +190,10 @@ class AttentionConfig:
         if self.rope is not None and self.head_dim % 2:
             raise InputError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
         if self.window is not None:
-            _positive("attention", self, "window")
+            self._check_counts("window")
             if not self.causal:
                 raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
-        _positive("attention", self, "num_sink_tokens", least=0)
+        self._check_counts("num_sink_tokens", least=0)
         if self.num_sink_tokens and self.window is None:
             raise InputError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
         for name in ("logit_softcap", "scale"):
@@ -218,20 +221,6 @@ class AttentionConfig:
         """Rows that the output projection reads."""
         return self.num_output_heads * self.head_dim
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back equal."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
-        config: Self = _read(cls, values, "attention")
-        return config
-
 
 def window_pattern(
     attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
@@ -245,7 +234,7 @@ def window_pattern(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Config):
     """A Transformer: pre-norm blocks of attention and SwiGLU, a decoder (`causal`) or an encoder.
 
     `attention` is one AttentionConfig for all layers or a sequence with one per layer. `bias` adds a bias to the
@@ -253,6 +242,7 @@ class ModelConfig:
     out the last RMSNorm: the published shape has both (FACTS: 10,655,504 parameters for SQA).
     """
 
+    _where = "model"
     vocab_size: int
     num_layers: int
     d_ff: int
@@ -264,8 +254,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_types("model", self)
-        _positive("model", self, "vocab_size", "num_layers", "d_ff", "max_seq_len")
+        super().__post_init__()
+        self._check_counts("vocab_size", "num_layers", "d_ff", "max_seq_len")
         if not self.norm_eps > 0:
             raise InputError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
         if not isinstance(self.attention, AttentionConfig):
@@ -295,19 +285,8 @@ class ModelConfig:
     def causal(self) -> bool:
         return self.layers[0].causal
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back equal."""
-        values = dataclasses.asdict(self)
+        values = super().to_dict()
         if isinstance(self.attention, tuple):
             values["attention"] = list(values["attention"])
         return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output. Raises ValueError for fields that are unknown or missing."""
-        config: Self = _read(cls, values, "model")
-        return config

@@ -12,16 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sqa.attention.layer import SparseQueryAttention
-from sqa.config import AttentionConfig, Rope, RopeScaling
-from sqa.files import write_safetensors
-from sqa.variants import VARIANTS, variant
+from sqa.config import AttentionConfig
 
 PATH = Path(__file__).with_name("golden.safetensors")
 
@@ -56,38 +51,3 @@ def read_golden() -> dict[str, Golden]:
         )
         for name, case in cases.items()
     }
-
-
-def write_golden(path: Path) -> None:
-    """Make the file anew with the oracle: for a new variant or option, never to make a failing test pass."""
-
-    def config(name: str, **options: Any) -> AttentionConfig:
-        return variant(name, d_model=32, num_heads=8, **options)
-
-    padding, documents = ("padding_mask",), ("document_ids",)
-    scaling = RopeScaling(kind="llama3", factor=4.0, original_max_seq_len=8)
-    cases: dict[str, tuple[AttentionConfig, tuple[str, ...]]] = {
-        **{name: (config(name), ()) for name in VARIANTS},
-        "sqa-window-sinks": (config("sqa", window=3, num_sink_tokens=1), padding),
-        "sqa-documents": (config("sqa", window=4), documents),
-        "sqa-encoder": (config("sqa", causal=False, rope=None), padding),
-        "sqa-softcap-qk-norm": (config("sqa", logit_softcap=2.0, qk_norm=True, scale=0.7, qkv_bias=True), ()),
-        "sqa-rope-interleaved": (config("sqa", rope=Rope(interleaved=True)), ()),
-        "sqa-rope-scaled": (config("sqa", rope=Rope(base=100.0, scaling=scaling)), ()),
-    }
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "padding_mask": torch.arange(9) >= torch.tensor([[0], [4]]),
-        "document_ids": torch.tensor([[0] * 4 + [1] * 5, [3] * 2 + [1] * 3 + [3] * 4]),
-    }
-    x = torch.randn(2, 9, 32, generator=generator)
-    tensors = {"x": x, **inputs}
-    for name, (layer_config, names) in cases.items():
-        layer = SparseQueryAttention(layer_config, kernel="reference")
-        with torch.no_grad():
-            for key, weight in layer.named_parameters():
-                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (1.0 if "norm" in key else 0.0))
-                tensors[f"{name}.{key}"] = weight.detach().clone()
-            tensors[f"{name}.output"] = layer(x, **{key: inputs[key] for key in names})
-    described = {name: {"config": config.to_dict(), "inputs": names} for name, (config, names) in cases.items()}
-    write_safetensors(path, tensors, {"cases": json.dumps(described)})

@@ -115,28 +115,28 @@ class BenchResult:
                 continue
             over_n = len({row.n for row in rows}) > 1
             data = alt.Data(values=[_record(row, rows, over_n=over_n) for row in rows])
-            colour = alt.Color("series:N", title=None, sort=None)
+            panels = alt.Facet("panel:N", title=kind)
             if not over_n:
-                tokens = rows[0].tokens_per_s is not None
-                field, title = ("tokens_per_s", "tokens/s") if tokens else ("median", "seconds")
-                bars = alt.Chart(data, width=260).mark_bar()
-                bars = bars.encode(x=alt.X(f"{field}:Q", title=title), y=alt.Y("series:N", title=None, sort=None))
-                charts.append(bars.encode(color=alt.Color("variant:N", title=None, sort=None)).facet(
-                    alt.Facet("panel:N", title=kind), columns=2
-                ))  # fmt: skip
+                field, title = ("median", "seconds") if rows[0].tokens_per_s is None else ("tokens_per_s", "tokens/s")
+                bars = alt.Chart(data, width=260).mark_bar().encode(
+                    x=alt.X(f"{field}:Q", title=title), y=alt.Y("series:N", title=None, sort=None),
+                    color=alt.Color("variant:N", title=None, sort=None),
+                )  # fmt: skip
+                charts.append(bars.facet(panels, columns=2))
                 continue
             axis = alt.Axis(values=sorted({row.n for row in rows if row.n is not None}), format="~s")
+            base = alt.Chart(data, width=260, height=220).encode(
+                x=alt.X("n:Q", title="N, tokens", axis=axis, scale=alt.Scale(type="log", nice=False)),
+                color=alt.Color("series:N", title=None, sort=None),
+            )
             for field, limit, title, scale in (
                 ("median", "limit_seconds", "seconds", "log"),
                 ("ratio", "limit", "times faster", "linear"),
             ):
-                base = alt.Chart(data, width=260, height=220).encode(
-                    x=alt.X("n:Q", title="N, tokens", axis=axis, scale=alt.Scale(type="log", nice=False)), color=colour
-                )
                 y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type=scale, zero=False))
                 measured = base.mark_line(point=True).encode(y=y)
                 dashed = base.mark_line(strokeDash=[4, 3], opacity=0.6).encode(y=f"{limit}:Q")
-                charts.append(alt.layer(measured, dashed).facet(alt.Facet("panel:N", title=kind), columns=2))
+                charts.append(alt.layer(measured, dashed).facet(panels, columns=2))
         if not charts:
             raise InputError("plot: there is no timed row to draw")
         return alt.vconcat(*charts).resolve_scale(color="independent")
@@ -148,30 +148,18 @@ def _record(row: Measurement, rows: Sequence[Measurement], *, over_n: bool) -> d
     varying = [field for field in fields if len({getattr(row, field) for row in rows}) > 1]
     name = [] if over_n else [field for field in varying if field in ("kernel", "implementation")]
     panel = [field for field in varying if field not in name]
-    return {
-        "n": row.n,
-        "tokens_per_s": row.tokens_per_s,
-        "ratio": row.ratio,
-        "limit": row.limit,
-        "limit_seconds": row.limit_seconds,
+    drawn = ("n", "variant", "tokens_per_s", "ratio", "limit", "limit_seconds")
+    return {field: getattr(row, field) for field in drawn} | {
         "median": row.median,
-        "variant": row.variant,
         "series": ", ".join((row.variant, *(str(getattr(row, field)) for field in name))),
         "panel": ", ".join(f"{_DESCRIBING[field]} {getattr(row, field)}" for field in panel) or row.dtype,
     }
 
 
-def _digits(value: float) -> str:
-    """Three of them, trailing zeros too."""
-    return f"{value:#.3g}".rstrip(".")
-
-
 def seconds_text(value: float) -> str:
-    """Seconds in the unit that suits them."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if value * factor >= 1:
-            return f"{_digits(value * factor)} {unit}"
-    return f"{_digits(value * 1e6)} µs"
+    """Seconds in the unit that suits them, with three digits, trailing zeros too."""
+    unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
+    return f"{value * factor:#.3g}".rstrip(".") + f" {unit}"
 
 
 def _time(row: Measurement) -> str:
@@ -192,18 +180,10 @@ def _footnotes(rows: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0%}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 _DESCRIBING = {
@@ -213,23 +193,32 @@ _DESCRIBING = {
 }  # fmt: skip
 """What was measured: fields and their headings."""
 
-_MEASURED: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "tokens_per_s": ("tokens\n/s", lambda value: f"{value:,.0f}"),
-    "flops_per_s": ("GFLOP/s", lambda value: f"{value / 1e9:,.0f}"),
-    "share_of_peak": ("of\nGEMM", _percent),
-    "share_of_processor": ("of\nCPU", _percent),
-    "ratio": ("vs\n{baseline}", _times),
-    "share_of_limit": ("limit", _percent),
-    "ratio_to_full": ("vs\nfull", _times),
-    "ratio_to_sdpa": ("vs\nsdpa", _times),
-    "ratio_to_peer": ("vs\npeer", _times),
-    "cache_bytes": ("cache\nMiB", lambda value: f"{value / 2**20:,.1f}"),
-    "peak_bytes": ("peak\nMiB", lambda value: f"{value / 2**20:,.0f}"),
-    "memory_to_peer": ("vs\npeer", _times),
-    "loss": ("loss", lambda value: f"{value:.4f}"),
-    "steps": ("steps", _number),
+_MEASURED = {
+    "tokens_per_s": ("tokens\n/s", 1, "{:,.0f}"),
+    "flops_per_s": ("GFLOP/s", 1e9, "{:,.0f}"),
+    "share_of_peak": ("of\nGEMM", 1, "{:.0%}"),
+    "share_of_processor": ("of\nCPU", 1, "{:.0%}"),
+    "ratio": ("vs\n{baseline}", 1, "{:.2f}x"),
+    "share_of_limit": ("limit", 1, "{:.0%}"),
+    "ratio_to_full": ("vs\nfull", 1, "{:.2f}x"),
+    "ratio_to_sdpa": ("vs\nsdpa", 1, "{:.2f}x"),
+    "ratio_to_peer": ("vs\npeer", 1, "{:.2f}x"),
+    "cache_bytes": ("cache\nMiB", 2**20, "{:,.1f}"),
+    "peak_bytes": ("peak\nMiB", 2**20, "{:,.0f}"),
+    "memory_to_peer": ("vs\npeer", 1, "{:.2f}x"),
+    "loss": ("loss", 1, "{:.4f}"),
+    "steps": ("steps", 1, "{:,.0f}"),
 }
-"""What came out: fields, their headings and how a value is shown."""
+"""What came out: fields, their headings, their units and how a value is shown."""
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _figure(row: Measurement, field: str) -> str:
+    value, (_, unit, text) = getattr(row, field), _MEASURED[field]
+    return "" if value is None else text.format(value / unit)
 
 
 def _titled(table: Table, rows: Sequence[Measurement], facts: Sequence[str]) -> Group:
@@ -244,17 +233,13 @@ def _table_of(*columns: Column | str) -> Table:
 
 def _table(rows: Sequence[Measurement]) -> Group:
     """A line for each measurement. What is the same in all of them goes into the title."""
-    known = {
-        field: [getattr(row, field) for row in rows if getattr(row, field) is not None]
-        for field in _DESCRIBING
-        if field != "heads" or rows[0].kind in ("attention", "decode")
-    }
-    shown = {field: {_number(value) for value in values} for field, values in known.items() if values}
-    constant = [field for field in shown if field != "variant" and len(shown[field]) == 1]
-    facts = [f"{_DESCRIBING[field]} {next(iter(shown[field]))}" for field in constant]
-    varying = [field for field in shown if field not in constant]
-    has_times = any(row.seconds is not None or row.note is not None for row in rows)
+    shown = {field: {_shown(getattr(row, field)) for row in rows} - {""} for field in _DESCRIBING}
+    if rows[0].kind not in ("attention", "decode"):
+        del shown["heads"]
+    constant = [field for field, values in shown.items() if field != "variant" and len(values) == 1]
+    varying = [field for field, values in shown.items() if field not in constant and values]
     measured = [field for field in _MEASURED if any(getattr(row, field) is not None for row in rows)]
+    has_times = any(row.seconds is not None or row.note is not None for row in rows)
     baseline = next((row.baseline for row in rows if row.baseline is not None), "")
     table = _table_of(
         *(Column(_DESCRIBING[f], justify="right" if f in ("n", "batch_size", "window") else "left") for f in varying),
@@ -262,12 +247,9 @@ def _table(rows: Sequence[Measurement]) -> Group:
         *(Column(_MEASURED[f][0].format(baseline=baseline), justify="right") for f in measured),
     )
     for row in rows:
-        described, figures = ([getattr(row, field) for field in names] for names in (varying, measured))
-        cells = ["" if value is None else _number(value) for value in described]
-        cells += [_time(row)] if has_times else []
-        cells += ["" if v is None else _MEASURED[f][1](v) for f, v in zip(measured, figures, strict=True)]
-        table.add_row(*cells)
-    return _titled(table, rows, facts)
+        described, figures = [_shown(getattr(row, f)) for f in varying], [_figure(row, f) for f in measured]
+        table.add_row(*described, *([_time(row)] if has_times else []), *figures)
+    return _titled(table, rows, [f"{_DESCRIBING[field]} {next(iter(shown[field]))}" for field in constant])
 
 
 def _wide_table(rows: Sequence[Measurement]) -> Group:
@@ -278,10 +260,10 @@ def _wide_table(rows: Sequence[Measurement]) -> Group:
     table = _table_of(Column("N", justify="right"), "", *(Column(name, justify="right") for name in names))
     lines: dict[str, Callable[[Measurement], str]] = {
         "seconds": lambda row: _time(row) if row.seconds is None else seconds_text(row.median),
-        "ratio": lambda row: "" if row.ratio is None else _times(row.ratio),
-        "vs peer": lambda row: "" if row.ratio_to_peer is None else _times(row.ratio_to_peer),
-        "FLOPs": lambda row: "" if row.limit is None else _times(row.limit),
-        "preprint": lambda row: "" if row.preprint_ratio is None else _times(row.preprint_ratio),
+        "ratio": lambda row: _times(row.ratio),
+        "vs peer": lambda row: _times(row.ratio_to_peer),
+        "FLOPs": lambda row: _times(row.limit),
+        "preprint": lambda row: _times(row.preprint_ratio),
         "run": lambda row: row.setting or "" if row.implementation != "sqa" and row.seconds is not None else "",
     }
     blocks: dict[tuple[int | None, str | None], dict[str, Measurement]] = {}

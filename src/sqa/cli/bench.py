@@ -7,24 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sqa.cli import options
 from sqa.cli.display import make_console, make_display
-from sqa.cli.options import (
-    BatchSize,
-    Compile,
-    Device,
-    JsonPath,
-    Length,
-    Lengths,
-    NumHeads,
-    PlotPath,
-    Preset,
-    T,
-    Variants,
-    names,
-    numbers,
-    seconds,
-    short_dtype,
-)
 from sqa.errors import InputError
 from sqa.variants import MEASURED_VARIANTS
 
@@ -40,7 +24,7 @@ Model = Annotated[
     str | None, typer.Option(help="Measure this model, as it is: a directory, a GGUF file or a name on the Hub.")
 ]
 Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.")]
-TimeLimit = Annotated[T, typer.Option("--budget", help="Stop early: 90s, 8m.")]
+TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop early: 90s, 8m.")]
 
 
 def _models(preset: str | None, variants: str | None, model: str | None) -> Models:
@@ -48,14 +32,10 @@ def _models(preset: str | None, variants: str | None, model: str | None) -> Mode
     from sqa.bench.lineup import Models
 
     if model is None:
-        return Models.of_preset(preset or "published", names(variants) or MEASURED_VARIANTS)
+        return Models.of_preset(preset or "published", options.names(variants) or MEASURED_VARIANTS)
     if preset is not None or variants is not None:
         raise InputError("--model is measured as it is; leave out --preset and --variants")
     return Models.of_source(model)
-
-
-def _dtypes(text: str) -> tuple[str, ...]:
-    return tuple(map(short_dtype, names(text)))
 
 
 def _show(result: BenchResult, json_path: Path | None, plot_path: Path | None) -> None:
@@ -71,119 +51,119 @@ def attention(
     variants: Annotated[
         str | None, typer.Option(help="Variants, or heads such as 8/4x32, with commas between.")
     ] = None,
-    n: Lengths = "1024,4096",
+    n: options.Lengths = "1024,4096",
     head_dims: Annotated[str, typer.Option(help="Widths of a head, with commas between.")] = "16",
     mask: Annotated[str, typer.Option(help="causal, none, window or documents.")] = "causal",
     window: Annotated[int, typer.Option(help="For --mask window, which times a layer with and without it.")] = 512,
     kernels: Annotated[str, typer.Option(help="auto, or names from sqa kernels, with commas between.")] = "auto",
-    num_heads: NumHeads = 16,
-    batch_size: BatchSize[int] = 1,
+    num_heads: options.NumHeads = 16,
+    batch_size: options.BatchSize[int] = 1,
     dtypes: Dtypes = "bf16",
     rounds: Rounds = 10,
-    device: Device[str] = "cpu",
+    device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,
-    json_path: JsonPath = None,
-    plot_path: PlotPath = None,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
 ) -> None:
     """The operation alone, forward and backward."""
     from sqa.bench.attention import run_attention
 
     result = run_attention(
-        variants=names(variants) or MEASURED_VARIANTS,
-        lengths=numbers(n, "--n"),
-        head_dims=numbers(head_dims, "--head-dims"),
+        variants=options.names(variants) or MEASURED_VARIANTS,
+        lengths=options.numbers(n, "--n"),
+        head_dims=options.numbers(head_dims, "--head-dims"),
         num_heads=num_heads,
         batch_size=batch_size,
-        dtypes=_dtypes(dtypes),
+        dtypes=[options.short_dtype(name) for name in options.names(dtypes)],
         mask=mask,
         window=window,
-        kernels=names(kernels),
+        kernels=options.names(kernels),
         rounds=rounds,
         device=device,
-        budget=seconds(budget),
+        budget=options.seconds(budget),
     )
     _show(result, json_path, plot_path)
 
 
 @app.command()
 def step(
-    preset: Preset[str | None] = None,
-    variants: Variants = None,
+    preset: options.Preset[str | None] = None,
+    variants: options.Variants = None,
     model: Model = None,
     peers: Peers = "",
     dtypes: Dtypes = "bf16,fp32",
-    batch_size: BatchSize[int] = 4,
-    length: Length = 1024,
-    compile: Compile[bool] = True,
+    batch_size: options.BatchSize[int] = 4,
+    length: options.Length = 1024,
+    compile: options.Compile[bool] = True,
     memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in its own process.")] = False,
     rounds: Rounds = 10,
-    device: Device[str] = "cpu",
+    device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,
-    json_path: JsonPath = None,
-    plot_path: PlotPath = None,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
 ) -> None:
     """Whole training steps: forward, loss, backward, optimiser."""
     from sqa.bench.step import run_step
 
     result = run_step(
         _models(preset, variants, model),
-        peers=names(peers),
-        dtypes=_dtypes(dtypes),
+        peers=options.names(peers),
+        dtypes=[options.short_dtype(name) for name in options.names(dtypes)],
         batch_size=batch_size,
         length=length,
         compile=compile,
         memory=memory,
         rounds=rounds,
         device=device,
-        budget=seconds(budget),
+        budget=options.seconds(budget),
     )
     _show(result, json_path, plot_path)
 
 
 @app.command()
 def prefill(
-    preset: Preset[str | None] = None,
-    variants: Variants = None,
+    preset: options.Preset[str | None] = None,
+    variants: options.Variants = None,
     model: Model = None,
     peers: Peers = "",
-    n: Lengths = "1024,2048,4096,8192,16384",
+    n: options.Lengths = "1024,2048,4096,8192,16384",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    compile: Compile[bool] = True,
+    compile: options.Compile[bool] = True,
     rounds: Rounds = 5,
-    device: Device[str] = "cpu",
+    device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,
-    json_path: JsonPath = None,
-    plot_path: PlotPath = None,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
 ) -> None:
     """One forward pass over a prompt, beside the preprint's ratios."""
     from sqa.bench.prefill import run_prefill
 
     result = run_prefill(
         _models(preset, variants, model),
-        peers=names(peers),
-        lengths=numbers(n, "--n"),
-        dtype=short_dtype(dtype),
+        peers=options.names(peers),
+        lengths=options.numbers(n, "--n"),
+        dtype=options.short_dtype(dtype),
         compile=compile,
         rounds=rounds,
         device=device,
-        budget=seconds(budget),
+        budget=options.seconds(budget),
     )
     _show(result, json_path, plot_path)
 
 
 @app.command()
 def decode(
-    preset: Preset[str | None] = None,
-    variants: Variants = None,
+    preset: options.Preset[str | None] = None,
+    variants: options.Variants = None,
     model: Model = None,
-    n: Lengths = "1024,8192,32768",
-    batch_size: BatchSize[int] = 1,
+    n: options.Lengths = "1024,8192,32768",
+    batch_size: options.BatchSize[int] = 1,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     rounds: Rounds = 5,
-    device: Device[str] = "cpu",
+    device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,
-    json_path: JsonPath = None,
-    plot_path: PlotPath = None,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
 ) -> None:
     """New tokens on a filled cache, where SQA wins little."""
     from sqa.bench.decode import DECODED_VARIANTS, run_decode
@@ -192,26 +172,26 @@ def decode(
         variants = variants or ",".join(DECODED_VARIANTS)
     result = run_decode(
         _models(preset, variants, model),
-        lengths=numbers(n, "--n"),
+        lengths=options.numbers(n, "--n"),
         batch_size=batch_size,
-        dtype=short_dtype(dtype),
+        dtype=options.short_dtype(dtype),
         rounds=rounds,
         device=device,
-        budget=seconds(budget),
+        budget=options.seconds(budget),
     )
     _show(result, json_path, plot_path)
 
 
 @app.command(name="all")
 def everything(
-    device: Device[str] = "cuda",
+    device: options.Device[str] = "cuda",
     budget: TimeLimit[str] = "8m",
     size: Annotated[str, typer.Option(help="full, or tiny to try the command.")] = "full",
-    json_path: JsonPath = None,
-    plot_path: PlotPath = None,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
 ) -> None:
     """Everything worth knowing of one GPU: kernels, steps, prefill, decoding, and GQA against SQA trained."""
     from sqa.experiments.everything import measure_everything
 
-    result = measure_everything(make_display(), device=device, budget=seconds(budget) or 0.0, size=size)
+    result = measure_everything(make_display(), device=device, budget=options.seconds(budget) or 0.0, size=size)
     _show(result, json_path, plot_path)

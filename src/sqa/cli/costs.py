@@ -7,25 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sqa.cli import options
 from sqa.cli.display import make_console
-from sqa.cli.options import (
-    BatchSize,
-    Device,
-    DModel,
-    Dtype,
-    JsonPath,
-    Length,
-    Lengths,
-    NumHeads,
-    Preset,
-    VariantName,
-    Variants,
-    at_least_one,
-    long_dtype,
-    names,
-    numbers,
-    save_json,
-)
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -33,23 +16,21 @@ app = typer.Typer()
 
 @app.command()
 def variants(
-    preset: Preset[str] = "published",
-    n: Length = 1024,
+    preset: options.Preset[str] = "published",
+    n: options.Length = 1024,
     all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
-    json_path: JsonPath = None,
+    json_path: options.JsonPath = None,
 ) -> None:
     """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
-    from rich.table import Column, Table
-
     from sqa.cost import variant_costs
+    from sqa.tables import make_table
     from sqa.variants import PUBLISHED_VARIANTS, VARIANTS
 
-    rows, left_out = variant_costs(preset, at_least_one("--n", n), VARIANTS if all_variants else PUBLISHED_VARIANTS)
-    figures = ("Hq", "Hkv", "head\ndim", "parameters", "train\nGFLOP", "prefill\nGFLOP", "KV bytes\na token",
-               "attention\nsaving")  # fmt: skip
-    headings = (Column(heading, justify="right") for heading in figures)
-    table = Table("variant", *headings, box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.title = f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit"
+    shown = VARIANTS if all_variants else PUBLISHED_VARIANTS
+    rows, left_out = variant_costs(preset, options.at_least_one("--n", n), shown)
+    headings = ("variant", "Hq", "Hkv", "head\ndim", "parameters", "train\nGFLOP", "prefill\nGFLOP",
+                "KV bytes\na token", "attention\nsaving")  # fmt: skip
+    table = make_table(*headings, title=f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit")
     for row in rows:
         table.add_row(
             VARIANTS[row.variant].label,
@@ -66,25 +47,25 @@ def variants(
     console.print(table)
     for text in left_out:
         console.print(f"left out: {text}", highlight=False, markup=False, soft_wrap=True)
-    save_json(json_path, [row.to_dict() for row in rows])
+    options.save_json(json_path, [row.to_dict() for row in rows])
 
 
 @app.command(name="plan")
 def plan_spending(
     like: Annotated[str, typer.Option(help="The variant whose cost may be spent.")] = "gqa",
-    preset: Preset[str] = "published",
+    preset: options.Preset[str] = "published",
     budget: Annotated[
         str, typer.Option(help="equal-flops, equal-parameters or equal-time (measured).")
     ] = "equal-flops",
-    variants: Variants = None,
-    n: Length = 1024,
-    batch_size: BatchSize[int] = 8,
+    variants: options.Variants = None,
+    n: options.Length = 1024,
+    batch_size: options.BatchSize[int] = 8,
     out: Annotated[Path | None, typer.Option(help="Write a plan for sqa compare here for each way.")] = None,
 ) -> None:
     """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
     from sqa.planning import spend
 
-    proposals = spend.propose(like, preset, budget, names(variants) or spend.SPENDERS, n, batch_size)
+    proposals = spend.propose(like, preset, budget, options.names(variants) or spend.SPENDERS, n, batch_size)
     make_console().print(spend.table(proposals))
     for path in spend.write_plans(proposals, out) if out else []:
         print(path)
@@ -92,36 +73,36 @@ def plan_spending(
 
 @app.command()
 def scale(
-    preset: Preset[str] = "8b",
+    preset: options.Preset[str] = "8b",
     gpus: Annotated[str, typer.Option(help="Numbers of H100s, with commas between.")] = "8,512",
-    n: Lengths = "4096,32768,131072",
-    variants: Variants = None,
-    json_path: JsonPath = None,
+    n: options.Lengths = "4096,32768,131072",
+    variants: options.Variants = None,
+    json_path: options.JsonPath = None,
 ) -> None:
     """What training a large model would take on many GPUs, on paper: FLOPs, memory, links, time."""
     from sqa.planning import scale as paper
 
-    chosen, lengths = names(variants) or paper.SCALE_VARIANTS, numbers(n, "--n")
+    chosen, lengths = options.names(variants) or paper.SCALE_VARIANTS, options.numbers(n, "--n")
     estimates = [
         [paper.estimate(preset, name, length, count) for length in lengths for name in chosen]
-        for count in numbers(gpus, "--gpus")
+        for count in options.numbers(gpus, "--gpus")
     ]
     console = make_console()
     for same in estimates:
         console.print(paper.steps_table(preset, same))
     console.print(paper.lengths_table(preset, chosen))
     console.print(paper.ASSUMPTIONS, style="dim", highlight=False)
-    save_json(json_path, [e.to_dict() for same in estimates for e in same])
+    options.save_json(json_path, [e.to_dict() for same in estimates for e in same])
 
 
 @app.command()
 def kernels(
-    variant: VariantName[str] = "sqa",
-    d_model: DModel = 256,
-    num_heads: NumHeads = 16,
-    n: Length = 1024,
-    dtype: Dtype[str] = "float32",
-    device: Device[str] = "cpu",
+    variant: options.VariantName[str] = "sqa",
+    d_model: options.DModel = 256,
+    num_heads: options.NumHeads = 16,
+    n: options.Length = 1024,
+    dtype: options.Dtype[str] = "float32",
+    device: options.Device[str] = "cpu",
     window: Annotated[int | None, typer.Option(help="Sliding window.")] = None,
     documents: Annotated[bool, typer.Option("--documents", help="Packed documents.")] = False,
     padding: Annotated[bool, typer.Option("--padding", help="A padding mask.")] = False,
@@ -133,20 +114,20 @@ def kernels(
     from sqa.variants import variant as variant_config
 
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
-    dtype = long_dtype(dtype)
+    dtype = options.long_dtype(dtype)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device!r}")
-    at_least_one("--n", n)
-    import torch
-    from rich.table import Table
-
+    options.at_least_one("--n", n)
     if check:
         _check_kernels(device)
         return
+    import torch
+
     from sqa.attention.call import Call
     from sqa.attention.kernels import KERNELS, explain, resolve
+    from sqa.tables import make_table
 
     call = Call.of_layer(
         config,
@@ -157,7 +138,8 @@ def kernels(
         padding=padding,
         grad=training,
     )
-    table = Table("kernel", "devices", "masks", "backward", "this shape", box=None, padding=(0, 2, 0, 0))
+    headings = ("kernel", "devices", "masks", "backward", "this shape")
+    table = make_table(*headings, names=headings, gap=2)
     for name, verdict in explain(call):
         row = KERNELS[name]
         table.add_row(name, row.devices, row.masks, row.backward, verdict)
@@ -172,16 +154,15 @@ def kernels(
 
 def _check_kernels(device: str) -> None:
     import torch
-    from rich.table import Table
 
     from sqa.attention.check import check_kernels
+    from sqa.tables import make_table
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--check runs the kernels, and there is no CUDA device here")
     rows = check_kernels(device)
-    table = Table(
-        "kernel", "mask", "dtype", "the table says", "forward", "backward", "", box=None, padding=(0, 2, 0, 0)
-    )
+    headings = ("kernel", "mask", "dtype", "the table says", "forward", "backward", "")
+    table = make_table(*headings, names=headings, gap=2)
     for row in rows:
         ran = row.error or row.forward, row.backward or "none"
         table.add_row(row.kernel, row.mask, row.dtype, " or ".join(row.expected), *ran, "" if row.ok else "WRONG")
