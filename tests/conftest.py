@@ -24,8 +24,12 @@ settings.load_profile("ci")
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Point $XDG_CACHE_HOME, also of subprocesses, at an empty folder for the whole session."""
+    """Point $XDG_CACHE_HOME, also of subprocesses, at an empty folder for the whole session; it shares kernels."""
     cache = tmp_path_factory.mktemp("cache")
+    kernels = ROOT / ".pytest_cache" / "kernels"  # named by a hash of what they were built from
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / "sqa").mkdir()
+    (cache / "sqa" / "kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield cache

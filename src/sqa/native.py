@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from sqa.files import default_cache_dir, replacing, write_text
+from sqa.files import default_cache_dir, locked, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,18 @@ def _compiled(source: Path, compiler: str) -> Path:
     ).stdout
     key = hashlib.sha256(b"\0".join((source.read_bytes(), version, target, " ".join(_FLAGS).encode()))).hexdigest()
     path = default_cache_dir() / "kernels" / f"{source.stem}-{key[:16]}.so"
-    seal = path.with_suffix(".sha256")  # loading a library cut short would kill the process
-    if not (path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()):
+    if not _whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            subprocess.run([*command, *_FLAGS, str(source), "-o", str(temporary)], capture_output=True, check=True)
-        write_text(seal, hashlib.sha256(path.read_bytes()).hexdigest())
+        with locked(path.with_suffix(".lock"), logger.info):  # processes that start together compile once
+            if not _whole(path):
+                with replacing(path) as temporary:
+                    arguments = [*command, *_FLAGS, str(source), "-o", str(temporary)]
+                    subprocess.run(arguments, capture_output=True, check=True)
+                write_text(path.with_suffix(".sha256"), hashlib.sha256(path.read_bytes()).hexdigest())
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is there and as it was built: loading one cut short would kill the process."""
+    seal = path.with_suffix(".sha256")
+    return path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
