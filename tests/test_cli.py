@@ -367,7 +367,8 @@ def test_a_closed_pipe_ends_with_a_word_and_the_comparison_goes_on(tiny: Path) -
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.readline()
+    while "runs left" not in process.stdout.readline():
+        pass
     process.stdout.close()
     with process.stderr:
         errors = process.stderr.read()
@@ -375,6 +376,43 @@ def test_a_closed_pipe_ends_with_a_word_and_the_comparison_goes_on(tiny: Path) -
     assert errors == "sqa: standard output was closed by its reader; go on with: sqa compare --resume out\n"
     sqa("compare", "--resume", "out", cwd=tiny)
     assert len(rows_in(tiny / "out")) == 2
+
+
+def test_a_command_that_prints_to_a_closed_pipe_ends_with_a_word(tmp_path: Path) -> None:
+    """The second line finds nobody: as the answer of `sqa generate ... | head -c 1` did."""
+    code = (
+        "import sys, time, sqa.interop as interop\n"
+        "def notes(*arguments):\n"
+        "    yield 'one'\n"
+        "    sys.stdin.read()\n"
+        "    yield 'two'\n"
+        "interop.import_model = notes\n"
+        "sys.argv = ['sqa', 'import', 'a', 'b']\n"
+        "from sqa.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline() == "one\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == "sqa: standard output was closed by its reader\n"
+        assert process.wait(timeout=120) == 141
+
+
+def test_json_is_written_to_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link.json").symlink_to("kept/new.json")
+    (tmp_path / "nowhere.json").symlink_to("gone/new.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for _ in range(2):
+        sqa("variants", "--json", "link.json", cwd=tmp_path)
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "kept" / "new.json").read_text())
+    for name, what in (("nowhere", "is in a folder that does not exist"), ("loop", "is no regular file")):
+        done = sqa("variants", "--json", f"{name}.json", cwd=tmp_path, check=False)
+        assert (done.returncode, done.stderr) == (2, f"sqa: --json {name}.json {what}; name a file\n")
+        assert (tmp_path / f"{name}.json").is_symlink()
 
 
 @pytest.mark.parametrize("columns", ["20", "60"])

@@ -163,9 +163,15 @@ def save_model(directory: Path, config: ModelConfig, tensors: Mapping[str, Tenso
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise ValueError when `out` exists."""
-    if out.exists():
+    """Raise InputError when `out` exists."""
+    if out.exists() or out.is_symlink():
         raise InputError(f"output: {out} exists; name a new one, nothing is overwritten")
+
+
+def refuse_inside(out: Path, source: Path) -> None:
+    """Raise InputError when `out` lies inside the model directory `source`."""
+    if source.resolve() in out.resolve().parents:
+        raise InputError(f"output: {out} lies inside the model {source}, which is never changed; name another place")
 
 
 @contextmanager

@@ -325,9 +325,15 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
     refused("290 entries.*vocab_size is only 280", shrink)
     refused("tokenizer.*damaged", lambda case: (case / "tokenizer.json").write_text("{}"))
     (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    before = sorted(run.rglob("*"))
     for action in (import_model, lambda source, out: export(source, out, format="hf")):
-        with pytest.raises(ValueError, match="exists"):
-            action(run, tmp_path / "out")
+        for out in ("out", "link"):
+            with pytest.raises(ValueError, match=f"{out} exists"):
+                action(run, tmp_path / out)
+        with pytest.raises(ValueError, match=r"new/out lies inside the model .*run, which is never changed"):
+            action(run, run / "new" / "out")
+    assert sorted(run.rglob("*")) == before
     for kind, message in (("onnx", "hf, hf-remote, gguf"), ("gguf", "ends in .gguf")):
         with pytest.raises(ValueError, match=message):
             export(run, tmp_path / "new", format=kind)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import sys
 import traceback
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from sqa._version import __version__
 from sqa.cli import bench, comparison, convert, costs, evaluate, models
-from sqa.cli.display import OutputClosed, is_main
+from sqa.cli.display import OutputClosed, is_main, output_closed
 from sqa.errors import InputError, MissingExtraError, shown
 from sqa.progress import Interrupted, NonFiniteLoss
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Typer itself would end with code 1, without a word, when standard output is closed."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise output_closed() from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Sparse Query Attention: fewer query heads, cheaper training and prefill.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -22,12 +22,17 @@ class OutputClosed(Interrupted):
     """The other end of a pipe has closed standard output: nobody reads on."""
 
 
+def output_closed() -> OutputClosed:
+    """The error to raise after a BrokenPipeError; what is still written to standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return OutputClosed("standard output was closed by its reader")
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Rich would end the process without a word. It writes nothing more after this."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise OutputClosed("standard output was closed by its reader")
+        raise output_closed()
 
 
 def is_main() -> bool:

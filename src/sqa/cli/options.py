@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,12 +17,15 @@ T = TypeVar("T")
 
 
 def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Refuses what could not be written to, before figures are measured that would be lost."""
-    if path is not None and ((path.exists() and not path.is_file()) or not path.absolute().parent.is_dir()):
-        what = "is no regular file" if path.exists() else "is in a folder that does not exist"
-        what = "is a folder" if path.is_dir() else what
+    """Where a link leads. Refuses what could not be written to, before figures are measured that would be lost."""
+    if path is None:
+        return None
+    file = Path(os.path.realpath(path))
+    if not file.is_file() and (file.exists() or file.is_symlink() or not file.parent.is_dir()):
+        what = "is a folder" if file.is_dir() else "is no regular file"
+        what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
         raise InputError(f"{param.opts[0]} {path} {what}; name a file")
-    return path
+    return file
 
 
 def _complete_variants(incomplete: str) -> Iterator[str]:

@@ -154,8 +154,7 @@ class Job:
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
     """Check all that can be checked without reading a weight or a text. Raises InputError; nothing is written."""
     directory = local_path(source)
-    if directory.resolve() in out.resolve().parents:
-        raise InputError(f"output: {out} lies inside the model {directory}, which is never changed; name another place")
+    storage.refuse_inside(out, directory)
     subject = subject_class(directory)
     before, longest = subject.shape(directory)
     speed_at = subject.default_speed_at if settings.speed_at is None else settings.speed_at

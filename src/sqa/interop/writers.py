@@ -26,6 +26,7 @@ def import_model(source: str | Path, out: Path) -> list[str]:
     """
     storage.refuse_existing(out)
     opened = open_source(source)
+    storage.refuse_inside(out, opened.path)
     text = opened.read_text_side()
     model = opened.load()
     with storage.new_directory(out) as folder:
@@ -46,6 +47,7 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
     """
     storage.refuse_existing(out)
     opened = open_source(source)
+    storage.refuse_inside(out, opened.path)
     text, config = opened.read_text_side(), opened.config
     # what a format cannot hold is refused before the weights are read
     if format == "gguf":
