@@ -134,10 +134,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(kind: type[T], path: Path, advice: str) -> list[T]:
     """A record a line; none where there is no file. A torn last line, which a crash leaves, is passed over.
 
-    Raises InputError with the number of a line that is damaged or lacks a field, and with `advice`.
+    Raises InputError for what is no regular file, and with the number of a line that is damaged or lacks a field; then
+    with `advice`.
     """
     if not path.exists():
         return []
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path} must be a regular file; {advice}")
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         where = f"line {number} of {path}"

@@ -278,6 +278,9 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
     assert read_results(path) == [result]
     append_result(path, result)
     assert read_results(path) == [result, result]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"folder must be a regular file; remove it"):
+        read_results(tmp_path / "folder")
     for damaged in (b'{"a": ', b'{"a": "\xff"}', b"[" * 200_000):
         path.write_bytes(damaged + b"\n" + json.dumps(result.to_dict()).encode() + b"\n")
         with pytest.raises(InputError, match=r"line 1 of .*results.jsonl is damaged; remove it"):
