@@ -367,8 +367,7 @@ def test_a_closed_pipe_ends_with_a_word_and_the_comparison_goes_on(tiny: Path) -
     process = subprocess.Popen(command, cwd=tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
-    while "runs left" not in process.stdout.readline():
-        pass
+    assert any("runs left" in line for line in process.stdout)
     process.stdout.close()
     with process.stderr:
         errors = process.stderr.read()
