@@ -398,6 +398,24 @@ def test_output_projections_learn_at_a_rate_of_their_own(shards: TokenShards, tm
             assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize(("rounded", "loss"), [(-1e-8, 0.0), (math.nan, math.nan)])
+def test_a_sure_prediction_rounded_below_zero_is_no_negative_loss(
+    shards: TokenShards, monkeypatch: pytest.MonkeyPatch, rounded: float, loss: float
+) -> None:
+    model = Transformer(CONFIG)
+
+    def token_losses(ids: torch.Tensor, targets: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full(targets.shape, rounded), targets != -100
+
+    monkeypatch.setattr(model, "token_losses", token_losses)
+    options = {"layout": "padded", "context_length": 16, "pad_id": 1, "max_tokens": 70}
+    batches = evaluation_batches(shards, batch_size=5, **options)  # type: ignore[arg-type]
+    result = evaluate(model, batches, torch.ones(VOCAB, dtype=torch.long), make_accelerator("cpu", "float32"))
+    for value in (result.loss, result.bits_per_byte, result.loss_all_positions):
+        assert value == pytest.approx(loss, nan_ok=True)
+    assert result.accuracy == 1
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, layout: str) -> None:
     torch.manual_seed(0)

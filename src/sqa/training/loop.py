@@ -410,6 +410,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, 
     nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*gather_object(sums), strict=True))
     if not num_bytes:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")
+    nll, all_nll = max(nll, 0.0), max(all_nll, 0.0)  # rounding may take a sure prediction below 0; nan stays
     loss = nll / tokens
     return Evaluation(
         loss=loss,
