@@ -155,6 +155,18 @@ def test_the_words_say_what_is_established_and_what_is_not(written: list[Path]) 
     assert "made &lt;/script&gt; &amp; up" in text
 
 
+def test_a_label_cannot_end_the_script_that_holds_it(tmp_path: Path) -> None:
+    label = "<!--<script>"
+    shapes = {"sqa": {"label": label}}
+    folder = make_directory(
+        tmp_path, seeds=1, steps=30, variants=("gqa", "sqa"), shapes=shapes, shape="demo", timing_rounds=0
+    )
+    page = write_report([folder])[0].read_text()
+    assert label not in page
+    assert "\\u003c!--\\u003cscript>" in page
+    assert "&lt;!--&lt;script&gt;" in page
+
+
 def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None:
     folder = make_directory(tmp_path / "r", seeds=1, steps=30, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     out = tmp_path / "elsewhere" / "r"

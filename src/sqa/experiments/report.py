@@ -77,8 +77,8 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         library=vl_convert.javascript_bundle(
             "window.vegaEmbed = vegaEmbed", vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2])
         ),
-        # a text that closes the script element would end it wherever it stands
-        specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("</", "<\\/"),
+        # a text that begins or closes a comment or a script element would end ours, wherever it stands
+        specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("<", "\\u003c"),
     )
     out = out or directories[-1] / "report"
     out.mkdir(parents=True, exist_ok=True)
