@@ -243,12 +243,13 @@ def test_byte_level_tokenizer(pre: str, model_of, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), keys=keys)
     import_model(path, tmp_path / "ours")
     export(path, tmp_path / "hf", format="hf")
+    export(path, tmp_path / "again.gguf", format="gguf")
     text = open_source(path).read_text_side()
     ids = text.encode(TEXT)
     assert text.decode(ids).split() == TEXT.replace("<|im_start|>", "").replace("<|im_end|>", "").split()
     assert text.tokenizer.decode(ids, skip_special_tokens=False) == TEXT
-    for folder in ("ours", "hf"):
-        again = open_source(tmp_path / folder).read_text_side()
+    for name in ("ours", "hf", "again.gguf"):
+        again = open_source(tmp_path / name).read_text_side()
         assert (again.encode(TEXT), again.special, again.chat_template) == (ids, text.special, TEMPLATE)
     assert (text.special.bos, text.special.eos, text.special.pad) == (1, (2, 0), 2)
     assert text.end_of_document == 0
@@ -261,6 +262,21 @@ def test_byte_level_tokenizer(pre: str, model_of, tmp_path: Path) -> None:
         assert AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)(TEXT)["input_ids"] == ids
     values = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [2, 0], 2)
+
+
+def test_the_first_token_is_added_again_after_an_export(model_of, tmp_path: Path) -> None:
+    def keys(writer: gguf.GGUFWriter) -> None:
+        add_byte_level(writer, "smollm")
+        writer.add_add_bos_token(True)
+
+    path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), keys=keys)
+    export(path, tmp_path / "again.gguf", format="gguf")
+    assert open_source(tmp_path / "again.gguf").read_text_side().encode("42") == open_source(
+        path
+    ).read_text_side().encode("42")
+    fields = gguf.GGUFReader(tmp_path / "again.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
 
 
 def test_digits_are_single_where_the_file_says_so(model_of, tmp_path: Path) -> None:

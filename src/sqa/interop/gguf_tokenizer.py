@@ -5,6 +5,7 @@ How text is split before merging is named by `tokenizer.ggml.pre`; the table fol
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -106,23 +107,45 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]
             f"tokenizer: {file.path} splits text as {shown(pre)} does, which is not known here "
             f"(known: {', '.join(sorted(_SPLIT_OF))})"
         )
-    split = _SPLIT_OF[pre]
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _texts(file, "merges"))]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split == _LLAMA3))
-    if split is None:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        first = (
-            pre_tokenizers.Digits(individual_digits=True)
-            if split == "digits"
-            else pre_tokenizers.Split(Regex(split), behavior="isolated")
-        )
-        then = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "digits")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, then])
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_SPLIT_OF[pre] == _LLAMA3))
+    tokenizer.pre_tokenizer = _splitter(_SPLIT_OF[pre])
     if pre in _NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken")
+
+
+def _splitter(split: str | None) -> Any:
+    if split is None:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split == "digits":
+        first, by_regex = pre_tokenizers.Digits(individual_digits=True), True
+    else:
+        first, by_regex = pre_tokenizers.Split(Regex(split), behavior="isolated"), False
+    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)])
+
+
+def pre_of(tokenizer: Tokenizer) -> str | None:
+    """What `tokenizer.ggml.pre` calls the way this byte-level tokenizer splits text; None where it has no name."""
+    values = json.loads(tokenizer.to_str())
+    model, normalizer = values["model"], (values.get("normalizer") or {}).get("type")
+    if model["type"] != "BPE" or normalizer not in (None, "NFC"):
+        return None
+    for split, (name, *_) in _SPLITS.items():
+        if (
+            _parts(json.loads(_splitter(split).__getstate__())) == _parts(values.get("pre_tokenizer") or {})
+            and bool(model.get("ignore_merges")) == (split == _LLAMA3)
+            and (normalizer == "NFC") == (name in _NFC)
+        ):
+            return name
+    return None
+
+
+def _parts(splitter: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, without what changes offsets alone."""
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
+    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps]
 
 
 def _sentencepiece(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:

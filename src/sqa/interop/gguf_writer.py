@@ -17,6 +17,7 @@ from sqa.config import ModelConfig
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
 from sqa.interop.gguf_reader import NAMES
+from sqa.interop.gguf_tokenizer import pre_of
 from sqa.interop.llama import repaired, stock_config, stock_state
 from sqa.interop.text import TextSide
 from sqa.model import Transformer
@@ -47,21 +48,11 @@ def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> No
         raise InputError(f"export: gguf is written without q/k/v bias, got qkv_bias=True; {elsewhere}")
     if layer.rope is not None and layer.rope.scaling is not None:
         raise InputError(f"export: gguf is written without rope scaling, got {layer.rope.scaling.kind}; {elsewhere}")
-    if tokenizer is not None and not _is_gpt2_bpe(json.loads(tokenizer.to_str())):
+    if tokenizer is not None and pre_of(tokenizer) is None:
         raise InputError(
-            f"export: gguf is written for tokenizers that split text as GPT-2's does, this one does not; {elsewhere}"
+            f"export: gguf is written for byte-level BPE that splits text as GPT-2, SmolLM, Llama 3, Qwen2, Tekken or "
+            f"GPT-4o do, this tokenizer does not; {elsewhere}"
         )
-
-
-def _is_gpt2_bpe(tokenizer: dict[str, Any]) -> bool:
-    splits = tokenizer.get("pre_tokenizer") or {}
-    return (
-        tokenizer["model"]["type"] == "BPE"
-        and not tokenizer.get("normalizer")
-        and splits.get("type") == "ByteLevel"
-        and splits.get("use_regex", True)
-        and not splits.get("add_prefix_space")
-    )
 
 
 def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> None:
@@ -131,19 +122,22 @@ def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, text: TextSide, vocab_size: int) -> None:
     values = json.loads(tokenizer.to_str())
-    special = {entry["id"] for entry in values["added_tokens"] if entry["special"]}
+    added = {
+        entry["id"]: gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED
+        for entry in values["added_tokens"]
+    }
     tokens = [f"<|unused{i}|>" for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token, index in tokenizer.get_vocab().items():
         tokens[index] = token
-        types[index] = gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL
+        types[index] = added.get(index, gguf.TokenType.NORMAL)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre_of(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(text.special.bos is not None and tokenizer.encode("").ids == [text.special.bos])
     if text.special.bos is not None:
         writer.add_bos_token_id(text.special.bos)
     for add, end_id in zip((writer.add_eos_token_id, writer.add_eot_token_id), text.special.eos, strict=False):
