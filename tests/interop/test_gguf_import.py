@@ -93,6 +93,23 @@ def test_what_we_write_we_read(changes: dict, config_of: Make, model_of, saved, 
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
+def test_layers_that_differ_in_their_heads_are_deci(config_of: Make, model_of, saved, tmp_path: Path) -> None:
+    layer = config_of().layers[0]
+    config = config_of(attention=(layer, layer.replace(num_query_heads=6)))
+    model = model_of(config)
+    export(saved(model), tmp_path / "model.gguf", format="gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["general.architecture"].contents() == "deci"
+    assert fields["deci.attention.head_count"].contents() == [4, 6]
+    again = load_model(tmp_path / "model.gguf")
+    assert again.config == config
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+
+    normed = model_of(config_of(attention=tuple(each.replace(qk_norm=True) for each in config.layers)))
+    with pytest.raises(InputError, match="QK-norm whose layers differ"):
+        export(saved(normed, "normed"), tmp_path / "normed.gguf", format="gguf")
+
+
 QUANTISED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -353,10 +370,15 @@ BAD_KEYS = {
     "values": ({"llama__attention__value_length": 4}, "value_length"),
     "scaling": ({"llama__rope__scaling__type": "longrope"}, "none, linear or yarn"),
     "text": ({"llama__block_count": "two"}, "block_count .* must be of type int, got 'two'"),
-    "list": ({"llama__attention__head_count": [4, 4]}, "head_count .* must be of type int"),
+    "list": ({"llama__feed_forward_length": [128, 128]}, "feed_forward_length .* must be of type int"),
+    "heads too many": (
+        {"llama__attention__head_count": [4, 4, 4]},
+        r"head_count .* must be 2 whole .* got \[4, 4, 4\]",
+    ),
+    "no attention": ({"llama__attention__head_count_kv": [2, 0]}, "head_count_kv .* must be 2 whole numbers above 0"),
     "zero": ({"llama__embedding_length": 0}, "embedding_length .* above 0"),
     "huge": ({"llama__embedding_length": 2**62}, "d_model"),
-    "layers": ({"llama__block_count": 10_000_000}, "num_layers"),
+    "layers": ({"llama__block_count": 2**62}, "4,611,686,018,427,387,904 layers, but 21 tensors"),
     "layer more": ({"llama__block_count": 3}, "missing model.layers.2"),
     "width": ({"llama__feed_forward_length": 96}, r"gate_proj.weight is \(128, 64\), expected \(96, 64\)"),
     "heads": ({"llama__attention__head_count_kv": 3}, "num_kv_heads"),
@@ -372,7 +394,7 @@ def test_bad_keys_are_refused(name: str, model_of, tmp_path: Path) -> None:
 
 def test_other_architectures_are_refused(model_of, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), arch="gemma2")
-    refused(path, tmp_path, "architecture gemma2; supported are llama, qwen2, qwen3")
+    refused(path, tmp_path, "architecture gemma2; supported are llama, deci, qwen2, qwen3")
 
 
 BAD_TOKENIZERS = {

@@ -17,13 +17,14 @@ pytestmark = [
 PROMPT = "def attend(q, k"
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "deci"])
 def test_same_greedy_tokens(
-    changes: dict, config_of: Callable[..., ModelConfig], model_of, saved, small_tokenizer, tmp_path: Path
+    arch: str, config_of: Callable[..., ModelConfig], model_of, saved, small_tokenizer, tmp_path: Path
 ) -> None:
     from llama_cpp import Llama
 
-    model = model_of(config_of(**changes))
+    layer = config_of(qk_norm=arch == "qwen3").layers[0]
+    model = model_of(config_of(attention=(layer, layer.replace(num_query_heads=6)) if arch == "deci" else layer))
     export(saved(model), tmp_path / "model.gguf", format="gguf", dtype="f32")
     kv_f32 = 0  # GGML_TYPE_F32: its default cache is f16
     llama = Llama(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sqa import storage
 from sqa.attention.rope import inverse_frequencies
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, MissingExtraError, shown
@@ -29,7 +30,8 @@ try:
 except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
+INTERLEAVED = ("llama", "deci")  # those that pair rotary dimensions (2j, 2j+1), the others as Llama in transformers
 # what llama.cpp calls our tensors
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -212,33 +214,51 @@ def model_config(file: GgufFile) -> ModelConfig:
     for name, plain in _FIXED.items():
         if (value := file.metadata.get(f"{arch}.{name}", plain)) != plain:
             raise InputError(f"model: {arch}.{name} in {file.path} must be {plain} to be read here, got {value}")
-    d_model, heads = file.count(f"{arch}.embedding_length"), file.count(f"{arch}.attention.head_count")
-    head_dim = file.count(f"{arch}.attention.key_length", max(d_model // heads, 1))
+    d_model, num_layers = file.count(f"{arch}.embedding_length"), file.count(f"{arch}.block_count")
+    storage.check_layers(str(file.path), num_layers, len(file.tensors))
+    query_heads = _counts(file, f"{arch}.attention.head_count", num_layers)
+    kv_heads = _counts(file, f"{arch}.attention.head_count_kv", num_layers, query_heads)
+    head_dim = file.count(f"{arch}.attention.key_length", max(d_model // query_heads[0], 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if (value := file.count(f"{arch}.{name}", head_dim)) != head_dim:
             raise InputError(f"model: {arch}.{name} in {file.path} must be the head_dim {head_dim}, got {value}")
     max_seq_len = file.count(f"{arch}.context_length")
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"model: {file.path} has no tensor token_embd.weight")
+    shared = AttentionConfig(
+        d_model=d_model,
+        # the nominal count of a layer with fewer query heads
+        num_heads=max(*query_heads, d_model // head_dim),
+        head_dim=head_dim,
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        rope=_read_rope(file, arch, head_dim, max_seq_len),
+    )
+    layers = tuple(
+        shared.replace(num_query_heads=query, num_kv_heads=kv) for query, kv in zip(query_heads, kv_heads, strict=True)
+    )
     return ModelConfig(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
-        num_layers=file.count(f"{arch}.block_count"),
+        num_layers=num_layers,
         d_ff=file.count(f"{arch}.feed_forward_length"),
         max_seq_len=max_seq_len,
-        attention=AttentionConfig(
-            d_model=d_model,
-            num_heads=max(heads, d_model // head_dim),  # the nominal count of a layer with fewer query heads
-            num_query_heads=heads,
-            num_kv_heads=file.count(f"{arch}.attention.head_count_kv", heads),
-            head_dim=head_dim,
-            qkv_bias="blk.0.attn_q.bias" in file.tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-            rope=_read_rope(file, arch, head_dim, max_seq_len),
-        ),
+        attention=layers[0] if len(set(layers)) == 1 else layers,
         bias=any(f"blk.0.{part}.bias" in file.tensors for part in _OUTER),
         tie_embeddings="output.weight" not in file.tensors,
         norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5),
     )
+
+
+def _counts(file: GgufFile, key: str, num_layers: int, default: list[int] | None = None) -> list[int]:
+    """Heads of each layer: of one number for all of them, or of a list."""
+    value = file.metadata.get(key, default)
+    if not isinstance(value, list):
+        return [file.count(key)] * num_layers
+    if len(value) != num_layers or any(type(each) is not int or each < 1 for each in value):
+        raise InputError(
+            f"model: {key} in {file.path} must be {num_layers} whole numbers above 0, got {shown(repr(value))}"
+        )
+    return value
 
 
 def _read_rope(file: GgufFile, arch: str, head_dim: int, max_seq_len: int) -> Rope:
@@ -285,10 +305,7 @@ def _llama3_rope(path: Path, base: float, factors: Tensor, head_dim: int) -> Rop
 
 
 def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors from the file's, dequantised: in half precision where all matrices are, else in fp32.
-
-    The llama architecture pairs rotary dimensions (2j, 2j+1), the others as Llama does in transformers.
-    """
+    """Our tensors from the file's, dequantised: in half precision where all matrices are, else in fp32."""
     kinds = {stored.kind for stored in file.tensors.values() if len(stored.shape) > 1}
     half = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
     dtype = half.get(next(iter(kinds)), torch.float32) if len(kinds) == 1 else torch.float32
@@ -296,7 +313,7 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
     if config.bias:
         absent = [NAMES[part] for part in _OUTER if f"blk.0.{part}.bias" not in file.tensors]
         tensors = with_zero_biases(tensors, config, [*absent, "lm_head"])
-    if file.metadata["general.architecture"] == "llama":
+    if file.metadata["general.architecture"] in INTERLEAVED:
         tensors = repaired(tensors, config.layers[0].head_dim, interleaved=False)
     return tensors
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sqa.config import ModelConfig
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
-from sqa.interop.gguf_reader import NAMES
+from sqa.interop.gguf_reader import INTERLEAVED, NAMES
 from sqa.interop.gguf_tokenizer import pre_of
 from sqa.interop.llama import repaired, stock_config, stock_state
 from sqa.interop.text import TextSide
@@ -32,13 +32,19 @@ _DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
-    """Raise ValueError for what a GGUF file of the llama or qwen3 architecture cannot hold, and what to change."""
+    """Raise ValueError for what no GGUF file of architecture llama, deci or qwen3 can hold, and what to change."""
     if out.suffix != ".gguf":
         raise InputError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
     if dtype not in _DTYPES:
         raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)} for gguf, got {dtype!r}")
-    stock_config(config)
+    for layer in set(config.layers):  # the counts of each, given to all, must make a stock model
+        counts = {"num_query_heads": layer.num_query_heads, "num_kv_heads": layer.num_kv_heads}
+        stock_config(config.replace(attention=tuple(each.replace(**counts) for each in config.layers)))
     layer = config.layers[0]
+    if layer.qk_norm and len(set(config.layers)) > 1:
+        raise InputError(
+            "export: llama.cpp has no architecture with QK-norm whose layers differ in their heads; export as hf-remote"
+        )
     if any(each.window is not None for each in config.layers):
         raise InputError(
             "export: llama.cpp's llama architecture has no sliding window, got window on some layer; export as hf"
@@ -58,14 +64,19 @@ def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> No
 def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> None:
     """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
     config, layer = model.config, model.config.layers[0]
-    arch = gguf.MODEL_ARCH.QWEN3 if layer.qk_norm else gguf.MODEL_ARCH.LLAMA
+    query_heads: Any = [each.num_query_heads for each in config.layers]
+    kv_heads: Any = [each.num_kv_heads for each in config.layers]
+    if len(set(config.layers)) > 1:
+        arch = "deci"  # a llama whose layers have head counts of their own
+    else:
+        arch, query_heads, kv_heads = "qwen3" if layer.qk_norm else "llama", query_heads[0], kv_heads[0]
     tensors = stock_state(model.float().tensors(), config)
-    if arch == gguf.MODEL_ARCH.LLAMA:  # llama.cpp pairs (2j, 2j+1) there, and (j, j + head_dim/2) for qwen3
+    if arch in INTERLEAVED:
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[arch])
+        writer = gguf.GGUFWriter(temporary, arch)
         try:
             writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -74,8 +85,8 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
             writer.add_embedding_length(config.d_model)
             writer.add_block_count(config.num_layers)
             writer.add_feed_forward_length(config.d_ff)
-            writer.add_head_count(layer.num_query_heads)
-            writer.add_head_count_kv(layer.num_kv_heads)
+            writer.add_head_count(query_heads)
+            writer.add_head_count_kv(kv_heads)
             writer.add_key_length(layer.head_dim)
             writer.add_value_length(layer.head_dim)
             writer.add_rope_dimension_count(layer.head_dim)
