@@ -119,6 +119,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]
 def _splitter(split: str | None) -> Any:
     if split is None:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first: Any
     if split == "digits":
         first, by_regex = pre_tokenizers.Digits(individual_digits=True), True
     else:
