@@ -55,7 +55,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Backbone(nn.Module):
     """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`.
 
     With `activation_checkpointing` set, training keeps a block's input alone and runs the block again for its gradient;
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self._compiled = False
-        self.model = Decoder(config, kernel)
+        self.model = Backbone(config, kernel)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

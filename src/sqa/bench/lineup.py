@@ -108,15 +108,12 @@ def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torc
         for name in peers:
             try:
                 entrants = build(name, model)
+                for entrant in entrants.values():
+                    entrant.module.to(device)
+                    if entrant.same_function and (problem := difference(own, entrant, input_ids, labels)):
+                        raise Unavailable(problem)
             except Unavailable as reason:
                 found.absent[name, variant] = str(reason)
-                continue
-            checked = [entrant for entrant in entrants.values() if entrant.same_function]
-            for entrant in entrants.values():
-                entrant.module.to(device)
-            problems = (difference(own, entrant, input_ids, labels) for entrant in checked)
-            if (problem := next(filter(None, problems), None)) is not None:
-                found.absent[name, variant] = problem
                 continue
             found.runners.extend(Runner(name, variant, s, e, e.module) for s, e in entrants.items())
             if compile and "eager" in entrants:
@@ -143,7 +140,15 @@ class Task:
     def measurement(self, implementation: str, variant: str, config: ModelConfig) -> Measurement:
         """What is known of a contestant before it is timed."""
         layer = config.layers[0]
-        kernel = {OURS: self._kernel(config), "llama-cpp": "llama.cpp"}.get(implementation, "sdpa")
+        call = Call.of_layer(
+            layer,
+            length=self.n,
+            num_queries=None if self.new_tokens is None else 1,
+            device=self.device,
+            dtype=find_dtype(self.dtype),
+            grad=self.kind == "step",
+        )
+        kernel = {OURS: resolve(call).kernel, "llama-cpp": "llama.cpp"}.get(implementation, "sdpa")
         return Measurement(
             kind=self.kind,
             preset=self.preset,
@@ -157,17 +162,6 @@ class Task:
             dtype=self.dtype,
             kernel=kernel,
         )
-
-    def _kernel(self, config: ModelConfig) -> str:
-        call = Call.of_layer(
-            config.layers[0],
-            length=self.n,
-            num_queries=None if self.new_tokens is None else 1,
-            device=self.device,
-            dtype=find_dtype(self.dtype),
-            grad=self.kind == "step",
-        )
-        return resolve(call).kernel
 
 
 def measure(
@@ -184,7 +178,6 @@ def measure(
     A peer's says whether it was shown to compute what ours does; who is absent or cannot run has a note. In the order
     of `configs`, ours before its peers.
     """
-    training = task.kind == "step"
 
     def contestants() -> Iterator[Contestant]:
         for (implementation, variant), reason in lineup.absent.items():
@@ -196,7 +189,8 @@ def measure(
             yield replace(measurement, setting=runner.setting, checked=checked), work(runner)
 
     # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
-    timed = time_all(contestants(), rounds=rounds, warmup=int(training), device=task.device, limit=limit)
+    warmup = 1 if task.kind == "step" else 0
+    timed = time_all(contestants(), rounds=rounds, warmup=warmup, device=task.device, limit=limit)
     tokens = task.batch_size * (task.new_tokens or task.n)
     timed = [m if m.seconds is None else replace(m, tokens_per_s=tokens / m.median) for m in timed]
     best = with_ratios(best_settings(timed), same=lambda m: m.implementation, baseline=choose_baseline(configs))
@@ -221,13 +215,13 @@ def beside_peers(measurements: Sequence[Measurement]) -> list[Measurement]:
     """Sets, in ours, the time of the fastest peer of the same variant and the memory of the thriftiest over our own."""
 
     def compared(m: Measurement) -> Measurement:
-        rivals = [r for r in measurements if r.variant == m.variant and r.implementation != OURS]
         if m.implementation != OURS:
             return m
+        rivals = [r for r in measurements if r.variant == m.variant and r.implementation != OURS]
         times = [r.median for r in rivals if r.seconds is not None]
+        peaks = [r.peak_bytes for r in rivals if r.peak_bytes is not None]
         if m.seconds is not None and times:
             m = replace(m, ratio_to_peer=min(times) / m.median)
-        peaks = [r.peak_bytes for r in rivals if r.peak_bytes is not None]
         return replace(m, memory_to_peer=m.peak_bytes / min(peaks)) if m.peak_bytes is not None and peaks else m
 
     return [compared(m) for m in measurements]

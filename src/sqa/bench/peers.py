@@ -70,8 +70,7 @@ def _hf_llama(own: Transformer) -> dict[str, Entrant]:
 def _x_transformers(own: Transformer) -> dict[str, Entrant]:
     from x_transformers import Decoder, TransformerWrapper
 
-    config = own.config
-    layer = config.layers[0]
+    config, layer = own.config, own.config.layers[0]
     decoder = Decoder(
         dim=config.d_model,
         depth=config.num_layers,

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -17,9 +17,6 @@ from sqa.bench.measurement import Measurement
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing, write_text
 from sqa.measure.machine import Machine, git_revision, machine, versions
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,21 +160,11 @@ def seconds_text(value: float) -> str:
 
 
 def _time(row: Measurement) -> str:
-    """Median with how far p20 and p80 are from it, or the first words of the note; `_footnotes` has the rest."""
+    """Median with how far p20 and p80 are from it, or the first words of the note; a footnote has the rest."""
     if row.seconds is None:
         return f"[dim]{(row.note or '').split(':')[0].split(';')[0]}[/dim]"
     spread = max(row.seconds.p80 - row.median, row.median - row.seconds.p20) / row.median
     return f"{seconds_text(row.median)} ±{spread:.0%}"
-
-
-def _footnotes(rows: Sequence[Measurement]) -> str:
-    """Why measurements have no time, each reason once, with whom it concerns."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row.note is not None:
-            reasons.setdefault(row.note, []).append(f"{row.implementation or row.kernel} {row.variant}")
-    lines = [f"{', '.join(dict.fromkeys(who))}: {escape(reason)}" for reason, who in reasons.items()]
-    return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
@@ -222,9 +209,13 @@ def _figure(row: Measurement, field: str) -> str:
 
 
 def _titled(table: Table, rows: Sequence[Measurement], facts: Sequence[str]) -> Group:
-    """A table under what holds for all of it and above what is missing from it; those may be wider than it is."""
-    title, footnotes = f"[bold]{rows[0].kind}[/bold]: [dim]{', '.join(facts)}[/dim]", _footnotes(rows)
-    return Group(title, table, footnotes) if footnotes else Group(title, table)
+    """A table between what holds for all of it, and the reasons why times are missing, each with whom it concerns."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note is not None:
+            reasons.setdefault(row.note, []).append(f"{row.implementation or row.kernel} {row.variant}")
+    footnotes = (f"{', '.join(dict.fromkeys(who))}: {escape(reason)}" for reason, who in reasons.items())
+    return Group(f"[bold]{rows[0].kind}[/bold]: [dim]{', '.join(facts)}[/dim]", table, *footnotes)
 
 
 def _table_of(*columns: Column | str) -> Table:

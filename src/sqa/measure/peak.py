@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -59,9 +58,10 @@ def processor_peak(dtype: torch.dtype) -> float | None:
     without a compiler, and for bf16 where there are matrix tiles (AMX), which the probe does not use.
     """
     half = dtype == torch.bfloat16
-    library = _library()
-    if not isinstance(library, ctypes.CDLL) or (half and "amx_bf16" in flags()):
+    library = native.load(Path(__file__).with_name("peak.cpp"))
+    if isinstance(library, str) or (half and "amx_bf16" in flags()):
         return None
+    library.sqa_peak.restype = ctypes.c_int64
     half = half and "avx512_bf16" in flags()
     threads = torch.get_num_threads()
 
@@ -71,11 +71,3 @@ def processor_peak(dtype: torch.dtype) -> float | None:
         return flops / (time.perf_counter() - start)
 
     return max(rate() for _ in range(_CALLS))
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | str:
-    library = native.load(Path(__file__).with_name("peak.cpp"))
-    if isinstance(library, ctypes.CDLL):
-        library.sqa_peak.restype = ctypes.c_int64
-    return library
