@@ -333,8 +333,8 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
 
 def test_peak_memory_grows_with_the_batch() -> None:
     config = shape("sqa", length=128)
-    contestant = Measurement(kind="step", implementation="sqa", variant="sqa", setting="eager", dtype="fp32", n=128)
-    small, large = (step.peak_memory(replace(contestant, batch_size=b), config, CPU, 1) for b in (1, 32))
+    task = lineup.Task(kind="step", preset="demo", dtype="fp32", batch_size=1, n=128, device=CPU)
+    small, large = (step.peak_memory(replace(task, batch_size=b), "sqa", "eager", config, 1) for b in (1, 32))
     if small is None or large is None:
         assert sys.platform != "linux"
         return

@@ -95,20 +95,17 @@ def check_kernels(device: str = "cpu") -> list[Checked]:
     return rows
 
 
-def _call(mask: str, dtype: torch.dtype, device: torch.device, *, grad: bool) -> Call:
-    """Four query heads and two KV heads of 64."""
+def _call(kind: str, dtype: torch.dtype, device: torch.device, *, grad: bool) -> Call:
+    """Four query heads and two KV heads of 64, under a mask of MASKS."""
     q, k, v = (torch.randn(2, 128, heads, 64, dtype=dtype, device=device, requires_grad=grad) for heads in (4, 2, 2))
-    return Call(q=q, k=k, v=v, mask=_mask(mask, device), device=q.device, scale=64**-0.5, grad=grad)
-
-
-def _mask(kind: str, device: torch.device) -> Mask:
     positions = torch.arange(128, device=device).expand(2, -1)
-    return Mask(
+    mask = Mask(
         causal=kind != "none",
         window=32 if kind == "window" else None,
         padding_mask=positions >= 16 if kind == "padding" else None,
         document_ids=positions // 50 if kind == "documents" else None,
     )
+    return Call(q=q, k=k, v=v, mask=mask, device=q.device, scale=64**-0.5, grad=grad)
 
 
 def _check(call: Call, kernel: str, mask: str) -> Checked:

@@ -96,7 +96,6 @@ def _x_transformers(own: Transformer) -> dict[str, Entrant]:
     )
     entrant = Entrant(
         module=wrapper,
-        logits=lambda module, ids: module(ids),
         loss=loss,
         last_logits=lambda module, ids: wrapper.to_logits(module(ids, return_embeddings=True)[:, -1:]),
         # it shares KV heads in another order, normalises without eps and has a bias in the gate

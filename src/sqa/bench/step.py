@@ -102,42 +102,40 @@ def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, Mode
     for m in timed:
         if m.seconds is None:
             continue
+        name, config = m.implementation or OURS, configs[m.variant]
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
         for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                config, threads = configs[m.variant], torch.get_num_threads()
-                peak = process.submit(peak_memory, m, config, task.device, threads).result()
+                threads = torch.get_num_threads()
+                peak = process.submit(peak_memory, task, name, m.setting, config, threads).result()
         if peak is not None:
-            known = task.measurement(m.implementation or OURS, m.variant, config)
+            known = task.measurement(name, m.variant, config)
             found.append(replace(known, kind="step memory", setting=m.setting, peak_bytes=peak))
     return beside_peers(found)
 
 
-def peak_memory(contestant: Measurement, config: ModelConfig, device: torch.device, threads: int) -> int | None:
-    """Bytes at the peak of steps 3 to 5 of a contestant, less what was held before the model was built.
+def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig, threads: int) -> int | None:
+    """Bytes at the peak of steps 3 to 5 of the contestant `name`, less what was held before the model was built.
 
     Resident memory on CPU (Linux only, None elsewhere), PyTorch's allocations on CUDA. For a process of its own.
     """
-    assert contestant.implementation is not None
-    assert contestant.batch_size is not None
-    assert contestant.n is not None
     torch.set_num_threads(threads)
-    name, batch_size, dtype = contestant.implementation, contestant.batch_size, find_dtype(contestant.dtype or "fp32")
+    device = task.device
 
     def steps(config: ModelConfig, n: int) -> Iterator[Callable[[], None]]:
         model = Transformer(config)
         entrant = ours(model) if name == OURS else build(name, model)["eager"]
         del model
         entrant.module.to(device)
-        module = compiled(name, entrant.module) if contestant.setting == "compiled" else entrant.module
-        batch = torch.randint(config.vocab_size, (2, batch_size, n), device=device)
-        yield from itertools.repeat(training_step(entrant, module, dtype, batch), 5)
+        module = compiled(name, entrant.module) if setting == "compiled" else entrant.module
+        batch = torch.randint(config.vocab_size, (2, task.batch_size, n), device=device)
+        yield from itertools.repeat(training_step(entrant, module, find_dtype(task.dtype), batch), 5)
 
     # what the libraries hold once everything was imported is not the model's
     for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
         step()
     before = _resident("VmRSS")
-    for turn, step in enumerate(steps(config, contestant.n)):
+    for turn, step in enumerate(steps(config, task.n)):
         if turn == 2 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif turn == 2 and before is not None:
