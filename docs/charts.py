@@ -24,7 +24,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 HORIZONS = ("horizon-2M", "horizon-6M", "horizon-16M")
 
 _BY_LABEL = {VARIANTS[name].label: colour for name, colour in COLOURS.items()}
-_IMPLEMENTATIONS = {"sqa": "this package", "hf-llama": "transformers Llama", "x-transformers": "x-transformers"}
+_IMPLEMENTATIONS = {
+    "sqa": "this package", "hf-llama": "transformers Llama", "x-transformers": "x-transformers",
+    "llama-cpp": "llama.cpp",
+}  # fmt: skip
+_COLOURS = ("#3a86d8", "#8a9096", "#b08900", "#a266c8")
+"""Of the implementations, this package's first."""
 _STYLE = """<style>
 .paper { fill: #fff } text { fill: #24292f; font-family: system-ui, sans-serif }
 .role-axis-grid line { stroke: #e3e6e8 } .role-axis-domain line, .role-axis-tick line { stroke: #8a9096 }
@@ -83,9 +88,7 @@ def speed() -> Chart:
         x=alt.X("tokens:Q", title="tokens a second", axis=alt.Axis(format="~s", tickCount=5)),
         y=alt.Y("by:N", title=None, sort=by, axis=None),
     )
-    bars = base.mark_bar().encode(
-        color=alt.Color("by:N", scale=alt.Scale(domain=by, range=["#3a86d8", "#8a9096", "#b08900"][: len(by)]))
-    )
+    bars = base.mark_bar().encode(color=alt.Color("by:N", scale=alt.Scale(domain=by, range=_COLOURS[: len(by)])))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("tokens:Q", format=",.0f"))
     step = (
         alt.layer(bars, text)
@@ -124,20 +127,34 @@ def speed() -> Chart:
             scale=alt.Scale(type="log", nice=False, padding=12),
         ),
     )  # fmt: skip
-    several = len({row["by"] for row in lines_data}) > 1
-    dash = {"strokeDash": alt.StrokeDash("by:N", sort=by)} if several else {}
-    lines = base.mark_line(point=True, strokeWidth=2).encode(color=colour, **dash)
+    read_by = list(dict.fromkeys(row["by"] for row in lines_data))
+    dashes = {}
+    if len(read_by) > 1:  # peers have the colour of their variant, and dashes
+        scale = alt.Scale(domain=read_by, range=[[1, 0], [6, 3], [2, 2], [8, 2, 2, 2]][: len(read_by)])
+        legend = alt.Legend(symbolType="stroke", symbolSize=400, symbolStrokeColor="#8a9096")
+        dashes = {"strokeDash": alt.StrokeDash("by:N", scale=scale, legend=legend)}
+    lines = base.mark_line(strokeWidth=2).encode(color=colour, detail="by:N", **dashes)
+    points = base.mark_point(filled=True, opacity=1).encode(color=colour)
     names = (
-        base.transform_filter(f"datum.n == {lengths[-1]} && datum.by == '{by[0]}'")
+        base.transform_filter(f"datum.n == {lengths[-1]} && datum.by == '{_IMPLEMENTATIONS['sqa']}'")
         .mark_text(align="left", dx=8, fontSize=12, fontWeight="bold")
         .encode(text="variant:N", color=colour)
     )
-    reading = alt.layer(lines, names).properties(
+    reading = alt.layer(lines, points, names).properties(
         width=300, height=250, title=alt.Title("Reading a prompt", subtitle="one sequence, bf16")
     )
     ours = {row["variant"]: row["tokens_per_s"] for row in steps if row["implementation"] == "sqa"}
     peer = {row["variant"]: row["tokens_per_s"] for row in steps if row["implementation"] == "hf-llama"}
-    longest = {row["variant"]: row["ratio"] for row in prefill if row["n"] == lengths[-1]}
+    at_last = {
+        (row["implementation"], row["variant"]): row["tokens_per_s"] for row in prefill if row["n"] == lengths[-1]
+    }
+    times = {name: at_last["sqa", name] / at_last["sqa", "gqa"] for name in ("sqa", "xsqa")}
+    beside = "".join(
+        f" {_IMPLEMENTATIONS[peer]} reads {value:,.0f} tokens a second with GQA's heads, this package "
+        f"{at_last['sqa', 'gqa']:,.0f}."
+        for (peer, variant), value in at_last.items()
+        if peer != "sqa" and variant == "gqa"
+    )
     words = "; ".join(
         f"{VARIANTS[name].label} {value:,.0f} tokens a second here and {peer[name]:,.0f} with transformers"
         for name, value in ours.items()
@@ -146,8 +163,8 @@ def speed() -> Chart:
     return Chart(
         name="speed",
         alt=f"Two charts. Training step: {words}. Reading a prompt of {lengths[-1]:,} tokens: SQA is "
-        f"{longest['sqa']:.2f} times as fast as GQA, xSQA {longest['xsqa']:.2f} times.",
-        svg=_draw(alt.hconcat(step, reading, spacing=40).resolve_scale(color="independent")),
+        f"{times['sqa']:.2f} times as fast as GQA, xSQA {times['xsqa']:.2f} times.{beside}",
+        svg=_draw(alt.hconcat(step, reading, spacing=40).resolve_scale(color="independent", strokeDash="independent")),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa.conversion.records import Conversion, EmbeddingQuality
 from sqa.cost import kv_cache_bytes, prefill_flops
 from sqa.experiments.report import read_experiment
 from sqa.experiments.summary import Summary
@@ -75,23 +76,43 @@ def ratios(*benches: tuple[str, str, str]) -> str:
     return markdown(("variant", *(title for title, _ in columns)), cells)
 
 
-def lost(*directories: str) -> str:
-    """Validation loss against GQA in committed comparisons; only what has an interval."""
+def lost(titles: Mapping[str, str]) -> str:
+    """Validation loss against GQA in committed comparisons, a column each; `titles` are by directory."""
     columns = []
-    for name in directories:
-        experiment = read_experiment([RESULTS / name])
-        plan = experiment.plan
+    for directory, title in titles.items():
         found = {}
-        for line in experiment.summaries():
+        for line in read_experiment([RESULTS / directory]).summaries():
             difference = line.difference
-            if difference is not None and difference.half_width is not None:
+            if difference is None:
+                continue
+            if difference.half_width is None:
+                found[line.variant] = f"{difference.mean:+.3f} (one seed) ?"
+            else:
                 mark = "" if difference.established else " ?"
                 found[line.variant] = f"{difference.mean:+.3f} ± {difference.half_width:.3f}{mark}"
-        budget = plan.budget.removeprefix("tokens=")
-        columns.append((f"{plan.shape} shape, {budget} tokens", found))
+        columns.append((title, found))
     names = [name for name in SHOWN if any(name in column for _, column in columns)]
     lines = ((VARIANTS[name].label, *(column.get(name, "") for _, column in columns)) for name in names)
     return markdown(("variant", *(title for title, _ in columns)), lines)
+
+
+def encoder_measured() -> str:
+    """Times of a converted sentence encoder, and what is left of its embeddings."""
+    found = (RESULTS / "conversion" / f"{name}.json" for name in ("minilm-speed", "minilm"))
+    timed, healed = (Conversion.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in found)
+    names = {"prefill": "encode", "forward and backward": "train"}
+    lines = (
+        (f"{names[speed.what]} {speed.n} tokens", f"{1000 * speed.before['median']:.0f} ms",
+         f"{1000 * speed.after['median']:.0f} ms", f"{speed.ratio:.2f}x")
+        for speed in sorted(timed.speed, key=lambda speed: list(names).index(speed.what))
+    )  # fmt: skip
+    quality = healed.stages[-1].quality
+    assert isinstance(quality, EmbeddingQuality), "minilm.json is not of an encoder"
+    return (
+        f"{markdown(('', '12 heads', '6 heads', 'faster'), lines)}\n\nAfter {healed.stages[-1].tokens:,} tokens of "
+        f"healing, the embeddings' cosine with the original's is {quality.cosine:.2f}, and "
+        f"{quality.neighbours:.0%} of each passage's ten nearest neighbours stay."
+    )
 
 
 def choices() -> str:
@@ -124,7 +145,7 @@ def choices() -> str:
         (
             "a decoder for long prompts with short answers (RAG, code, agents)",
             f"`sqa` ({part('sqa', DECODER)})",
-            f"it has GQA's cache. The small model measured here reads {long:,} tokens "
+            f"its cache is as small as GQA's. The small model measured here reads {long:,} tokens "
             f"{prefill['sqa', long]['ratio']:.2f}x as fast as GQA; one of 8 B takes {less(DECODER, 'sqa', 32_768)} "
             "fewer FLOPs for 32,768",
         ),
@@ -141,37 +162,39 @@ def choices() -> str:
             f"{decode['sqa', far]['ratio']:.2f}x as fast as GQA here, `mqa` {decode['mqa', far]['ratio']:.2f}x",
         ),
         (
-            "any of these, and doubts whether the number of heads matters",
+            "any of these, and you doubt that the number of heads matters",
             "`wide-gqa` beside it",
-            "half the heads, twice as wide: GQA's parameters and FLOPs. It tells fewer heads from a smaller model",
+            "it has half the heads, twice as wide, with GQA's parameters and FLOPs. So it shows whether a change comes "
+            "from fewer heads or from a smaller model",
         ),
     ]
     return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
 
 
 def verdict(directories: Sequence[str], *, timed: str) -> str:
-    """One sentence: what SQA lost against GQA in the last of the comparisons that is there, and how fast its steps are.
+    """What SQA lost against GQA in the last of the comparisons that is there, and how fast its steps are.
 
-    `timed` is the comparison that the speed is taken from.
+    `timed` is a comparison of the same models, whose timing phase gives the speed.
     """
     last = [name for name in directories if (RESULTS / name / "results.jsonl").exists()][-1]
-    line, steps = _sqa(last), _sqa(timed)
+    (line, context), (steps, timed_context) = _sqa(last), _sqa(timed)
+    assert (line.parameters, context) == (steps.parameters, timed_context), f"{last} and {timed} differ in their models"
     difference = line.difference
     assert difference is not None, f"{last} has no runs of GQA to compare with"
+    where = f"{abs(difference.mean):.3f} nats {'below' if difference.mean < 0 else 'above'} GQA's"
     if difference.half_width is None:
-        loss, known = f"{difference.mean:+.3f}", "one seed, which establishes nothing"
+        known = "one seed, so no difference is established"
     else:
-        loss = f"{difference.mean:+.3f} ± {difference.half_width:.3f}"
-        known = "an established difference" if difference.established else "no established difference"
+        known = f"± {difference.half_width:.3f}, {'' if difference.established else 'not '}established"
     return (
-        f"**Verdict so far**: after a training of {line.budget.removeprefix('tokens=')} tokens "
-        f"({line.parameters / 1e6:.1f} M parameters, seeds: {difference.runs}) SQA's loss is {loss} nats from GQA's: "
-        f"{known}. Its training steps are {steps.speed_vs_gqa:.2f} times as fast ({steps.parameters / 1e6:.1f} M "
-        f"parameters, a context of {read_experiment([RESULTS / timed]).plan.context:,})."
+        f"**Verdict so far**, for a model of {line.parameters / 1e6:.1f} M parameters and a context of {context:,}: "
+        f"SQA's training steps are {steps.speed_vs_gqa:.2f} times as fast as GQA's, and after "
+        f"{line.budget.removeprefix('tokens=').removesuffix('M')} M tokens its loss is {where} ({known})."
     )
 
 
-def _sqa(name: str) -> Summary:
-    """The summary of SQA in a committed comparison."""
-    (line,) = (line for line in read_experiment([RESULTS / name]).summaries() if line.variant == "sqa")
-    return line
+def _sqa(name: str) -> tuple[Summary, int]:
+    """The summary of SQA in a committed comparison, and the context."""
+    experiment = read_experiment([RESULTS / name])
+    (line,) = (line for line in experiment.summaries() if line.variant == "sqa")
+    return line, experiment.plan.context

@@ -245,12 +245,25 @@ SECTIONS = {
     "small model speed": lambda: conversion(speed_table, "smollm2-6"),
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
-    "verdict": lambda: decision.verdict(["articles", *HORIZONS], timed="articles"),
+    "verdict": lambda: decision.verdict(HORIZONS, timed="small-tokens"),
     "speed words": speed_words,
     "choices": decision.choices,
-    "lost": lambda: decision.lost("articles", "small-tokens"),
+    "lost": lambda: decision.lost(
+        {
+            name: f"{name.removeprefix('horizon-').removesuffix('M')} M tokens, the whole training"
+            for name in HORIZONS
+            if (RESULTS / name / "results.jsonl").exists()
+        }
+    ),
+    "lost early": lambda: decision.lost(
+        {
+            "small-tokens": "small shape, first 300,000 tokens",
+            "articles": "published shape, first million",
+        }
+    ),
     "encoder on paper": lambda: decision.on_paper(decision.ENCODER, decision.FOR_ENCODERS, against="mha", causal=False),
     "decoder on paper": lambda: decision.on_paper(decision.DECODER, decision.SHOWN, against="gqa", causal=True),
+    "encoder measured": decision.encoder_measured,
     "caches": decision.caches,
     "measured prefill": lambda: decision.ratios(("prefill", "prefill", "prompt")),
     "measured steps": lambda: decision.ratios(

@@ -19,6 +19,7 @@ from sqa.variants import VARIANTS
 LOSSES = {"mha": 2.40, "gqa": 2.42, "mqa": 2.46, "sqa": 2.43, "ssqa": 2.425, "xsqa": 2.47, "xsmqa": 2.50}
 SECONDS = {"mha": 0.75, "gqa": 0.70, "mqa": 0.69, "sqa": 0.48, "ssqa": 0.49, "xsqa": 0.38, "xsmqa": 0.36}
 FIGURES = [
+    "difference-by-variant",
     "loss-over-tokens",
     "loss-against-gqa",
     "loss-over-seconds",
@@ -127,6 +128,7 @@ def test_one_page_and_two_files_a_figure(written: list[Path]) -> None:
     assert svg["loss-over-tokens"].count('aria-roledescription="line mark"') == 8
     assert svg["loss-against-step-time"].count('aria-roledescription="point"') == 8
     assert svg["speed-against-theory"].count('aria-roledescription="point"') == 24
+    assert svg["difference-by-variant"].count('aria-roledescription="point"') == 7
     assert svg["kv-cache"].count('aria-roledescription="bar"') == 8
 
 
@@ -171,7 +173,14 @@ def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None
     folder = make_directory(tmp_path / "r", seeds=1, steps=30, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     out = tmp_path / "elsewhere" / "r"
     paths = write_report([folder], out)
-    figures = {"loss-over-tokens", "loss-against-gqa", "loss-over-seconds", "parameters", "kv-cache"}
+    figures = {
+        "difference-by-variant",
+        "loss-over-tokens",
+        "loss-against-gqa",
+        "loss-over-seconds",
+        "parameters",
+        "kv-cache",
+    }
     assert {path.stem for path in paths[1:]} == figures
     assert {path.parent for path in paths} == {out}
     text = text_of(paths[0].read_text())
@@ -256,6 +265,27 @@ def test_horizons_join_on_one_page_with_probes_and_effective_speedups(tmp_path: 
     quiet = make_directory(tmp_path / "q", steps=5, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     with pytest.raises(ValueError, match="no step times"):
         write_report(folders, step_times=quiet)
+
+
+def test_a_page_shows_what_there_is(tmp_path: Path) -> None:
+    folders = [
+        make_directory(tmp_path / str(n), steps=n, variants=variants, shape="demo", timing_rounds=0)
+        for n, variants in ((50, ("gqa", "sqa", "xsqa")), (200, ("gqa", "sqa")))
+    ]
+    page, *images = write_report(folders, tmp_path / "out")
+    html = page.read_text()
+    headings = re.findall(r"<th>([^<]+)</th>", html.split("<thead>")[1].split("</thead>")[0])
+    assert "validation loss" in headings
+    assert not {"seconds", "effective speed-up", "step, ms", "speed vs GQA"} & set(headings)  # nothing was timed
+    # xSQA has no run of the longer horizon: the legend of its curves has two names, that of final losses three
+    legends = {path.stem: path.read_text() for path in images if path.suffix == ".svg"}
+    assert ">xSQA</text>" not in legends["loss-over-tokens"]
+    assert ">xSQA</text>" in legends["final-loss-over-tokens"]
+    # a field a line: once where the comparisons agree, and of each where they do not
+    fields = dict(re.findall(r"<dt>([^<]+)</dt>((?:<dd>[^<]*</dd>)+)", html))
+    assert fields["batch size"] == "<dd>8</dd>"
+    assert fields["steps"] == "<dd>made-up: 50</dd><dd>made-up: 200</dd>"
+    assert fields["compile"] == "<dd>no</dd>"
 
 
 def test_a_whole_grid_is_a_heat_map(tmp_path: Path) -> None:

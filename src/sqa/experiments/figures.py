@@ -33,13 +33,14 @@ COLOURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """An altair chart; `hover` is laid over it in the HTML file alone."""
+    """An altair chart; `hover` is laid over it in the HTML file alone. `height` in pixels, of the axes alone."""
 
     name: str
     title: str
     caption: str
     chart: Any
     hover: Any = None
+    height: int = 300
 
 
 def make_figures(experiment: Experiment, held: Sequence[Directory], front: Sequence[str]) -> list[Figure]:
@@ -51,7 +52,7 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     colour = Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
     curves = _training_curves(experiment, held)
-    found = _horizon_figures(experiment, colour) if len(experiment.horizons) > 1 else []
+    found = _horizon_figures(experiment, colour) if len(experiment.horizons) > 1 else _against_figure(lines, colour)
     if curves:
         note = (
             "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first third is left out, "
@@ -101,6 +102,36 @@ def _spread(value: Estimate) -> dict[str, Any]:
 _TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
 
 
+def _against_figure(lines: Sequence[Summary], colour: Colours) -> list[Figure]:
+    """The differences of the table with their intervals, a row a variant."""
+    data = [{"variant": line.label, **_spread(line.difference)} for line in lines if line.difference is not None]
+    if not data:
+        return []
+    base = alt.Chart(alt.Data(values=data)).encode(
+        y=alt.Y("variant:N", title=None, sort=None), color=colour.encoding(data, legend=None)
+    )
+    mean = alt.X("mean:Q", title="nats a token above GQA's", scale=alt.Scale(padding=14), axis=alt.Axis(tickCount=5))
+    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(x=mean, tooltip=_TIPS)
+    return [Figure(
+        name="difference-by-variant", title="Final loss against GQA", height=_rows(data),
+        caption="Validation loss minus GQA's with the same seed, the mean of the seeds; left of the line is better. "
+        "Bars: 95 % intervals. A bar that crosses the line, or no bar (one seed), establishes nothing.",
+        chart=_zero("x") + bars + dots,
+    )]  # fmt: skip
+
+
+def _rows(data: Sequence[Row]) -> int:
+    """The height of a chart with a row a variant."""
+    return 30 * len(data)
+
+
+def _zero(axis: str) -> Any:
+    """The baseline's own line in a chart of differences from it."""
+    rule = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color="#808488")
+    return rule.encode(**{axis: alt.datum(0)})
+
+
 def _horizon_figures(experiment: Experiment, colour: Colours) -> list[Figure]:
     """The final losses of complete trainings, over tokens and over time; and against the baseline's."""
     lines = experiment.summaries()
@@ -112,37 +143,44 @@ def _horizon_figures(experiment: Experiment, colour: Colours) -> list[Figure]:
         for line in lines
         if line.difference is not None
     ]
-    note = "Each point is the end of complete trainings, the mean of the seeds; bars are 95 % intervals."
+    note = "Each point is the end of complete trainings, the mean of the seeds."
     found = []
     for name, title, caption, data, x, axis in (
-        ("difference-over-tokens", "Final loss against GQA", f"{note} Below the line is better than GQA with "
-         "the same seeds after as many tokens.", against, "tokens", "training tokens"),
+        ("difference-over-tokens", "Final loss against GQA", f"{note} Below the line is better than GQA with the same "
+         "seeds. Bars are 95 % intervals; no bar: one seed. Points at one place are set side by side.",
+         against, "tokens", "training tokens"),
         ("final-loss-over-tokens", "Final loss over tokens", note, points, "tokens", "training tokens"),
         ("final-loss-over-time", "Final loss over time", f"{note} Seconds: steps times the step time of the timing "
          "phase.", [point for point in points if point["seconds"]], "seconds", "seconds of training"),
     ):  # fmt: skip
         if not data:
             continue
-        base = alt.Chart(alt.Data(values=data)).encode(x=_log_axis(x, axis), color=colour.encoding())
+        ends = sorted({point[x] for point in data}) if x == "tokens" else None
+        if data is against:
+            names = list(dict.fromkeys(point["variant"] for point in data))
+            for point in data:
+                point["beside"] = point["tokens"] * 1.03 ** (names.index(point["variant"]) - (len(names) - 1) / 2)
+        base = alt.Chart(alt.Data(values=data)).encode(
+            x=_log_axis("beside" if data is against else x, axis, ends), color=colour.encoding(data)
+        )
         y = alt.Y("mean:Q", title="nats a token", scale=alt.Scale(zero=False, padding=10))
-        dashes = colour.dashes()
         layers = [
-            base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=dashes),
-            base.mark_rule(strokeWidth=1.2).encode(y="low:Q", y2="high:Q"),
+            base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=colour.dashes(data)),
             base.mark_point(filled=True, size=50, opacity=1).encode(
                 y=y, tooltip=[*_TIPS, alt.Tooltip(f"{x}:Q", format=",.0f")]
             ),
         ]
-        if data is against:
-            zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 4], color="#808488").encode(y="y:Q")
-            layers = [zero, *layers]
+        if data is against:  # a seed moves all losses alike: only differences have intervals worth a bar
+            layers = [_zero("y"), base.mark_rule(strokeWidth=1.2).encode(y="low:Q", y2="high:Q"), *layers]
         found.append(Figure(name=name, title=title, caption=caption, chart=alt.layer(*layers)))
     return found
 
 
-def _log_axis(field: str, title: str) -> Any:
+def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
+    """An axis with ticks at `ends` alone, where the runs of all horizons end."""
     scale = alt.Scale(type="log", nice=False, padding=20)
-    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(format="~s", tickCount=4))
+    ticks = {"format": "~s", "tickCount": 4} if ends is None else {"format": ".2~s", "values": ends}
+    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**ticks))
 
 
 def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
@@ -203,8 +241,8 @@ def _probe_figures(experiment: Experiment, held: Sequence[Directory], colour: Co
         chart = alt.Chart(alt.Data(values=data)).encode(
             x=_log_axis("tokens", "training tokens"),
             y=alt.Y("value:Q", title=axis, scale=alt.Scale(zero=False)),
-            color=colour.encoding(),
-            strokeDash=colour.dashes(),
+            color=colour.encoding(data),
+            strokeDash=colour.dashes(data),
             tooltip=["variant:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("value:Q", format=".3f")],
         )
         lines = chart.mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=30))
@@ -279,43 +317,48 @@ class Colours:
         configs = [experiment.plan.model_config(name).layers[0] for name in experiment.names]
         self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
 
-    def encoding(self, **options: Any) -> Any:
-        """Of a chart's colour, by the field `variant`."""
-        return alt.Color("variant:N", scale=alt.Scale(domain=self._labels, range=self._range), **options)
+    def encoding(self, data: Sequence[Row], **options: Any) -> Any:
+        """Of a chart's colour, by the field `variant` of its rows."""
+        return alt.Color("variant:N", scale=self._scale(data, self._range), **options)
 
-    def dashes(self) -> Any:
+    def dashes(self, data: Sequence[Row]) -> Any:
         """Of a chart's lines."""
-        return alt.StrokeDash("variant:N", scale=alt.Scale(domain=self._labels, range=self._dashes))
+        return alt.StrokeDash("variant:N", scale=self._scale(data, self._dashes))
+
+    def _scale(self, data: Sequence[Row], values: Sequence[Any]) -> Any:
+        """The legend names what the chart shows, in the order of the table."""
+        shown = {row["variant"] for row in data}
+        pairs = [(label, value) for label, value in zip(self._labels, values, strict=True) if label in shown]
+        return alt.Scale(domain=[label for label, _ in pairs], range=[value for _, value in pairs])
 
 
 def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str, axis: str, colour: Colours) -> Figure:
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X(f"{x}:Q", title=axis, axis=alt.Axis(format="~s", tickCount=5)),
         y=alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False)),
-        color=colour.encoding(),
+        color=colour.encoding(data),
     )
-    return Figure(name=name, title=title, caption=caption, **_lines(base, colour))
+    return Figure(name=name, title=title, caption=caption, **_lines(base, colour.dashes(data)))
 
 
 def _difference_figure(data: list[Row], colour: Colours) -> Figure:
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=5)),
         y=alt.Y("difference:Q", title="nats a token above GQA's"),
-        color=colour.encoding(),
+        color=colour.encoding(data),
     )
-    zero = alt.Chart(alt.Data(values=[{"difference": 0}])).mark_rule(color="#808488").encode(y="difference:Q")
-    drawn = _lines(base, colour)
+    drawn = _lines(base, colour.dashes(data))
     return Figure(
         name="loss-against-gqa",
         title="Loss against GQA",
         caption="The training curves minus GQA's. All variants see the same batches, so most of the noise "
         "cancels. Below zero is better than GQA. Training loss: the table has validation loss and its intervals.",
-        chart=zero + drawn["chart"],
+        chart=_zero("y") + drawn["chart"],
         hover=drawn["hover"],
     )
 
 
-def _lines(base: Any, colour: Colours) -> dict[str, Any]:
+def _lines(base: Any, dashes: Any) -> dict[str, Any]:
     """A line a variant, and points that show their values under the pointer."""
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
@@ -324,7 +367,7 @@ def _lines(base: Any, colour: Colours) -> dict[str, Any]:
     points = base.mark_point(filled=True, size=70, tooltip=alt.TooltipContent("data")).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
     )
-    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=colour.dashes())
+    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dashes)
     return {"chart": lines, "hover": points.add_params(near)}
 
 
@@ -342,9 +385,9 @@ def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[st
             "interval": f"± {half:.4f}" if half else "one seed", "front": line.variant in front, "right": right,
         })  # fmt: skip
     base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("ms:Q", title="ms a step", axis=alt.Axis(tickCount=6), scale=alt.Scale(zero=False, padding=55)),
+        x=alt.X("ms:Q", title="ms a step", axis=alt.Axis(tickCount=6), scale=alt.Scale(zero=False, padding=62)),
         y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False, padding=14)),
-        color=colour.encoding(legend=None),
+        color=colour.encoding(data, legend=None),
     )
     joined = base.transform_filter("datum.front").mark_line(strokeDash=[4, 4], strokeWidth=1.2)
     bars = base.mark_rule(strokeWidth=1.2).encode(y=alt.Y("low:Q"), y2="high:Q")
@@ -392,7 +435,7 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
     )
     dots = base.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("ratio:Q", title="times as fast as GQA", scale=alt.Scale(zero=False, padding=14)),
-        color=alt.Color("what:N", scale=colours, legend=alt.Legend(symbolType="circle", columns=2)),
+        color=alt.Color("what:N", scale=colours, legend=alt.Legend(symbolType="circle", symbolSize=100, columns=2)),
         shape=alt.Shape("what:N", scale=shapes),
         tooltip=["variant:N", "what:N", alt.Tooltip("ratio:Q", format=".2f")],
     )
@@ -422,18 +465,18 @@ def _bars_figure(
         y=alt.Y("variant:N", title=None, sort=None),
         tooltip=["variant:N", alt.Tooltip("value:Q", format=number)],
     )
-    bars = base.mark_bar().encode(color=colour.encoding(legend=None))
+    bars = base.mark_bar().encode(color=colour.encoding(data, legend=None))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("value:Q", format=number))
-    return Figure(name=name, title=title, caption=caption, chart=bars + text)
+    return Figure(name=name, title=title, caption=caption, chart=bars + text, height=_rows(data))
 
 
 def laid_out(figure: Figure, width: int | str, *, hover: bool = False) -> Any:
     """The chart in the look that all figures share."""
     chart = figure.chart + figure.hover if hover and figure.hover is not None else figure.chart
     return (
-        chart.properties(width=width, height=300)
+        chart.properties(width=width, height=figure.height)
         .configure_view(stroke=None)
-        .configure_legend(orient="bottom", columns=4, title=None, symbolType="stroke", labelFontSize=12)
+        .configure_legend(orient="bottom", columns=4, title=None, symbolType="stroke", symbolSize=300, labelFontSize=12)
         .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
     )
 

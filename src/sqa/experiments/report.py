@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,16 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
     template = (files("sqa.experiments") / "report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     plan = experiment.plan
-    published = plan.shape == "published" and not plan.model
+    tables = [_results_table(experiment)]
+    if plan.shape == "published" and not plan.model:
+        tables.append(_published_table(longest))
     text = page.render(
-        name=plan.name,
+        name=" and ".join(dict.fromkeys(record.plan.name for record in experiment.records)),
         headlines=[_headline(record, experiment) for record in experiment.records],
         findings=_findings(experiment, front),
-        tables=[_results_table(experiment)] + ([_published_table(longest)] if published else []),
+        tables=[table.without_empty_columns() for table in tables],
         figures=figures,
-        facts=[(f"{r.plan.name}, {r.plan.budget}", _facts(r)) for r in experiment.records],
+        facts=_facts(experiment.records),
         library=vl_convert.javascript_bundle(
             "window.vegaEmbed = vegaEmbed", vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2])
         ),
@@ -112,22 +115,52 @@ class _Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str | tuple[str, str]]]
 
-
-def _facts(record: Record) -> dict[str, str]:
-    values = record.to_dict()
-    return {
-        "plan": ", ".join(f"{name} = {json.dumps(value)}" for name, value in values["plan"].items()),
-        "steps": _pairs(record.steps),
-        "kernels": _pairs(record.kernel),
-        "machine": _pairs(record.machine),
-        "versions": _pairs(record.versions),
-        "revision": record.git or "unknown",
-        "data": _pairs(values["data"]),
-    }
+    def without_empty_columns(self) -> _Table:
+        """What was not measured has no column."""
+        filled = [any(column) for column in zip(*self.rows, strict=True)]
+        rows = [tuple(compress(row, filled)) for row in self.rows]
+        return replace(self, headings=tuple(compress(self.headings, filled)), rows=rows)
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:,}" if type(value) is int else f"{name} {value}" for name, value in values.items())
+def _facts(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """By heading and field: the value that all comparisons have, or each one's own behind the comparison's name."""
+    groups: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for record in records:
+        plan = {name: value for name, value in record.plan.to_dict().items() if name != "name" and value != {}}
+        runs = {"steps": _shared(record.steps), "kernel": _shared(record.kernel), "revision": record.git or "unknown"}
+        parts = ("Plan", plan), ("Runs", runs), ("Data", asdict(record.data))
+        for heading, fields in (*parts, ("Machine", record.machine), ("Versions", record.versions)):
+            for name, value in fields.items():
+                held = groups.setdefault(heading, {}).setdefault(name.replace("_", " "), [])
+                held.append((f"{record.plan.name}: ", _said(value)))
+    for fields in groups.values():
+        for name, held in fields.items():
+            if len(held) == len(records) and len({text for _, text in held}) == 1:
+                fields[name] = [("", held[0][1])]
+    return groups
+
+
+def _shared(by_variant: Mapping[str, Any]) -> Any:
+    """One value for all variants where it is one."""
+    values = list(by_variant.values())
+    return values[0] if all(value == values[0] for value in values) else by_variant
+
+
+def _said(value: Any) -> str:
+    """A field's value in words."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.5g}"
+        case Mapping():
+            nested = any(isinstance(of, Mapping) for of in value.values())
+            return ("; " if nested else ", ").join(f"{name} {_said(of)}" for name, of in value.items())
+        case list() | tuple():
+            return ", ".join(map(_said, value))
+    return str(value)
 
 
 def _headline(record: Record, experiment: Experiment) -> str:
@@ -149,6 +182,8 @@ def _findings(experiment: Experiment, front: Sequence[str]) -> list[str]:
     different = [(line.label, line.difference) for line in summary if line.difference is not None]
     judged = [(label, difference) for label, difference in different if difference.half_width is not None]
     lines = []
+    if len(experiment.horizons) > 1:
+        lines.append(f"These sentences are about the longest runs alone: {list(experiment.horizons)[-1]}.")
     for established, words in ((True, "Established at 95 %"), (False, "Not established, the interval crosses zero")):
         named = [(label, difference) for label, difference in judged if difference.established is established]
         if named:
@@ -164,7 +199,7 @@ def _findings(experiment: Experiment, front: Sequence[str]) -> list[str]:
         labels = ", ".join(experiment.plan.label(name) for name in front)
         lines.append(f"Pareto front, where nothing else is both faster and by its mean better: {labels}.")
     else:
-        lines.append("Steps were not timed (timing_rounds = 0).")
+        lines.append("Steps were not timed (timing_rounds = 0): nothing here says how fast a variant is.")
     return lines
 
 
@@ -230,10 +265,12 @@ def _results_table(experiment: Experiment) -> _Table:
     ]
     caption = (
         "Loss in nats a token and accuracy of the next token, over real tokens of the validation set. ±: 95 % interval "
-        "over seeds (Student's t), of the paired difference under “vs GQA”. Step: all variants timed in turns; more "
-        "than 1× is faster. Attention saving: attention FLOPs of multi-head attention over this variant's."
+        "over seeds (Student's t), of the paired difference under “vs GQA”. Attention saving: attention FLOPs of "
+        "multi-head attention over this variant's."
     )
-    if several:
+    if experiment.step_seconds:
+        caption += " Step: all variants timed in turns; more than 1× is faster."
+    if experiment.step_seconds and several:
         caption += (
             " Seconds: steps times the step. Effective speed-up: the time GQA needs to end at this loss (its final "
             "losses at the horizons, joined linearly in log time), over this variant's time, with its 95 % interval "
