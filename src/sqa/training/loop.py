@@ -407,10 +407,11 @@ def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, 
             int(token_bytes[batch.labels[real]].sum()),
             float(losses.sum()), int(hits.sum()), int((targets != IGNORE).sum()),
         ))  # fmt: skip
-    nll, correct, tokens, num_bytes, all_nll, all_correct, positions = map(sum, zip(*gather_object(sums), strict=True))
+    totals = map(sum, zip(*gather_object(sums), strict=True))
+    real_nll, correct, tokens, num_bytes, every_nll, all_correct, positions = totals
     if not num_bytes:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")
-    nll, all_nll = max(nll, 0.0), max(all_nll, 0.0)  # rounding may take a sure prediction below 0; nan stays
+    nll, all_nll = max(real_nll, 0.0), max(every_nll, 0.0)  # rounding may take a sure prediction below 0; nan stays
     loss = nll / tokens
     return Evaluation(
         loss=loss,
