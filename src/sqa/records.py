@@ -121,11 +121,15 @@ def read_fields(kind: type[T], values: Mapping[str, Any], name: str) -> T:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises InputError, naming the file, for anything else."""
+    """The object that a JSON file holds. Raises InputError, naming the file, for anything else, such as NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+        raise InputError(f"{path} is damaged: it is not JSON: {shown(str(error))}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, got {shown(repr(value))}")
     return value

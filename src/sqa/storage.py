@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 from sqa.config import LARGEST, LONGEST, MOST_LAYERS, ModelConfig
 from sqa.errors import InputError, shown
 from sqa.files import new_folder, write_json, write_safetensors
+from sqa.records import read_json
 
 MODEL_TYPE = "sqa"
 
@@ -32,30 +32,15 @@ def in_file(path: Path) -> Iterator[None]:
         raise InputError(f"{error} (in {path})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for anything else, numbers that are not finite included."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"model: {path} is not JSON: {shown(str(error))}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"model: {path} must hold a JSON object")
-    return value
-
-
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises ValueError when it is missing or no JSON object."""
+    """config.json as a dict. Raises InputError when it is missing or no JSON object."""
     if not (directory / "config.json").is_file():
         raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
     return read_json(directory / "config.json")
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """model.safetensors, or the shards of model.safetensors.index.json. Raises ValueError when missing or damaged."""
+    """model.safetensors, or the shards of model.safetensors.index.json. Raises InputError when missing or damaged."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file():
         return _read_file(directory / "model.safetensors")
@@ -136,8 +121,15 @@ def require_counts(values: Mapping[str, Any], *names: str) -> None:
             raise InputError(f"model: {name} in config.json must be at most {limit:,}, got {shown(str(values[name]))}")
 
 
+def require_values(values: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise InputError unless each of these fields of a config.json is absent or has one of the values known here."""
+    for name, allowed in known.items():
+        if (given := values.get(name, allowed[0])) not in allowed:
+            raise InputError(f"model: {name} must be {allowed[0]} to be read here, got {shown(repr(given))}")
+
+
 def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError naming the tensors that are missing, unknown, misshapen or quantised."""
+    """Raise InputError naming the tensors that are missing, unknown, misshapen or quantised."""
     problems = [f"missing {key}" for key in expected if key not in tensors]
     problems += [f"unknown {shown(key)}" for key in tensors if key not in expected]
     problems += [

@@ -447,7 +447,7 @@ def test_what_could_not_be_written_is_found_before_the_work(hugging_face, text: 
             told.append(text)
 
     (source / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json is damaged: it is not JSON"):
         converted(source, tmp_path / "out", text, Settings(query_heads=3, **SMALL), Telling())
     assert not told
 

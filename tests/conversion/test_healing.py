@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from sqa import ModelConfig, Transformer
 from sqa.conversion import surgery
-from sqa.conversion.decoder import Decoder
 from sqa.conversion.healing import Distillation, Layerwise, heal
+from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.settings import Settings
 from sqa.data.batches import Batch
 from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag
@@ -23,9 +23,9 @@ Build = Callable[[ModelConfig], Transformer]
 
 
 @pytest.fixture
-def pair(config_of: Make, model_of: Build) -> tuple[Decoder, Decoder]:
+def pair(config_of: Make, model_of: Build) -> tuple[LanguageModel, LanguageModel]:
     """The original, and the same with half its query heads dropped."""
-    original = Decoder(model_of(config_of()))
+    original = LanguageModel(model_of(config_of()))
     after, _ = surgery.plan_heads(original.views[0].config, 2, None)
     student = original.with_heads([after] * 2)
     for view, cut in zip(original.views, student.views, strict=True):
@@ -34,7 +34,7 @@ def pair(config_of: Make, model_of: Build) -> tuple[Decoder, Decoder]:
 
 
 def healed(
-    student: Decoder,
+    student: LanguageModel,
     task: Task[Batch],
     batches: list[Batch],
     folder: Path,
@@ -57,7 +57,9 @@ def mean(task: Task[Batch], batch: Batch) -> torch.Tensor:
     return task.loss_sum(torch.nn.Identity(), batch) / task.count(batch)
 
 
-def test_distillation_is_the_divergence_of_the_logits(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
+def test_distillation_is_the_divergence_of_the_logits(
+    pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]
+) -> None:
     original, student = pair
     (batch, *_), parameters = batches, list(student.model.parameters())
     got = mean(Distillation(student, original), batch)
@@ -74,7 +76,7 @@ def test_distillation_is_the_divergence_of_the_logits(pair: tuple[Decoder, Decod
         assert float(mean(Distillation(original, original), batch)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[Batch]) -> None:
+def test_layers_heal_on_their_own(pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]) -> None:
     """A layer's gradient does not change with the weights of another, and nothing but attention has one."""
     original, student = pair
 
@@ -96,7 +98,7 @@ def test_layers_heal_on_their_own(pair: tuple[Decoder, Decoder], batches: list[B
 
 @pytest.mark.parametrize("task", [Layerwise, Distillation])
 def test_healing_brings_the_model_closer(
-    task: Callable, pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+    task: Callable, pair: tuple[LanguageModel, LanguageModel], batches: list[Batch], tmp_path: Path
 ) -> None:
     original, student = pair
     before = student.measure(batches, original, original.outputs(batches))
@@ -109,7 +111,7 @@ def test_healing_brings_the_model_closer(
 
 
 def test_a_stopped_phase_ends_as_one_never_stopped(
-    pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+    pair: tuple[LanguageModel, LanguageModel], batches: list[Batch], tmp_path: Path
 ) -> None:
     original, student = pair
     start = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
@@ -143,7 +145,7 @@ def test_a_stopped_phase_ends_as_one_never_stopped(
 
 
 def test_a_loss_that_is_not_finite_ends_the_phase(
-    pair: tuple[Decoder, Decoder], batches: list[Batch], tmp_path: Path
+    pair: tuple[LanguageModel, LanguageModel], batches: list[Batch], tmp_path: Path
 ) -> None:
     original, student = pair
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sqa import AttentionConfig, ModelConfig, Rope, Transformer
 from sqa.conversion import importance, surgery
-from sqa.conversion.decoder import Decoder
+from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.moments import Moments
 from sqa.conversion.subject import AttentionView, AttentionWeights, joined, watched
 from sqa.data.batches import Batch
@@ -21,7 +21,7 @@ Make = Callable[..., ModelConfig]
 Build = Callable[[ModelConfig], Transformer]
 
 
-def read_by(subject: Decoder, batches: Sequence[Batch], index: int, projection: str) -> Tensor:
+def read_by(subject: LanguageModel, batches: Sequence[Batch], index: int, projection: str) -> Tensor:
     """What one projection of a layer read on these batches, (N, F)."""
     with torch.no_grad(), watched([getattr(subject.views[index], projection)]) as seen:
         return torch.cat(
@@ -29,7 +29,9 @@ def read_by(subject: Decoder, batches: Sequence[Batch], index: int, projection: 
         ).double()
 
 
-def with_weights(subject: Decoder, shapes: Sequence[AttentionConfig], weights: Sequence[AttentionWeights]) -> Decoder:
+def with_weights(
+    subject: LanguageModel, shapes: Sequence[AttentionConfig], weights: Sequence[AttentionWeights]
+) -> LanguageModel:
     changed = subject.with_heads(shapes)
     for view, values in zip(changed.views, weights, strict=True):
         view.write(values)
@@ -143,7 +145,7 @@ def test_errors_are_those_of_the_tokens() -> None:
 
 
 def test_importance_is_that_of_the_definition(config_of: Make, model_of: Build, batches: list[Batch]) -> None:
-    subject = Decoder(model_of(config_of()))
+    subject = LanguageModel(model_of(config_of()))
     view, size = subject.views[0], subject.views[0].config.head_dim
     z = read_by(subject, batches, 0, "o")
     moments = moments_of(z, z @ joined(view.o).T)
@@ -184,7 +186,7 @@ def test_elimination_drops_what_the_others_make_good_best(bias: bool) -> None:
 
 def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) -> None:
     """Against the loss with one head's output scaled a little up and down, a sequence at a time."""
-    subject = Decoder(model_of(config_of()))
+    subject = LanguageModel(model_of(config_of()))
     subject.model.double()
     found = importance.gate_gradients(subject, batches[:1])
     (batch,), size, step = batches[:1], subject.views[1].config.head_dim, 1e-2
@@ -261,7 +263,7 @@ def test_aligned_pooling_undoes_rotations_that_change_nothing(
                 projection = getattr(layer, f"{name}_proj")
                 projection.weight[own] = (turn @ projection.weight[first].double()).float()
                 projection.bias[own] = (turn @ projection.bias[first].double()).float()
-    subject = Decoder(model)
+    subject = LanguageModel(model)
     view = subject.views[0]
     inputs = Moments(24, 0, constant=True)
     inputs.add(read_by(subject, batches, 0, "q"))
@@ -293,7 +295,7 @@ def test_heads_that_keep_their_keys_compute_what_they_did(
     """Dropping heads equals zeroing their output columns; dropping none changes no bit."""
     config = config_of(bias=True, qkv_bias=True)
     model = model_of(config)
-    subject = Decoder(model)
+    subject = LanguageModel(model)
     after, _ = surgery.plan_heads(config.layers[0], len(kept), None)
     weights = [surgery.cut(view, after.num_kv_heads, kept) for view in subject.views]
     cut = with_weights(subject, [after] * 2, weights).model

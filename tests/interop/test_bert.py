@@ -238,11 +238,11 @@ def tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
     ("damage", "message"),
     [
         (config(model_type="gpt2"), "model_type 'gpt2'; supported here: bert, sqa_bert"),
-        (config(is_decoder=True), "is_decoder must be False, got True"),
+        (config(is_decoder=True), "is_decoder must be False to be read here, got True"),
         (config(add_cross_attention=True), "add_cross_attention must be False"),
         (
             config(position_embedding_type="relative_key"),
-            "position_embedding_type must be absolute, got 'relative_key'",
+            "position_embedding_type must be absolute to be read here, got 'relative_key'",
         ),
         (config(quantization_config={"bits": 4}), "quantization_config must be None"),
         (config(hidden_size="48"), "hidden_size in config.json must be a whole number above 0, got '48'"),

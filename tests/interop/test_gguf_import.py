@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqa import AttentionConfig, InputError, ModelConfig, Rope, RopeScaling, Transformer, load_model
 from sqa.interop import export, import_model, load_config, open_source
-from sqa.interop.gguf_reader import NAMES
 from sqa.interop.llama import repaired
 
 Make = Callable[..., ModelConfig]
@@ -67,16 +66,11 @@ def write_gguf(
     tensors = model.tensors()
     if arch == "llama":
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
-    theirs = {ours: name for name, ours in NAMES.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_layers)
     for key, tensor in tensors.items():
-        part, _, suffix = key.rpartition(".")
-        block = ""
-        if part.startswith("model.layers."):
-            _, _, index, part = part.split(".", 3)
-            block = f"blk.{index}."
         stored = kind if tensor.ndim > 1 else GGMLQuantizationType.F32
         data = gguf.quants.quantize(tensor.float().numpy(), stored)
-        writer.add_tensor(f"{block}{theirs[part]}.{suffix}", data, raw_dtype=stored)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

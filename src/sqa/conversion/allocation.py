@@ -71,7 +71,7 @@ def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: 
 def spread(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
     """The count of each layer with the lowest sum of costs of all that add up to `total`.
 
-    Raises ValueError with the nearest totals when none does.
+    Raises InputError with the nearest totals when none does.
     """
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for layer in costs:

@@ -6,7 +6,7 @@ before it give was measured and did not help (docs/conversion.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,48 +21,39 @@ from sqa.conversion.settings import Settings
 from sqa.conversion.subject import AttentionView, Subject, watched
 
 
-class Walk:
-    """One set of batches on its way through the original: its residual stream, and what the layer it is in read."""
-
-    def __init__(self, original: Subject, batches: Sequence[Any]) -> None:
-        self.original, self.batches = original, batches
-        self.streams = [original.stream(batch) for batch in batches]
-        self.reads: list[Tensor] = []
-        self.targets: list[Tensor] = []
-
-    def enter(self, index: int) -> Moments:
-        """Pass layer `index`; returns the moments of what its output projection read.
-
-        Then `reads` holds what the attention read, and `targets` what it gave.
-        """
-        view = self.original.views[index]
+def _walk(original: Subject, batches: Sequence[Any]) -> Iterator[tuple[Moments, list[Tensor], list[Tensor]]]:
+    """Of each layer the moments of what its output projection read, and what its attention read and gave a batch."""
+    streams = [original.stream(batch) for batch in batches]
+    for index, view in enumerate(original.views):
         moments = _moments_of(view)
-        self.reads = [self.original.read(index, stream) for stream in self.streams]
-        self.targets = []
-        for i, (batch, read) in enumerate(zip(self.batches, self.reads, strict=True)):
-            with watched([view.o]) as seen:
-                given = self.original.attend(index, read, batch)
-            moments.add(self.original.tokens(seen[0][0], batch))
-            self.targets.append(given)
-            self.streams[i] = self.original.after(index, self.streams[i], given)
-        return moments
+        reads, given = [original.read(index, stream) for stream in streams], []
+        with watched([view.o]) as seen:
+            for i, (batch, read) in enumerate(zip(batches, reads, strict=True)):
+                given.append(original.attend(index, read, batch))
+                moments.add(original.tokens(seen[0][0], batch))
+                streams[i] = original.after(index, streams[i], given[i])
+        yield moments, reads, given
 
-    def inputs(self) -> Moments:
-        """Moments of what the layer read."""
-        moments = Moments(self.reads[0].shape[-1], 0, constant=True)
-        for read, batch in zip(self.reads, self.batches, strict=True):
-            moments.add(self.original.tokens(read, batch))
-        return moments
 
-    def features(self, cut: Subject, index: int) -> Moments:
-        """Moments of what the output projection of the cut layer reads, with the targets."""
-        view = cut.views[index]
-        moments = _moments_of(view)
-        for batch, read, target in zip(self.batches, self.reads, self.targets, strict=True):
-            with watched([view.o]) as seen:
-                cut.attend(index, read, batch)
+def _features(
+    cut: Subject, index: int, batches: Sequence[Any], reads: Sequence[Tensor], targets: Sequence[Tensor]
+) -> Moments:
+    """Moments of what the output projection of the cut layer reads where the attention reads that, with the targets."""
+    view = cut.views[index]
+    moments = _moments_of(view)
+    with watched([view.o]) as seen:
+        for batch, read, target in zip(batches, reads, targets, strict=True):
+            cut.attend(index, read, batch)
             moments.add(cut.tokens(seen[0][0], batch), cut.tokens(target, batch))
-        return moments
+    return moments
+
+
+def _inputs(subject: Subject, batches: Sequence[Any], reads: Sequence[Tensor]) -> Moments:
+    """Moments of what a layer reads."""
+    moments = Moments(reads[0].shape[-1], 0, constant=True)
+    for batch, read in zip(batches, reads, strict=True):
+        moments.add(subject.tokens(read, batch))
+    return moments
 
 
 def _moments_of(view: AttentionView) -> Moments:
@@ -89,12 +80,10 @@ def operate(
     generator = torch.Generator().manual_seed(settings.seed)
     shapes = [after for after, _ in plans]
     dropped, refitted = original.with_heads(shapes), original.with_heads(shapes)
-    walk, check = Walk(original, fit), Walk(original, held_out)
     changes = []
-    for index, (after, pools) in enumerate(plans):
+    both = zip(plans, _walk(original, fit), _walk(original, held_out), strict=True)
+    for index, ((after, pools), (own, reads, given), (_, held_reads, held_given)) in enumerate(both):
         view = original.views[index]
-        own = walk.enter(index)
-        check.enter(index)
         kept = importance.choose_heads(
             settings.method,
             view,
@@ -105,9 +94,10 @@ def operate(
             generator=generator,
         )
         joins = settings.pooling == "aligned" and after.num_kv_heads < view.config.num_kv_heads
-        weights = surgery.cut(view, after.num_kv_heads, kept, walk.inputs() if joins else None)
+        weights = surgery.cut(view, after.num_kv_heads, kept, _inputs(original, fit, reads) if joins else None)
         dropped.views[index].write(weights)
-        fitted, held = walk.features(dropped, index), check.features(dropped, index)
+        fitted = _features(dropped, index, fit, reads, given)
+        held = _features(dropped, index, held_out, held_reads, held_given)
         output = surgery.refit(weights.o, fitted, held)
         refitted.views[index].write(replace(weights, o=output))
         changes.append(LayerChange(kept=tuple(kept), dropped=held.error(weights.o), refitted=held.error(output)))

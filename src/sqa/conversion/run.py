@@ -30,6 +30,7 @@ from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
+from sqa.records import read_json
 from sqa.training.loop import Hooks
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
@@ -151,7 +152,7 @@ class _Run:
         settings: dict[str, Any] = json.loads(json.dumps(asked))
         if not self.state_path.is_file():
             return Conversion(settings=settings)
-        state = Conversion.from_dict(storage.read_json(self.state_path))
+        state = Conversion.from_dict(read_json(self.state_path))
         self._compare(state.settings, settings)
         return state
 

@@ -11,8 +11,8 @@ from typing import Literal
 from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.conversion import allocation, surgery
-from sqa.conversion.decoder import Decoder
 from sqa.conversion.importance import Method
+from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.subject import Subject
 from sqa.data import Corpus, open_corpus
 from sqa.errors import InputError
@@ -96,12 +96,12 @@ class Settings:
 
 
 def subject_class(directory: Path) -> type[Subject]:
-    """Decoder or Encoder, by the model_type of the directory."""
+    """LanguageModel or Encoder, by the model_type of the directory."""
     if directory.is_dir() and storage.read_config(directory).get("model_type") in ("bert", "sqa_bert"):
         from sqa.conversion.encoder import Encoder
 
         return Encoder
-    return Decoder
+    return LanguageModel
 
 
 Plan = tuple[AttentionConfig, list[range]]

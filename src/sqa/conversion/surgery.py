@@ -28,7 +28,7 @@ def plan_heads(
 
     Without `num_kv_heads` a layer keeps its own, and one of multi-head attention as many as query heads. Query heads
     that share a KV head stay together, so a pool is what will share one; where each query head has a KV head of its
-    own and keeps it, all heads are one pool. Raises ValueError with the numbers that would fit.
+    own and keeps it, all heads are one pool. Raises InputError with the numbers that would fit.
     """
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     if heads < kv_heads:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from sqa import storage
 from sqa.config import AttentionConfig
-from sqa.errors import InputError, MissingExtraError, shown
+from sqa.errors import InputError, MissingExtraError
 from sqa.files import write_json, write_safetensors
 from sqa.interop.text import FILES, read_text_side
+from sqa.interop.writers import own_code
+from sqa.records import read_json
 
 try:
     from transformers import BertConfig, BertModel
@@ -28,26 +29,23 @@ except ImportError:
 
 MODEL_TYPES = {"bert": (BertConfig, BertModel), "sqa_bert": (SqaBertConfig, SqaBertModel)}
 SENTENCE_FILES = ("vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
+    "quantization_config": (None,),
+}
 _OURS = ("num_query_heads", "num_kv_heads", "head_dim")
 _BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|output\.dense\.weight)$")
 
 
 def load_config(directory: Path) -> BertConfig:
-    """The config of a directory that `load_bert` reads. Raises ValueError as that does."""
+    """The config of a directory that `load_bert` reads. Raises InputError as that does."""
     values = storage.read_config(directory)
     kind = values.get("model_type")
     if kind not in tuple(MODEL_TYPES):
         raise InputError(f"model: config.json has model_type {kind!r}; supported here: {', '.join(MODEL_TYPES)}")
-    for name, plain in (
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-        ("position_embedding_type", "absolute"),
-        ("quantization_config", None),
-    ):
-        if (value := values.get(name, plain)) != plain:
-            raise InputError(
-                f"model: {name} must be {plain}, got {shown(repr(value))}: only plain BERT encoders are supported"
-            )
+    storage.require_values(values, _PLAIN)
     counts = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
         "max_position_embeddings", "type_vocab_size", *_OURS,
@@ -76,7 +74,7 @@ def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> 
         found += [path for path in sorted(module.rglob("*")) if not path.is_dir() and storage.regular_file(path)]
     for path in found:
         if path.suffix == ".json" and path.name != "modules.json":  # that one is a list
-            storage.read_json(path)
+            read_json(path)
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
@@ -94,7 +92,7 @@ def _plain_errors(directory: Path) -> Iterator[None]:
 def load_bert(directory: Path) -> BertModel:
     """A BertModel, or a SqaBertModel where `save_bert` wrote the directory, in the dtype of its file and in eval mode.
 
-    Tensor names may start with "bert."; a pooler may be absent. Raises ValueError, naming what is wrong, for anything
+    Tensor names may start with "bert."; a pooler may be absent. Raises InputError, naming what is wrong, for anything
     missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
     """
     config = load_config(directory)
@@ -133,7 +131,7 @@ def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> 
     """A copy of `model` with other head counts, same dtype, device and mode.
 
     Random, and for the caller to fill: weights and biases of `attention.self.{query,key,value}` and
-    `attention.output.dense.weight`. Raises ValueError for counts that do not fit.
+    `attention.output.dense.weight`. Raises InputError for counts that do not fit.
     """
     shape = attention_config(model.config).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
     ours = {name: getattr(shape, name) for name in _OURS}
@@ -148,27 +146,19 @@ def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> 
 def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     """Write `model` into `folder`, one of `storage.new_directory`, for AutoModel with trust_remote_code.
 
-    Beside the weights: the code, and of `source` the tokenizer and what sentence-transformers reads (its JSON files,
-    and the folders of its further modules such as 1_Pooling).
+    Its tokenizer and what sentence-transformers reads are copied from the directory `source`.
     """
     values = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         values.pop(name, None)
     values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
-    values |= {
-        "architectures": ["SqaBertModel"],
-        "auto_map": {
-            "AutoConfig": "modeling_sqa_bert.SqaBertConfig",
-            "AutoModel": "modeling_sqa_bert.SqaBertModel",
-        },
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    values["dtype"] = str(model.dtype).removeprefix("torch.")
+    values |= own_code(folder, "modeling_sqa_bert", AutoConfig="SqaBertConfig", AutoModel="SqaBertModel")
     write_safetensors(
         folder / "model.safetensors",
         {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
     )
     write_json(folder / "config.json", values)
-    shutil.copyfile(Path(__file__).with_name("modeling_sqa_bert.py"), folder / "modeling_sqa_bert.py")
     for name, content in _side_files(source, storage.read_config(source), model.config.vocab_size).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

@@ -22,7 +22,8 @@ from sqa import storage
 from sqa.attention.rope import inverse_frequencies
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, MissingExtraError, shown
-from sqa.interop.llama import repaired, with_zero_biases
+from sqa.interop.llama import OUTER, repaired, with_zero_biases
+from sqa.model import Transformer
 
 try:
     import gguf
@@ -32,25 +33,7 @@ except ImportError:
 
 ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
 INTERLEAVED = ("llama", "deci")  # those that pair rotary dimensions (2j, 2j+1), the others as Llama in transformers
-# what llama.cpp calls our tensors
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER = ("attn_output", "ffn_gate", "ffn_up", "ffn_down")  # what our `bias` adds to, beside the head
-_IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_OUTER_BIAS = re.compile(r"blk\.0\.(attn_output|ffn_gate|ffn_up|ffn_down)\.bias")
 # keys that change what a model computes, and the value that ours computes
 _FIXED: dict[str, Any] = {
     "expert_count": 0,
@@ -243,7 +226,7 @@ def model_config(file: GgufFile) -> ModelConfig:
         d_ff=file.count(f"{arch}.feed_forward_length"),
         max_seq_len=max_seq_len,
         attention=layers[0] if len(set(layers)) == 1 else layers,
-        bias=any(f"blk.0.{part}.bias" in file.tensors for part in _OUTER),
+        bias=any(map(_OUTER_BIAS.fullmatch, file.tensors)),
         tie_embeddings="output.weight" not in file.tensors,
         norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5),
     )
@@ -309,19 +292,21 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
     kinds = {stored.kind for stored in file.tensors.values() if len(stored.shape) > 1}
     half = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
     dtype = half.get(next(iter(kinds)), torch.float32) if len(kinds) == 1 else torch.float32
-    tensors = {_our_name(name): each.read(dtype) for name, each in file.tensors.items() if name != "rope_freqs.weight"}
+    ours = {theirs: key for key, theirs in their_names(config).items()}
+    tensors = {
+        ours.get(name, name): each.read(dtype) for name, each in file.tensors.items() if name != "rope_freqs.weight"
+    }  # a name that is not known is kept, for the model to refuse
     if config.bias:
-        absent = [NAMES[part] for part in _OUTER if f"blk.0.{part}.bias" not in file.tensors]
+        absent = [part for part in OUTER if f"model.layers.0.{part}.bias" not in tensors]
         tensors = with_zero_biases(tensors, config, [*absent, "lm_head"])
     if file.metadata["general.architecture"] in INTERLEAVED:
         tensors = repaired(tensors, config.layers[0].head_dim, interleaved=False)
     return tensors
 
 
-def _our_name(name: str) -> str:
-    """Our name of a tensor; one that is not known is kept, for the model to refuse."""
-    if found := _IN_LAYER.fullmatch(name):
-        layer, part, kind = found.groups()
-        return f"model.layers.{layer}.{NAMES[part]}.{kind}" if part in NAMES else name
-    part, _, kind = name.rpartition(".")
-    return f"{NAMES[part]}.{kind}" if part in NAMES else name
+def their_names(config: ModelConfig) -> dict[str, str]:
+    """What llama.cpp calls each tensor of a model of ours."""
+    with torch.device("meta"):
+        ours = Transformer(config).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_layers)  # the names of the others, and QK-norm
+    return {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in ours}

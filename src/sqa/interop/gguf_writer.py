@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from sqa.config import ModelConfig
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
-from sqa.interop.gguf_reader import INTERLEAVED, NAMES
+from sqa.interop.gguf_reader import INTERLEAVED, their_names
 from sqa.interop.gguf_tokenizer import pre_of
 from sqa.interop.llama import repaired, stock_config, stock_state
 from sqa.interop.text import TextSide
@@ -27,12 +26,11 @@ try:
 except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
-_THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
-    """Raise ValueError for what no GGUF file of architecture llama, deci or qwen3 can hold, and what to change."""
+    """Raise InputError for what no GGUF file of architecture llama, deci or qwen3 can hold, and what to change."""
     if out.suffix != ".gguf":
         raise InputError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
     if dtype not in _DTYPES:
@@ -73,7 +71,7 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
     tensors = stock_state(model.float().tensors(), config)
     if arch in INTERLEAVED:
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
-    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    kind, names = gguf.GGMLQuantizationType[dtype.upper()], their_names(config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
@@ -99,7 +97,7 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
                 writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes token ids
             for key, tensor in tensors.items():
                 data, stored = _quantized(tensor, kind)
-                writer.add_tensor(_their_name(key), data, raw_dtype=stored)
+                writer.add_tensor(names[key], data, raw_dtype=stored)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             try:
@@ -110,14 +108,6 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
         finally:
             writer.close()
-
-
-def _their_name(key: str) -> str:
-    """What llama.cpp calls one of our tensors."""
-    part, _, kind = key.rpartition(".")
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part):
-        return f"blk.{found[1]}.{_THEIRS[found[2]]}.{kind}"
-    return f"{_THEIRS[part]}.{kind}"
 
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:

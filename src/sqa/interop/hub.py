@@ -101,7 +101,7 @@ def push_to_hub(
     """Export `source` as `format` ("hf" or "hf-remote"), add a model card and upload it; returns the commit's address.
 
     `licence` is the Hub's identifier, such as "apache-2.0"; `result`, a row of results.jsonl, and `plan` go into the
-    card. The token is huggingface-hub's own (`hf auth login`). Raises ValueError for a format or name that cannot be.
+    card. The token is huggingface-hub's own (`hf auth login`). Raises InputError for a format or name that cannot be.
     """
     from sqa.interop import export, load_config
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, shown
-from sqa.storage import require_counts
+from sqa.storage import require_counts, require_values
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
@@ -24,34 +24,31 @@ _SCALING_FIELDS = {
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
+# fields of their config.json and of ModelConfig that hold the same
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "num_hidden_layers": "num_layers",
+    "intermediate_size": "d_ff",
+    "max_position_embeddings": "max_seq_len",
+}
+_FIELDS = {**_SIZES, "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
+OUTER = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""What our `bias` adds one to, beside the head."""
 _ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows are rotary dimensions
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Read a config.json of one of MODEL_TYPES. Raises ValueError for what such a model may have and ours has not."""
+    """Read a config.json of one of MODEL_TYPES. Raises InputError for what such a model may have and ours has not."""
     kind = values["model_type"]
     optional = [name for name in ("head_dim", "num_key_value_heads") if values.get(name)]
-    require_counts(
-        values,
-        "hidden_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        *optional,
-    )
-    for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
-        if values.get(name, allowed) != allowed:
-            raise InputError(f"model: {name} must be {allowed!r} to be read here, got {shown(repr(values[name]))}")
+    require_counts(values, "hidden_size", "num_attention_heads", *_SIZES, *optional)
+    require_values(values, {"hidden_act": ("silu",), "quantization_config": (None,)})
     d_model, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim") or d_model // heads
     attention_bias = bool(values.get("attention_bias")) and kind in ("llama", "qwen3")
     attention = AttentionConfig(
         d_model=d_model,
-        num_heads=max(
-            heads, d_model // max(head_dim, 1)
-        ),  # the nominal count of an exported layer with fewer query heads
+        num_heads=max(heads, d_model // max(head_dim, 1)),  # the nominal count of a layer with fewer query heads
         num_query_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=head_dim,
@@ -62,10 +59,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     windows = _windows(values)
     layers = tuple(attention.replace(window=window) for window in windows)
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        num_layers=values["num_hidden_layers"],
-        d_ff=values["intermediate_size"],
-        max_seq_len=values["max_position_embeddings"],
+        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
         attention=layers[0] if len(set(windows)) == 1 else layers,
         bias=attention_bias or (kind == "llama" and bool(values.get("mlp_bias"))),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -129,8 +123,7 @@ def state_from_stock(
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors
-    absent = [] if values.get("attention_bias") else ["self_attn.o_proj"]
-    absent += [] if values.get("mlp_bias") else ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    absent = [part for part in OUTER if not values.get("mlp_bias" if "mlp" in part else "attention_bias")]
     return with_zero_biases(tensors, config, [*absent, "lm_head"])
 
 
@@ -149,7 +142,7 @@ def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: 
 def stock_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json, but for the dtype, of the stock class that holds this model: Llama, Mistral, Qwen2 or Qwen3.
 
-    Raises ValueError with the reasons, and what to change, when there is none.
+    Raises InputError with the reasons, and what to change, when there is none.
     """
     layer = config.layers[0]
     windows = [each.window for each in config.layers]
@@ -173,17 +166,12 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
+        **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
         "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
         "num_attention_heads": layer.num_query_heads,
         "num_key_value_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
         "rope_parameters": _write_rope(layer.rope),
     }

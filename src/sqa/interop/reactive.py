@@ -15,7 +15,7 @@ from torch import Tensor
 from sqa.attention.rope import inverse_frequencies
 from sqa.config import AttentionConfig, ModelConfig, Rope
 from sqa.errors import InputError, shown
-from sqa.storage import require_counts
+from sqa.storage import require_counts, require_values
 
 # fields that change the computation, and the value that this reader implements
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -26,6 +26,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "use_rms_norm": (True,),
     "use_head_norm": (False, None),
 }
+# sizes, theirs and ours
+_SIZES = {"vocab_size": "vocab_size", "num_layers": "num_layers", "ff_dim": "d_ff", "seq_len": "max_seq_len"}
 # parts of tensor names, theirs and ours
 _NAMES = {
     "model.embedding.": "model.embed_tokens.",
@@ -44,16 +46,14 @@ def is_reactive(values: Mapping[str, Any]) -> bool:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Read their config.json. Raises ValueError for mixtures of experts and other shapes that are not published."""
-    require_counts(values, "num_layers", "vocab_size", "embed_dim", "ff_dim", "att_heads", "seq_len")
+    """Read their config.json. Raises InputError for mixtures of experts and other shapes that are not published."""
+    require_counts(values, *_SIZES, "embed_dim", "att_heads")
     if values.get("use_moe_ff") or values.get("use_moe_att"):
         raise InputError(
             "model: this ReactiveAI checkpoint is a mixture of experts, which is not supported; "
             "the dense ones are (SQAT-m, sSQAT-m, xSQAT-m, xSMQAT-m and their MHA, GQA and MQA references)"
         )
-    for name, allowed in _FIXED.items():
-        if values.get(name, allowed[0]) not in allowed:
-            raise InputError(f"model: {name} must be {allowed[0]!r} to be read here, got {shown(repr(values[name]))}")
+    require_values(values, _FIXED)
     heads, kind = values["att_heads"], values["att_type"]
     groups, queries = values.get("att_groups"), values.get("att_num_query_groups")
     counts = {"mha": (heads, heads), "gqa": (heads, groups), "mqa": (heads, 1), "sqa": (queries, groups)}
@@ -69,10 +69,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
             stacklevel=2,
         )
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        num_layers=values["num_layers"],
-        d_ff=values["ff_dim"],
-        max_seq_len=values["seq_len"],
+        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
         attention=AttentionConfig(
             d_model=values["embed_dim"],
             num_heads=heads,
@@ -89,7 +86,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 def state_from_reactive(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors from theirs; names that are not theirs are kept, for `build` to refuse.
 
-    Raises ValueError for a rotary table or a height of `fc1` that is not expected.
+    Raises InputError for a rotary table or a height of `fc1` that is not expected.
     """
     head_dim = config.layers[0].head_dim
     frequencies, _ = inverse_frequencies(Rope(), head_dim)

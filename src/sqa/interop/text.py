@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 from sqa.errors import InputError, shown
 from sqa.files import write_text
-from sqa.storage import read_json, regular_file
+from sqa.records import read_json
+from sqa.storage import regular_file
 
 TOKENIZER, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"

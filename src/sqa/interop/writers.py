@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,15 +108,22 @@ def _write_hugging_face(model: Transformer, folder: Path, text: TextSide, *, sto
         values = llama.stock_config(model.config)
         tensors = llama.stock_state(tensors, model.config)
     else:
-        values = {"model_type": storage.MODEL_TYPE, **model.config.to_dict()} | {
-            "architectures": ["SqaForCausalLM"],
-            "auto_map": {
-                "AutoConfig": "modeling_sqa.SqaConfig",
-                "AutoModelForCausalLM": "modeling_sqa.SqaForCausalLM",
-            },
-        }
-        shutil.copyfile(Path(__file__).with_name("modeling_sqa.py"), folder / "modeling_sqa.py")
+        values = {"model_type": storage.MODEL_TYPE, **model.config.to_dict()}
+        values |= own_code(folder, "modeling_sqa", AutoConfig="SqaConfig", AutoModelForCausalLM="SqaForCausalLM")
     values["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | text.special.to_dict())  # null where transformers would guess
     text.write(folder)
+
+
+def own_code(folder: Path, module: str, **classes: str) -> dict[str, Any]:
+    """Copy a module of this folder beside a model, and give the fields of its config.json that make it known.
+
+    `classes`: of each Auto class of transformers that of the module, the model's last.
+    """
+    shutil.copyfile(Path(__file__).with_name(f"{module}.py"), folder / f"{module}.py")
+    *_, model_class = classes.values()
+    return {
+        "architectures": [model_class],
+        "auto_map": {auto: f"{module}.{name}" for auto, name in classes.items()},
+    }

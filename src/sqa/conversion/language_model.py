@@ -13,20 +13,20 @@ from sqa import interop, storage
 from sqa.config import AttentionConfig
 from sqa.conversion.records import LanguageQuality
 from sqa.conversion.subject import AttentionView, Subject
-from sqa.conversion.text import packed_batches
 from sqa.data.batches import Batch
+from sqa.errors import InputError
 from sqa.losses import IGNORE, linear_distillation
 from sqa.model import Transformer
 
 
-class Decoder(Subject):
+class LanguageModel(Subject):
     """Reads packed rows; every position is a real token."""
 
     default_speed_at = (512, 2048, 8192)
     predicts = True
 
     @classmethod
-    def load(cls, directory: Path) -> Decoder:
+    def load(cls, directory: Path) -> LanguageModel:
         return cls(interop.load_model(directory))
 
     @classmethod
@@ -81,7 +81,7 @@ class Decoder(Subject):
         """Mean nll a real token."""
         return self.model(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss
 
-    def distance(self, hidden: Tensor, teacher: Decoder, teacher_hidden: Tensor, batch: Batch) -> Tensor:
+    def distance(self, hidden: Tensor, teacher: LanguageModel, teacher_hidden: Tensor, batch: Batch) -> Tensor:
         """KL(teacher || this model), mean over tokens."""
         head, other = self.model.lm_head, teacher.model.lm_head
         total = linear_distillation(hidden, head.weight, head.bias, (teacher_hidden, other.weight, other.bias))
@@ -92,7 +92,7 @@ class Decoder(Subject):
         return [self.hidden(batch) for batch in batches]
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[Batch], teacher: Decoder, reference: Sequence[Tensor]) -> LanguageQuality:
+    def measure(self, batches: Iterable[Batch], teacher: LanguageModel, reference: Sequence[Tensor]) -> LanguageQuality:
         sums = dict.fromkeys(("nll", "kl", "agreed", "real", "positions"), 0.0)
         for batch, target in zip(batches, reference, strict=True):
             hidden = target if teacher is self else self.hidden(batch)
@@ -113,7 +113,7 @@ class Decoder(Subject):
             agreement=sums["agreed"] / sums["positions"],
         )
 
-    def with_heads(self, attention: Sequence[AttentionConfig]) -> Decoder:
+    def with_heads(self, attention: Sequence[AttentionConfig]) -> LanguageModel:
         config = self.model.config.replace(attention=attention[0] if len(set(attention)) == 1 else tuple(attention))
         old = self.model.state_dict()
         with torch.device("meta"):
@@ -122,7 +122,7 @@ class Decoder(Subject):
             key: old[key] if old[key].shape == wanted.shape else old[key].new_zeros(wanted.shape)
             for key, wanted in new.items()
         }
-        return Decoder(Transformer.from_tensors(config, tensors, "the converted model").to(self.device))
+        return LanguageModel(Transformer.from_tensors(config, tensors, "the converted model").to(self.device))
 
     def continued(self, batch: Batch, new_tokens: int) -> Tensor:
         return self.model.generate(batch.input_ids, max_new_tokens=new_tokens)[:, batch.input_ids.shape[1] :]
@@ -135,3 +135,33 @@ class Decoder(Subject):
 
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
         interop.write_like(self.model.to(dtype), folder, source)
+
+
+def packed_batches(documents: Iterator[list[int]], *, rows: int, length: int, batch_size: int) -> list[Batch]:
+    """`rows` rows of `length` tokens in batches: the next documents (token ids) end to end.
+
+    Attention is to be confined to `document_ids`; what follows a document is not to be predicted from it. Raises
+    InputError with both numbers when there is less text.
+    """
+    if not rows:
+        return []
+    needed = rows * length + 1
+    found: list[Tensor] = []
+    count = 0
+    while count < needed:
+        ids = next(documents, None)
+        if ids is None:
+            raise InputError(
+                f"text: {rows} rows of {length} tokens take {needed:,} tokens, but only {count:,} are left in this "
+                f"split; give more documents, or ask for fewer or shorter rows"
+            )
+        found.append(torch.tensor(ids, dtype=torch.int64))
+        count += len(ids)
+    numbers = torch.arange(len(found), dtype=torch.int32).repeat_interleave(torch.tensor([len(ids) for ids in found]))
+    stream, of = torch.cat(found)[:needed], numbers[:needed]
+    labels = torch.where(of[1:] == of[:-1], stream[1:], IGNORE)
+    inputs, labels, of = (x.view(rows, length).split(batch_size) for x in (stream[:-1], labels, of[:-1]))
+    return [
+        Batch(input_ids=a, labels=b, labels_all_positions=None, document_ids=c - c[:, :1])
+        for a, b, c in zip(inputs, labels, of, strict=True)
+    ]
