@@ -180,7 +180,7 @@ def steps_table(shape: str, estimates: Sequence[StepEstimate]) -> Table:
         states = sum(e.memory[part] for part in ("parameters", "gradients", "adam"))
         other = sum(e.memory.values()) - states
         built.add_row(
-            f"{e.n:,}", VARIANTS[e.variant].label, f"{e.flops / 1e15:,.1f}", f"{states / 1e9:.3g}",
+            f"{e.n:,}", VARIANTS[e.variant].label, f"{e.flops / 1e15:,.1f}", f"{states / 1e9:#.3g}",
             f"{other / 1e9:.1f}", f"{e.communication / 1e9:.1f}", f"{e.communicate_s:.3f}", f"{e.step_s:.2f}",
             f"{e.gpu_hours_per_billion:.1f}", f"{base.step_s / e.step_s:.2f}x",
         )  # fmt: skip
