@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,15 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 def test_a_comparison_killed_while_its_plan_is_written_starts_again(plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".plan.json.a1b2c3").write_text('{"plan": ')
+    killed = subprocess.run(
+        [
+            sys.executable, "-c", "import os, sys; from pathlib import Path; from sqa.files import replacing\n"
+            "with replacing(Path(sys.argv[1])) as temporary: temporary.write_text('{\"plan\": '); os._exit(9)",
+            str(out / "plan.json"),
+        ]
+    )  # fmt: skip
+    assert killed.returncode == 9
+    assert len(list(out.glob(".plan.json.*"))) == 1
     (out / ".lock-sqa-0").write_text("12345")
     with pytest.raises(InputError, match="stopped before it had begun, start it without --resume"):
         Directory(out).resumed({})
@@ -69,6 +79,7 @@ def test_steps_that_were_changed_are_noticed(plan: Plan, tmp_path: Path) -> None
     record = json.loads((out / "plan.json").read_text())
     record["steps"]["sqa"] += 1
     (out / "plan.json").write_text(json.dumps(record))
+    (out / "results.jsonl").unlink()  # a finished run would be noticed first, for its own steps
     with pytest.raises(InputError, match=r"steps\.sqa must be \d+, which budget epochs=0\.5 gives"):
         compare(Directory(out).resumed({}), out, resume=True)
 

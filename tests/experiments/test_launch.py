@@ -125,6 +125,7 @@ def test_processes_share_a_comparison_run_by_run(folder: Path) -> None:
         assert "sqa seed 1: step" in here(folder, "shared", "sqa:1", "gqa:0")
     text = here(folder, "shared", resume=True)
     assert [cell for cell in ("gqa seed 0", "sqa seed 0", "gqa seed 1", "sqa seed 1") if cell in text] == ["gqa seed 1"]
+    assert "run 3 of 4: gqa seed 1" in text  # its place in the plan, whoever ran the others
     assert outcome(out) == outcome(folder / "whole")
     assert not list(out.glob(".lock*"))
     with pytest.raises(ValueError, match=r"only: 'sqa:2' is not a run of the plan.*seeds 0, 1"):

@@ -66,6 +66,15 @@ def test_changes_replace_fields_before_they_are_validated(tmp_path: Path) -> Non
     assert Plan.read(str(path), {"variants": ("mha",)}).variants == ("mha",)
 
 
+def test_the_plan_of_one_run_is_timed_only_where_its_budget_needs_that(tmp_path: Path) -> None:
+    path = tmp_path / "p.toml"
+    for budget, rounds in (("steps=3", 0), ("time=20m", 9)):
+        path.write_text(f'variants = ["gqa", "ssqa"]\nbudget = "{budget}"\n[shapes.gqa]\nnum_layers = 2\n')
+        plan = Plan.read_single(str(path), "SSQA", 7, {"context": 64})
+        assert (plan.cells, plan.context, plan.shapes) == ([("ssqa", 7)], 64, {})
+        assert plan.timing_rounds == rounds
+
+
 def test_other_variants_leave_shapes_behind(tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_text('variants = ["gqa", "sqa"]\ncontext = 512\n[shapes.gqa]\nnum_layers = 2\n', encoding="utf-8")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from sqa.cost import parameters
-from sqa.experiments.figures import COLOURS, CURVE_POINTS, curve, difference_curves
+from sqa.experiments.directory import Directory
+from sqa.experiments.figures import COLOURS, CURVE_POINTS, curve, difference_curves, make_figures
 from sqa.experiments.plan import Plan
-from sqa.experiments.report import pareto_front, write_report
+from sqa.experiments.report import pareto_front, read_experiment, write_report
 from sqa.progress import StepReport
 from sqa.variants import VARIANTS
 
@@ -246,14 +247,19 @@ def test_horizons_join_on_one_page_with_probes_and_effective_speedups(tmp_path: 
         for i, n in enumerate((50, 200))
     ]
     probe = {"positions": [0, 16, 1024], "loss_by_position": [3.0, 2.5], "repeated_loss": 4.0, "unrepeated_loss": 6.0}
-    for run in ("gqa-0", "gqa-1", "sqa-0"):
-        lines = [json.dumps({"step": step, "tokens": 7000 * step, **probe}) + "\n" for step in (2, 200)]
-        (folders[1] / run / "probes.jsonl").write_text("".join(lines))
+    for folder, steps in zip(folders, ((2, 50), (3, 200)), strict=True):
+        for run in ("gqa-0", "gqa-1", "sqa-0"):
+            lines = [json.dumps({"step": step, "tokens": 7000 * step, **probe}) + "\n" for step in steps]
+            (folder / run / "probes.jsonl").write_text("".join(lines))
     page, *images = write_report(list(reversed(folders)), tmp_path / "out")
     names = {path.stem for path in images}
     assert {"difference-over-tokens", "final-loss-over-tokens", "final-loss-over-time"} <= names
     assert {"repeated-sequence", "late-minus-early"} <= names
     assert "grid" not in names
+    for held in (folders, folders[::-1]):  # the shorter horizon has probes too, of runs with the same names
+        figures = make_figures(read_experiment(folders), [Directory(folder) for folder in held], [])
+        (shown,) = (figure.chart.data.values for figure in figures if figure.name == "repeated-sequence")
+        assert {row["tokens"] for row in shown} == {21_000, 1_400_000}
     text = text_of(page.read_text())
     # SQA ends 0.01 above GQA, which fell 0.1 from 50 to 200 steps of 0.7 s: a tenth of the way back
     ratio = 0.7 * 200 * 0.25**0.1 / (0.48 * 200)

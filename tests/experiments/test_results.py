@@ -16,7 +16,7 @@ from sqa.cost import parameters
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
-from sqa.experiments.results import Comparison, Record, RunResult, append_result, read_results
+from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import (
     effective_speedup,
     paired_difference,
@@ -271,20 +271,21 @@ def result() -> RunResult:
 
 def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: Path, result: RunResult) -> None:
     path = tmp_path / "results.jsonl"
-    assert read_results(path) == []
-    append_result(path, result)
+    directory = Directory(tmp_path)
+    assert directory.results() == []
+    directory.finish(result)
     with open(path, "a") as file:
         file.write('{"a": ')
-    assert read_results(path) == [result]
-    append_result(path, result)
-    assert read_results(path) == [result, result]
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=r"folder must be a regular file; remove it"):
-        read_results(tmp_path / "folder")
+    assert directory.results() == [result]
+    directory.finish(result)
+    assert directory.results() == [result, result]
+    (tmp_path / "out" / "results.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"results\.jsonl must be a regular file; remove it"):
+        Directory(tmp_path / "out").results()
     for damaged in (b'{"a": ', b'{"a": "\xff"}', b"[" * 200_000):
         path.write_bytes(damaged + b"\n" + json.dumps(result.to_dict()).encode() + b"\n")
         with pytest.raises(InputError, match=r"line 1 of .*results.jsonl is damaged; remove it"):
-            read_results(path)
+            directory.results()
 
 
 @pytest.mark.parametrize(
@@ -318,11 +319,11 @@ def test_a_row_that_is_wrong_is_named(
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=message):
-        read_results(path)
+        Directory(tmp_path).results()
     del inner[last]
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError, match=f"lacks {last}"):
-        read_results(path)
+        Directory(tmp_path).results()
 
 
 @pytest.mark.parametrize(

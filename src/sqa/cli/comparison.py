@@ -117,29 +117,30 @@ def compare(
     json_path: JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
-    _compare(plan, _changes(ctx.params), out, resume, track, json_path, only, launcher, any_kernel)
+
+    _run(ctx.params, out, resume, json_path)
 
 
-def _compare(
-    source: str | None,
-    changes: dict[str, Any],
+def _run(
+    options: Mapping[str, Any],
     out: Path | None,
     resume: Path | None,
-    track: str | None,
-    json_path: Path | None,
-    only: str | None = None,
-    launcher: str = "local",
-    any_kernel: bool = False,
+    json_path: Path | None = None,
+    single: tuple[str, int] | None = None,
 ) -> None:
+    """What both commands do; `single` is the variant and the seed of `sqa train`."""
     from sqa.experiments.plan import Plan
 
+    launcher, track, only = options.get("launcher", "local"), options["track"], options.get("only")
+    source, changes = options["plan"], _changes(options)
     if track not in (None, "tensorboard"):
         raise InputError(f"--track must be tensorboard, got {track!r}")
     if launcher not in ("local", "ray"):
         raise InputError(f"--launcher must be local or ray, got {launcher!r}")
     if resume is None:
-        plan = Plan.read(source or "demo", changes)
-        out = out or Path("runs") / plan.name
+        source = source or "demo"
+        plan = Plan.read(source, changes) if single is None else Plan.read_single(source, *single, changes)
+        out = out or Path("runs") / "-".join([plan.name, *(plan.variants if single else ())])
     else:
         if source is not None:
             raise InputError(f"--resume goes on with the plan in its directory; leave out {source!r}")
@@ -161,7 +162,6 @@ def _compare(
         from sqa.experiments.tracking import TensorBoard
 
         tracker = TensorBoard
-    console = make_console()
     try:
         comparison = run(
             plan,
@@ -172,7 +172,7 @@ def _compare(
             only=cells,
             launcher=RAY if launcher == "ray" else LOCAL,
             tracker=tracker,
-            any_kernel=any_kernel,
+            any_kernel=options["any_kernel"],
         )
     except Interrupted as error:
         if not (out / "plan.json").exists():
@@ -183,19 +183,22 @@ def _compare(
         torch.distributed.destroy_process_group()
     if not is_main():
         return
+    console = make_console()
     console.print()
     console.print(comparison_text(comparison), highlight=False)
-    console.print(f"Rows: {out / 'results.jsonl'}", highlight=False, markup=False, soft_wrap=True)
+    notes = [f"Rows: {out / 'results.jsonl'}"]
     if not comparison.missing:
         try:
             from sqa.experiments.report import write_report
 
-            console.print(f"Report: {write_report([out])[0]}", highlight=False, markup=False, soft_wrap=True)
+            notes.append(f"Report: {write_report([out])[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
-            console.print(f"No report: {error}", highlight=False, markup=False, soft_wrap=True)
-    save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
+            notes.append(f"No report: {error}")
     if plan.name == "demo":
-        console.print("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
+        notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
+    for text in notes:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
 
 
 @app.command()
@@ -223,17 +226,9 @@ def train(
     track: Track = None,
 ) -> None:
     """Train one variant, on as many devices as torchrun or accelerate launch starts processes for."""
-    changes = _changes(ctx.params)
-    if resume is None:
-        variant = variant or "sqa"
-        changes |= {"variants": (variant,), "seeds": (seed or 0,)}
-        if not (budget or "").startswith("time="):
-            changes["timing_rounds"] = 0
-        if out is None:
-            out = Path("runs") / f"{Path(plan or 'demo').stem}-{variant}"
-    elif variant is not None or seed is not None:
+    if resume is not None and (variant is not None or seed is not None):
         raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
-    _compare(plan, changes, out, resume, track, None, any_kernel=any_kernel)
+    _run(ctx.params, out, resume, single=(variant or "sqa", seed or 0))
 
 
 @app.command()

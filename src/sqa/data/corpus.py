@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,13 +76,36 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
         )
     if not source:
         raise InputError("data must be builtin, wikipedia or the path of a file or folder, not ''")
-    split = _HashSplit(train_fraction, validation_fraction)
+    bounds = {"train": (0.0, train_fraction), "validation": (train_fraction, train_fraction + validation_fraction)}
+
+    def hashed(name: str, identity: Callable[[], Iterable[object]], texts: Callable[[], Iterator[str]]) -> Corpus:
+        """A corpus without splits of its own: the hash of a text places it."""
+
+        def read(split: Split) -> Iterator[str]:
+            low, high = bounds[split]
+            return (text for text in texts() if low <= _place(text) < high)
+
+        how = f"hash split {train_fraction!r} {validation_fraction!r}"
+        return Corpus(name=name, identify=lambda: fingerprint_of(*identity(), how), read=read)
+
     if source == "builtin":
-        return _open_builtin(split)
+        return hashed(source, lambda: ("builtin", _digest(_read_builtin())), _read_builtin)
     if source == "wikipedia":
-        fingerprint = fingerprint_of("hub", *_WIKIPEDIA, split.description)
-        return Corpus(name=source, identify=lambda: fingerprint, read=lambda key: split.select(_read_wikipedia(), key))
-    return _open_path(Path(source), split)
+        return hashed(source, lambda: ("hub", *_WIKIPEDIA), _read_wikipedia)
+    path = Path(source)
+    name, files = path.resolve().name, _data_files(path)
+    by_split = _files_by_split(files) if path.is_dir() else None
+    if by_split is None:
+        return hashed(name, lambda: ("files", *map(_file_digest, files)), lambda: _read_files(files))
+    if left_out := len(files) - sum(map(len, by_split.values())):
+        what = "the splits are the files named train* and validation*; other data files left out"
+        logger.info("%s: %s: %d", name, what, left_out)
+
+    def identify() -> str:
+        digests = (f"{split} {_file_digest(file)}" for split, chosen in by_split.items() for file in chosen)
+        return fingerprint_of("files", *digests)
+
+    return Corpus(name=name, identify=identify, read=lambda split: _read_files(by_split[split]))
 
 
 def fingerprint_of(*parts: object) -> str:
@@ -90,31 +113,23 @@ def fingerprint_of(*parts: object) -> str:
     return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).hexdigest()
 
 
-@dataclass(frozen=True)
-class _HashSplit:
-    """Assigns a document to a split by a hash of its text: stable, and the same for identical texts."""
-
-    train_fraction: float
-    validation_fraction: float
-
-    @property
-    def description(self) -> str:
-        return f"hash split {self.train_fraction!r} {self.validation_fraction!r}"
-
-    def select(self, documents: Iterator[str], split: Split) -> Iterator[str]:
-        low, high = 0.0, self.train_fraction
-        if split == "validation":
-            low, high = high, high + self.validation_fraction
-        for text in documents:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            if low <= (int.from_bytes(digest) >> 11) / 2**53 < high:
-                yield text
+def _place(text: str) -> float:
+    """Where a document lies in [0, 1): the same for the same text, wherever it is."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) / 2**53
 
 
-# --- the Python installation -------------------------------------------------------------------------------
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(hashlib.blake2b(text.encode()).digest())
+    return digest.hexdigest()
 
 
-def _open_builtin(split: _HashSplit) -> Corpus:
+def _read_builtin() -> Iterator[str]:
+    """The standard library of this Python, and the topics of its help."""
+    from pydoc_data.topics import topics
+
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         path
@@ -123,30 +138,10 @@ def _open_builtin(split: _HashSplit) -> Corpus:
     )
     if not files:
         raise InputError("This Python has no standard-library sources for the builtin corpus: give a path")
-
-    def identify() -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for text in _read_builtin(files):
-            digest.update(hashlib.blake2b(text.encode()).digest())
-        return fingerprint_of("builtin", digest.hexdigest(), split.description)
-
-    return Corpus(
-        name="builtin",
-        identify=identify,
-        read=lambda name: split.select(_read_builtin(files), name),
-    )
-
-
-def _read_builtin(files: Sequence[Path]) -> Iterator[str]:
-    from pydoc_data.topics import topics
-
     for path in files:
         yield path.read_text(encoding="utf-8", errors="replace")
     for _, text in sorted(topics.items()):
         yield text
-
-
-# --- the Hub -----------------------------------------------------------------------------------------------
 
 
 def _read_wikipedia() -> Iterator[str]:
@@ -166,52 +161,29 @@ def _read_wikipedia() -> Iterator[str]:
         ) from error
 
 
-# --- files -------------------------------------------------------------------------------------------------
-
-
-def _open_path(path: Path, split: _HashSplit) -> Corpus:
-    files = _data_files(path)
-    for file in files:
-        if file.suffix == ".parquet":
-            _check_parquet(file)
-    name = path.resolve().name
-    by_split = _files_by_split(files) if path.is_dir() else None
-    if by_split:
-        left_out = len(files) - sum(map(len, by_split.values()))
-        if left_out:
-            what = "the splits are the files named train* and validation*; other data files left out"
-            logger.info("%s: %s: %d", name, what, left_out)
-        return Corpus(
-            name=name,
-            identify=lambda: fingerprint_of(
-                "files", *(f"{key} {_file_digest(file)}" for key, chosen in by_split.items() for file in chosen)
-            ),
-            read=lambda key: _read_files(by_split[key]),
-        )
-    return Corpus(
-        name=name,
-        identify=lambda: fingerprint_of("files", *map(_file_digest, files), split.description),
-        read=lambda key: split.select(_read_files(files), key),
-    )
-
-
 def _data_files(path: Path) -> list[Path]:
+    """The file itself, or those of a folder. Raises InputError for what cannot be read as text."""
     if not path.exists():
         raise InputError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
     kinds = ", ".join(_SUFFIXES)
-    if path.is_file():
-        if path.suffix not in _SUFFIXES:
-            raise InputError(f"The data file {path} must be one of {kinds}")
-        return [path]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in _SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    if path.is_file() and path.suffix not in _SUFFIXES:
+        raise InputError(f"The data file {path} must be one of {kinds}")
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix in _SUFFIXES
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
     )
     if not files:
         raise InputError(f"The data folder {path} holds no data files ({kinds})")
+    for file in files:
+        if file.suffix == ".parquet":
+            _check_parquet(file)
     return files
 
 
@@ -258,17 +230,9 @@ def _check_parquet(path: Path) -> None:
 
 def _read_parquet(path: Path) -> Iterator[str]:
     # pre_buffer would keep every row group in memory
-    with _naming_parquet(path):
-        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    with file:
-        batches = file.iter_batches(batch_size=256, columns=["text"])
-        while True:
-            with _naming_parquet(path):
-                batch = next(batches, None)
-                texts = [] if batch is None else batch.column(0).to_pylist()
-            if batch is None:
-                return
-            yield from (text for text in texts if text is not None)
+    with _naming_parquet(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        for batch in file.iter_batches(batch_size=256, columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:

@@ -39,11 +39,9 @@ class _Manifest:
         if min(self.num_documents, self.tokens_per_file) < 1 or self.num_tokens < self.num_documents:
             raise InputError("its counts cannot be true")
         sizes = {"offsets.bin": 8 * (self.num_documents + 1)}
-        for i in range(-(-self.num_tokens // self.tokens_per_file)):
-            held = min(self.tokens_per_file, self.num_tokens - i * self.tokens_per_file)
-            sizes[f"tokens-{i:05d}.bin"] = int(self.dtype[2:]) * held
-            if i > len(self.sha256):
-                break
+        starts = range(0, self.num_tokens, self.tokens_per_file)
+        for i, start in zip(range(len(self.sha256)), starts, strict=False):  # the counts may be beyond all sense
+            sizes[f"tokens-{i:05d}.bin"] = int(self.dtype[2:]) * min(self.tokens_per_file, self.num_tokens - start)
         if sizes.keys() != self.sha256.keys():
             raise InputError("its files are not those of its counts")
         for name, size in sizes.items():
@@ -158,8 +156,21 @@ def write_shards(
     `origin` says in the manifest where the documents come from. `folder` appears at once and complete.
     """
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    num_documents = num_tokens = 0
     with new_folder(folder) as temporary:
-        num_documents, num_tokens = _write_documents(temporary, chunks, dtype, tokens_per_file)
+        with (temporary / "offsets.bin").open("wb") as offsets:
+            offsets.write(np.zeros(1, "<i8").tobytes())
+            for documents in chunks:
+                num_documents += len(documents)
+                ends = num_tokens + np.cumsum([len(ids) for ids in documents], dtype="<i8")
+                offsets.write(ends.tobytes())
+                tokens = np.fromiter(chain.from_iterable(documents), dtype)
+                while tokens.size:
+                    piece = tokens[: tokens_per_file - num_tokens % tokens_per_file]
+                    with (temporary / f"tokens-{num_tokens // tokens_per_file:05d}.bin").open("ab") as file:
+                        file.write(piece.tobytes())
+                    num_tokens += piece.size
+                    tokens = tokens[piece.size :]
         manifest = {
             "format": _FORMAT,
             **origin,
@@ -171,26 +182,6 @@ def write_shards(
         }
         write_json(temporary / "manifest.json", manifest)
     return TokenShards(folder, verify=False)
-
-
-def _write_documents(
-    folder: Path, chunks: Iterable[list[list[int]]], dtype: str, tokens_per_file: int
-) -> tuple[int, int]:
-    num_documents = num_tokens = 0
-    with (folder / "offsets.bin").open("wb") as offsets:
-        offsets.write(np.zeros(1, "<i8").tobytes())
-        for documents in chunks:
-            num_documents += len(documents)
-            ends = num_tokens + np.cumsum([len(ids) for ids in documents], dtype="<i8")
-            offsets.write(ends.tobytes())
-            tokens = np.fromiter(chain.from_iterable(documents), dtype)
-            while tokens.size:
-                piece = tokens[: tokens_per_file - num_tokens % tokens_per_file]
-                with (folder / f"tokens-{num_tokens // tokens_per_file:05d}.bin").open("ab") as file:
-                    file.write(piece.tobytes())
-                num_tokens += piece.size
-                tokens = tokens[piece.size :]
-    return num_documents, num_tokens
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

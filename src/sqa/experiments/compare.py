@@ -19,14 +19,7 @@ from sqa.experiments.directory import Directory
 from sqa.experiments.launch import LOCAL, Launcher
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, DataFacts, Record
-from sqa.experiments.run import (
-    Session,
-    check_same_data,
-    kernel_of,
-    make_batches,
-    prepare_data,
-    text_here,
-)
+from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.progress import Display, NonFiniteLoss, Silent, stop_flag
@@ -97,11 +90,6 @@ def compare(
                     directory.write_record(record)
                 accelerator.wait_for_everyone()
         record = directory.record()
-        check_same_data(record, data)
-        record.check_steps(make_batches(plan, data, plan.seeds[0]).batches_per_epoch)
-        failures = []
-        left = _Left(record, todo)
-        display.note(left.text(of=len(cells)))
         session = Session(
             record=record,
             directory=directory,
@@ -112,6 +100,10 @@ def compare(
             tracker=tracker,
             any_kernel=any_kernel,
         )
+        record.check_steps(make_batches(plan, data, plan.seeds[0]).batches_per_epoch)
+        failures = []
+        left = _Left(record, todo)
+        display.note(left.text(of=len(cells)))
         outcomes = stack.enter_context(closing(launcher.run(session, todo, display)))
         for cell, outcome in outcomes:
             if isinstance(outcome, NonFiniteLoss):
@@ -142,13 +134,12 @@ class _Left:
     """The runs that are left, and how long they will take: by the timing phase, later by those that have ended."""
 
     def __init__(self, record: Record, cells: Sequence[Cell]) -> None:
-        plan, step = record.plan, record.step_seconds
-        flops = {
-            name: train_step_flops(plan.model_config(name), plan.context, plan.batch_size) for name in plan.variants
-        }
-        self._work = {cell: record.steps[cell[0]] * (step or flops)[cell[0]] for cell in cells}
-        self._seconds = sum(self._work.values()) if step else None
+        plan = record.plan
+        flops = {name: train_step_flops(plan.model_config(name), plan.context) for name in plan.variants}
+        step = record.step_seconds or flops
+        self._work = {(name, seed): record.steps[name] * step[name] for name, seed in cells}
         self._all, self._start = sum(self._work.values()), time.monotonic()
+        self._seconds = self._all if record.step_s else None
 
     def without(self, cell: Cell) -> bool:
         """Take out a run that has ended; whether any is left."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -11,14 +13,11 @@ from typing import Any
 
 from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
-from sqa.experiments.results import Comparison, Record, RunResult, append_result, read_results
+from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.files import LOCK, locked, write_json
 from sqa.progress import StepReport
 from sqa.records import read_lines
 from sqa.training.probes import Probe
-
-_UNFINISHED = ".plan.json."
-"""How a file begins that becomes plan.json when it is whole."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ class Directory:
             raise error if str(self.path) in str(error) else InputError(f"{self.path}: {error}") from None
 
     def results(self) -> list[RunResult]:
-        """The finished runs."""
-        return read_results(self.path / "results.jsonl")
+        """The finished runs: all whole lines. Raises InputError for a damaged one inside the file."""
+        advice = "remove it (a run without its result trains again)"
+        return read_lines(RunResult, self.path / "results.jsonl", advice)
 
     def curve(self, cell: Cell) -> list[StepReport]:
         """What a run reported of each step; nothing where the curve was not kept."""
@@ -62,24 +62,30 @@ class Directory:
         return read_lines(kind, self.run_folder(*cell) / name, "delete the file to leave this run out of the figures")
 
     def finish(self, result: RunResult) -> None:
-        """Record a finished run, and delete its checkpoints."""
-        with self.writing():
-            append_result(self.path / "results.jsonl", result)
+        """Add a finished run, synced before returning, and delete its checkpoints.
+
+        A torn line that a crash left at the end is dropped.
+        """
+        path = self.path / "results.jsonl"
+        with self.writing(), open(path, "ab") as file:
+            before, newline, _ = path.read_bytes().rpartition(b"\n")
+            file.truncate(len(before + newline))
+            file.write(json.dumps(result.to_dict()).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         shutil.rmtree(self.run_folder(*result.cell) / "checkpoints", ignore_errors=True)
 
     def record(self) -> Record:
         """plan.json. Raises InputError when there is none or it is damaged."""
         path = self.path / "plan.json"
         if not path.is_file():
-            early = any(self.path.glob(f"{_UNFINISHED}*"))
+            early = any(self.path.glob(".plan.json.*"))  # the name of a file that was to become it
             why = "; it was stopped before it had begun, start it without --resume" if early else " (no plan.json)"
             raise InputError(f"directory: {self.path} holds no comparison{why}")
         return Record.read(path)
 
     def write_record(self, record: Record) -> None:
-        """Write plan.json, whole or not at all; what a process that was killed meanwhile has left is removed."""
-        for left in self.path.glob(f"{_UNFINISHED}*"):
-            left.unlink(missing_ok=True)
+        """Write plan.json, whole or not at all."""
         write_json(self.path / "plan.json", record.to_dict())
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
@@ -96,7 +102,7 @@ class Directory:
 
     def check_holds(self, plan: Plan) -> None:
         """Raise InputError when the directory holds another comparison, or foreign files."""
-        if all(entry.name.startswith((LOCK, _UNFINISHED)) for entry in self.path.iterdir()):
+        if all(entry.name.startswith(".") for entry in self.path.iterdir()):  # locks, and what a process left
             return
         if not self.begun:
             raise InputError(f"out: {self.path} already holds other files; give another --out")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 import numpy as np
@@ -12,12 +12,15 @@ import numpy as np
 from sqa.config import ModelConfig
 from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Plan
+from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.statistics import Estimate
 from sqa.experiments.summary import BASELINE, Experiment, Summary
 from sqa.progress import StepReport
+from sqa.training.probes import Probe
 
 CURVE_POINTS = 300
+
+Kept = TypeVar("Kept", StepReport, Probe)
 
 Row = dict[str, Any]
 """A point of a chart."""
@@ -220,11 +223,7 @@ def _probe_figures(experiment: Experiment, held: Sequence[Directory], colour: Co
     """When the models of the longest horizon began to use their context, as far as they were asked."""
     repeated, gains = [], []
     for name in experiment.names:
-        runs = []
-        for result in experiment.last_results():
-            if result.variant == name:
-                runs.append(next((run for folder in held if (run := folder.probes(result.cell))), []))
-        for same in zip(*(run for run in runs if run), strict=False):  # probes are at the same steps of every seed
+        for same in zip(*_kept(experiment, name, held, Directory.probes), strict=False):  # of the same step
             point = {"variant": experiment.plan.label(name), "tokens": round(np.mean([probe.tokens for probe in same]))}
             repeated.append({**point, "value": float(np.mean([probe.repeated_loss for probe in same]))})
             late_minus_early = [probe.loss_by_position[-1] - probe.loss_by_position[0] for probe in same]
@@ -252,16 +251,22 @@ def _probe_figures(experiment: Experiment, held: Sequence[Directory], colour: Co
 
 def _training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
     """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
-    runs: dict[str, list[list[StepReport]]] = {}
-    for result in experiment.last_results():
-        found = next((run for directory in held if len(run := directory.curve(result.cell)) == result.steps), None)
-        if found:
-            runs.setdefault(result.variant, []).append(found)
     points = []
     for name in experiment.names:
-        if name in runs:
-            points += curve(experiment.plan.label(name), runs[name], experiment.step_seconds.get(name))
+        if runs := _kept(experiment, name, held, Directory.curve):
+            points += curve(experiment.plan.label(name), runs, experiment.step_seconds.get(name))
     return points
+
+
+def _kept(
+    experiment: Experiment, name: str, held: Sequence[Directory], read: Callable[[Directory, Cell], list[Kept]]
+) -> list[list[Kept]]:
+    """What the longest runs of a variant left, a list a run: of those whose records go on to the last step."""
+    found = []
+    for result in experiment.runs(name):
+        records = (read(directory, result.cell) for directory in held)
+        found += [run for run in records if run and run[-1].step == result.steps][:1]
+    return found
 
 
 def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float | None = None) -> list[Row]:

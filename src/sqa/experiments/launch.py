@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.experiments.results import Record, RunResult
-from sqa.experiments.run import Session, check_same_data, label, outcome_text, prepare_data, run
+from sqa.experiments.run import Session, label, outcome_text, prepare_data, run
 from sqa.files import locked
 from sqa.progress import Display, Interrupted, NonFiniteLoss, StepReport, stop_flag
 from sqa.training.loop import make_accelerator
@@ -43,8 +42,10 @@ class Launcher:
 
 def run_local(session: Session, cells: Sequence[Cell], display: Display) -> Outcomes:
     """One run after another in this process, or in all of those that torchrun started."""
-    for number, cell in enumerate(cells, start=1):
-        display.start(f"run {number} of {len(cells)}: {label(session.plan, cell)}", session.record.steps[cell[0]])
+    all_cells = session.plan.cells
+    for cell in cells:
+        place = f"run {all_cells.index(cell) + 1} of {len(all_cells)}"
+        display.start(f"{place}: {label(session.plan, cell)}", session.record.steps[cell[0]])
         try:
             outcome: RunResult | NonFiniteLoss = run(session, cell, display.step)
         except NonFiniteLoss as failure:
@@ -121,13 +122,19 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     seen: dict[Cell, int] = {}
     unfinished = []
     stopping = False
+
+    def cancel() -> None:
+        """What Ctrl-C is to a run here: one that trains saves a checkpoint and ends."""
+        for reference in running:
+            ray.cancel(reference)
+
     with session.stop.held():  # the tasks save what they have first
         try:
             while running:
                 done, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
                 if session.stop.signal is not None and not stopping:
                     stopping = True
-                    _cancel(running)
+                    cancel()
                 for reference, cell in running.items():
                     report = _last_report(shared.run_folder(*cell) / "curve.jsonl")
                     if cell not in shown and (report is not None or reference in done):
@@ -154,19 +161,11 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
                         yield cell, outcome
         finally:
             if running and not stopping:
-                _cancel(running)
+                cancel()
                 ray.wait(list(running), num_returns=len(running), timeout=_STOP_SECONDS)
     if unfinished:
         what = f"stopped with {len(unfinished)} of {len(cells)} runs unfinished"
         raise Interrupted(what if stopping else "; ".join(unfinished))
-
-
-def _cancel(references: Iterable[Any]) -> None:
-    """What Ctrl-C is to a run here: one that trains saves a checkpoint and ends."""
-    import ray
-
-    for reference in references:
-        ray.cancel(reference)
 
 
 def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool], cell: Cell) -> RunResult | Exception:
@@ -178,15 +177,12 @@ def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool],
     try:
         # a worker whose driver was killed may still be saving here
         with stop_flag() as stop, locked(folder / ".lock", waiting=print):
-            data = prepare_data(record.plan, source)
-            check_same_data(record, data)
-            accelerator = make_accelerator(device, record.plan.dtype)
             session = Session(
                 record=record,
                 directory=directory,
                 source=source,
-                data=data,
-                accelerator=accelerator,
+                data=prepare_data(record.plan, source),
+                accelerator=make_accelerator(device, record.plan.dtype),
                 stop=stop,
                 any_kernel=any_kernel,
             )

@@ -189,18 +189,16 @@ class Plan:
     def model_config(self, name: str) -> ModelConfig:
         """The model of a variant, or of a shape of the plan's own. Raises ValueError for what does not fit."""
         own = {key: value for key, value in self.shapes.get(name, {}).items() if key not in ("variant", "label")}
-        base, heads = self.base(name), {}
+        base = self.base(name)
         if base is None:
             heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
-        given = {**self.model, **own}
-        fields = {**shape(self.shape), **given}
-        if "max_seq_len" not in given:
-            fields["max_seq_len"] = max(fields["max_seq_len"], self.context)
+        fields = shape(self.shape)
+        fields["max_seq_len"] = max(fields["max_seq_len"], self.context)
+        fields |= self.model | own
         if base is not None:
             return model_config(base, **fields)
         config = model_config("mha", **fields)
-        heads.setdefault("num_kv_heads", heads["num_query_heads"])
-        return config.replace(attention=config.layers[0].replace(**heads))
+        return config.replace(attention=config.layers[0].replace(**{"num_kv_heads": heads["num_query_heads"], **heads}))
 
     @property
     def cells(self) -> list[Cell]:
@@ -219,21 +217,20 @@ class Plan:
     def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
         """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget."""
         budget = Budget.parse(self.budget)
-
-        def of(name: str) -> float:
+        counts = {}
+        for name in self.variants:
             match budget.kind:
                 case "steps":
-                    return budget.amount
+                    count = budget.amount
                 case "tokens":
-                    return budget.amount / (self.batch_size * self.context)  # padding included
+                    count = budget.amount / (self.batch_size * self.context)  # padding included
                 case "epochs":
-                    return budget.amount * batches_per_epoch
+                    count = budget.amount * batches_per_epoch
                 case "flops":
-                    return budget.amount / train_step_flops(self.model_config(name), self.context, self.batch_size)
+                    count = budget.amount / train_step_flops(self.model_config(name), self.context, self.batch_size)
                 case _:
-                    return budget.amount / step_seconds[name]
-
-        counts = {name: round(of(name)) for name in self.variants}
+                    count = budget.amount / step_seconds[name]
+            counts[name] = round(count)
         for name, count in counts.items():
             if count < 1:
                 raise InputError(f"plan: budget {self.budget} is less than one step of {name}")
@@ -280,6 +277,14 @@ class Plan:
                 if isinstance(values.get(table), dict):
                     values[table] = {name: value for name, value in values[table].items() if name not in left}
         return cls.from_dict({"name": stem, **values, **changes})
+
+    @classmethod
+    def read_single(
+        cls, source: str, variant: str = "sqa", seed: int = 0, changes: Mapping[str, Any] | None = None
+    ) -> Self:
+        """As `read`, but of one run alone: its steps are not timed, unless a budget in time needs that."""
+        plan = cls.read(source, {**(changes or {}), "variants": (variant,), "seeds": (seed,)})
+        return plan if Budget.parse(plan.budget).kind == "time" else plan.replace(timing_rounds=0)
 
 
 _LIMITS: dict[str, tuple[float, float]] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from sqa.config import ModelConfig
 from sqa.errors import InputError, shown
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.measure.timing import Timing
-from sqa.records import read_json, read_lines, read_record
+from sqa.records import read_json, read_record
 from sqa.training.loop import Evaluation
 
 
@@ -160,22 +158,3 @@ class Comparison:
         """The runs that have not finished, in the plan's order."""
         done = {result.cell for result in self.results}
         return [cell for cell in self.plan.cells if cell not in done]
-
-    def of(self, variant: str) -> list[RunResult]:
-        """The finished runs of a variant."""
-        return [result for result in self.results if result.variant == variant]
-
-
-def append_result(path: Path, result: RunResult) -> None:
-    """Add one line, synced before returning; a torn line that a crash left at the end is dropped."""
-    whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    with open(path, "ab") as file:
-        file.truncate(len(whole[0]) + len(whole[1]))
-        file.write(json.dumps(result.to_dict()).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_results(path: Path) -> list[RunResult]:
-    """All whole lines. Raises InputError for a damaged one inside the file."""
-    return read_lines(RunResult, path, "remove it (a run without its result trains again)")

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class Session:
     """What the runs of one process share. `source` is where the text lies here; `tracker` gets their curves.
 
-    `any_kernel`: go on though a run has another kernel here than when the comparison was begun.
+    `any_kernel`: go on though a run has another kernel here than when the comparison was begun. Raises InputError when
+    `data` is other text than the comparison was begun on.
     """
 
     record: Record
@@ -49,6 +50,12 @@ class Session:
     stop: StopFlag
     tracker: type[TensorBoard] | None = None
     any_kernel: bool = False
+
+    def __post_init__(self) -> None:
+        if (begun := self.record.data.fingerprint) != (here := self.data.fingerprint):
+            raise InputError(
+                f"data: the comparison was begun on other text (fingerprint {begun[:12]}, now {here[:12]})"
+            )
 
     @property
     def plan(self) -> Plan:
@@ -68,14 +75,6 @@ def prepare_data(plan: Plan, source: str, progress: Callable[[str], None] | None
     if int(np.max(data.validation.lengths)) < 2:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")
     return data
-
-
-def check_same_data(record: Record, data: Prepared) -> None:
-    """Raise InputError when the comparison was begun on other text."""
-    if (held := record.data.fingerprint) != data.fingerprint:
-        raise InputError(
-            f"data: the comparison was begun on other text (fingerprint {held[:12]}, now {data.fingerprint[:12]})"
-        )
 
 
 def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
@@ -105,19 +104,12 @@ def make_learner(plan: Plan, name: str, recipe: Recipe, accelerator: Accelerator
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
     """Names of the kernels that the layers of a model use in training, as a result has them."""
-    names = {
-        resolve(
-            Call.of_layer(
-                layer,
-                length=plan.context,
-                device=device,
-                dtype=getattr(torch, plan.dtype),
-                documents=plan.layout == "packed",
-            )
-        ).kernel
+    dtype, documents = getattr(torch, plan.dtype), plan.layout == "packed"
+    calls = (
+        Call.of_layer(layer, length=plan.context, device=device, dtype=dtype, documents=documents)
         for layer in config.layers
-    }
-    return ", ".join(sorted(names))
+    )
+    return ", ".join(sorted({resolve(call).kernel for call in calls}))
 
 
 def label(plan: Plan, cell: Cell) -> str:
@@ -158,14 +150,8 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
             curves.step(report)
         probe(report)
 
-    progress = train(
-        learner,
-        NextToken(plan.padding_in_loss),
-        make_batches(plan, data, seed).batch,
-        recipe,
-        folder,
-        Hooks(on_step, session.stop),
-    )
+    task, hooks = NextToken(plan.padding_in_loss), Hooks(on_step, session.stop)
+    progress = train(learner, task, make_batches(plan, data, seed).batch, recipe, folder, hooks)
     save_model(learner.model, folder, accelerator)
     evaluation = evaluate(
         learner.model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -12,9 +12,9 @@ from rich.text import Text
 
 from sqa.cost import attention_saving
 from sqa.errors import InputError, shown
-from sqa.experiments.plan import Plan
+from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
-from sqa.experiments.statistics import Curve, Estimate, Speedup, effective_speedup, paired_difference, summarise
+from sqa.experiments.statistics import Estimate, Speedup, effective_speedup, paired_difference, summarise
 from sqa.tables import make_table
 from sqa.variants import VARIANTS
 
@@ -88,32 +88,30 @@ class Experiment:
         comparisons of different data, models or recipes.
         """
         plans = [comparison.plan for comparison in comparisons]
-        merged = plans[0]
-        for other in plans[1:]:
-            merged = merged.replace(
-                variants=_union(merged.variants, other.variants),
-                seeds=_union(merged.seeds, other.seeds),
-                shapes={**other.shapes, **merged.shapes},
-                learning_rates={},
-            )
+        merged = plans[0].replace(
+            variants=tuple(dict.fromkeys(name for plan in plans for name in plan.variants)),
+            seeds=tuple(dict.fromkeys(seed for plan in plans for seed in plan.seeds)),
+            shapes={name: given for plan in reversed(plans) for name, given in plan.shapes.items()},
+            learning_rates={},
+        )
         for comparison in comparisons:
-            _check_joinable(comparisons[0].record, comparison.record)
+            _check_same_data(comparisons[0].record, comparison.record)
             _check_same(merged, comparison.plan, _SHARED)
         if timed is not None:
             _check_same(merged, timed.plan, _TIMED)
-        results: dict[str, list[RunResult]] = {}
+        by_budget: dict[str, dict[Cell, RunResult]] = {}
         for comparison in comparisons:
-            horizon = results.setdefault(comparison.plan.budget, [])
-            held = {result.cell for result in horizon}
-            horizon += [result for result in comparison.results if result.cell not in held]
-        horizons = dict(sorted(results.items(), key=lambda item: max((r.tokens for r in item[1]), default=0)))
-        by_length = sorted(comparisons, key=lambda c: list(horizons).index(c.plan.budget), reverse=True)
-        phases = [record for record in [timed, *(c.record for c in by_length)] if record is not None and record.step_s]
+            runs = by_budget.setdefault(comparison.plan.budget, {})
+            runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
+        horizons = sorted(by_budget.items(), key=lambda item: max((r.tokens for r in item[1].values()), default=0))
+        lengths = [budget for budget, _ in horizons]
+        longest_first = sorted(comparisons, key=lambda c: lengths.index(c.plan.budget), reverse=True)
+        phases = [timed] if timed is not None else [c.record for c in longest_first]
         return cls(
             plan=merged,
             records=[comparison.record for comparison in comparisons],
-            horizons=horizons,
-            step_seconds=phases[0].step_seconds if phases else {},
+            horizons={budget: list(runs.values()) for budget, runs in horizons},
+            step_seconds=next((record.step_seconds for record in phases if record.step_s), {}),
         )
 
     @property
@@ -127,25 +125,23 @@ class Experiment:
     def summaries(self) -> list[Summary]:
         """A line a variant and horizon, the shortest horizon first."""
         return [
-            self._summary(name, budget) for budget in self.horizons for name in self.names if self._runs(name, budget)
+            self._summary(name, budget) for budget in self.horizons for name in self.names if self.runs(name, budget)
         ]
 
     def longest(self) -> list[Summary]:
         """The last horizon's alone."""
         return [line for line in self.summaries() if line.budget == list(self.horizons)[-1]]
 
-    def last_results(self) -> list[RunResult]:
-        """The runs of the last horizon."""
-        return list(self.horizons.values())[-1]
-
-    def _runs(self, name: str, budget: str) -> list[RunResult]:
-        return [result for result in self.horizons[budget] if result.variant == name]
+    def runs(self, name: str, budget: str | None = None) -> list[RunResult]:
+        """The runs of a variant at one horizon, the last unless told otherwise."""
+        results = self.horizons[list(self.horizons)[-1] if budget is None else budget]
+        return [result for result in results if result.variant == name]
 
     def _losses(self, name: str, budget: str) -> dict[int, float]:
-        return {result.seed: result.val.loss for result in self._runs(name, budget)}
+        return {result.seed: result.val.loss for result in self.runs(name, budget)}
 
     def _summary(self, name: str, budget: str) -> Summary:
-        own = self._runs(name, budget)
+        own = self.runs(name, budget)
         layer, losses, step = own[0].config.layers[0], self._losses(name, budget), self.step_seconds
 
         def speed_against(other: str) -> float | None:
@@ -180,20 +176,16 @@ class Experiment:
     def _speedup(self, name: str, losses: dict[int, float], seconds: float | None) -> Speedup | None:
         if name == BASELINE or seconds is None or BASELINE not in self.step_seconds or len(self.horizons) < 2:
             return None
-        curves: dict[int, Curve] = {}
-        for results in self.horizons.values():
-            for result in results:
-                if result.variant == BASELINE:
-                    point = (result.steps * self.step_seconds[BASELINE], result.val.loss)
-                    curves[result.seed] = [*curves.get(result.seed, []), point]
-        return effective_speedup(losses, seconds, {seed: curve for seed, curve in curves.items() if len(curve) > 1})
+        base = [run for results in self.horizons.values() for run in results if run.variant == BASELINE]
+        points = {seed: [run for run in base if run.seed == seed] for seed in {run.seed for run in base}}
+        step = self.step_seconds[BASELINE]
+        curves = {
+            seed: [(run.steps * step, run.val.loss) for run in runs] for seed, runs in points.items() if len(runs) > 1
+        }
+        return effective_speedup(losses, seconds, curves)
 
 
-def _union(first: Iterable[Any], second: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys([*first, *second]))
-
-
-def _check_joinable(first: Record, other: Record) -> None:
+def _check_same_data(first: Record, other: Record) -> None:
     if first.data.fingerprint != other.data.fingerprint:
         raise InputError(
             f"report: comparisons must be of the same data, got {first.plan.name} ({first.data.fingerprint[:12]}) "
@@ -220,53 +212,18 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def results_table(experiment: Experiment, *, title: str | None = None) -> Table:
     """The experiment as people read it, at most 80 columns wide; several horizons have their effective speed-up."""
+    columns = _SEVERAL_HORIZONS if len(experiment.horizons) > 1 else _ONE_HORIZON
+    built = make_table(*columns, title=title)
     lines = experiment.summaries()
-    return _one_horizon(lines, title) if len(experiment.horizons) < 2 else _several_horizons(lines, title)
-
-
-def _one_horizon(lines: Sequence[Summary], title: str | None) -> Table:
-    built = make_table(
-        "variant", "Hq", "Hkv", "params", "val\nloss", "loss vs\nGQA", "acc.\n%", "ms a\nstep", "vs\nGQA", "vs\nMHA",
-        "theory", title=title,
-    )  # fmt: skip
-    for line in lines:
-        built.add_row(
-            *_model(line),
-            _estimate(line.loss),
-            "-" if line.difference is None else _estimate(line.difference, "+"),
-            f"{100 * line.accuracy.mean:.2f}",
-            "-" if line.step_s is None else f"{1000 * line.step_s:.0f}",
-            *(_times(ratio) for ratio in (line.speed_vs_gqa, line.speed_vs_mha, line.attention_saving)),
-        )
-    return built
-
-
-def _several_horizons(lines: Sequence[Summary], title: str | None) -> Table:
-    built = make_table(
-        "variant", "Hq", "Hkv", "params", "tokens", "time\ns", "val\nloss", "loss vs\nGQA", "effective\nspeed-up",
-        title=title,
-    )  # fmt: skip
     for i, line in enumerate(lines):
         if i and line.budget != lines[i - 1].budget:
             built.add_row()
-        built.add_row(
-            *_model(line),
-            f"{line.tokens / 1e6:.1f}M",
-            "-" if line.seconds is None else f"{line.seconds:,.0f}",
-            _estimate(line.loss),
-            "-" if line.difference is None else _estimate(line.difference, "+"),
-            _speedup(line.effective_speedup),
-        )
+        built.add_row(*(cell(line) for cell in columns.values()))
     return built
 
 
-def _model(line: Summary) -> tuple[str, ...]:
-    wide = f"x{line.head_dim}" if line.wide else ""
-    return line.label, f"{line.num_query_heads}{wide}", str(line.num_kv_heads), f"{line.parameters / 1e6:.2f}M"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+def _known(form: str, value: float | None) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def _speedup(value: Speedup | None) -> str:
@@ -277,10 +234,42 @@ def _speedup(value: Speedup | None) -> str:
     return f"{value.ratio:.2f}x" + ("" if value.low is None else f"\n{value.low:.2f}-{value.high:.2f}")
 
 
-def _estimate(value: Estimate, sign: str = "") -> str:
+def _estimate(value: Estimate | None, sign: str = "") -> str:
     """With several seeds the interval; after a difference a question mark where its sign is not established."""
+    if value is None:
+        return "-"
     unsure = "?" if sign and not value.established else ""
     return f"{value.mean:{sign}.4f}{unsure}" + ("" if value.half_width is None else f"\n±{value.half_width:.4f}")
+
+
+_Columns = dict[str, Callable[[Summary], str]]
+
+_MODEL: _Columns = {
+    "variant": lambda line: line.label,
+    "Hq": lambda line: f"{line.num_query_heads}x{line.head_dim}" if line.wide else str(line.num_query_heads),
+    "Hkv": lambda line: str(line.num_kv_heads),
+    "params": lambda line: f"{line.parameters / 1e6:.2f}M",
+}
+_LOSS: _Columns = {
+    "val\nloss": lambda line: _estimate(line.loss),
+    "loss vs\nGQA": lambda line: _estimate(line.difference, "+"),
+}
+_ONE_HORIZON: _Columns = {
+    **_MODEL,
+    **_LOSS,
+    "acc.\n%": lambda line: f"{100 * line.accuracy.mean:.2f}",
+    "ms a\nstep": lambda line: "-" if line.step_s is None else f"{1000 * line.step_s:.0f}",
+    "vs\nGQA": lambda line: _known("{:.2f}x", line.speed_vs_gqa),
+    "vs\nMHA": lambda line: _known("{:.2f}x", line.speed_vs_mha),
+    "theory": lambda line: f"{line.attention_saving:.2f}x",
+}
+_SEVERAL_HORIZONS: _Columns = {
+    **_MODEL,
+    "tokens": lambda line: f"{line.tokens / 1e6:.1f}M",
+    "time\ns": lambda line: _known("{:,.0f}", line.seconds),
+    **_LOSS,
+    "effective\nspeed-up": lambda line: _speedup(line.effective_speedup),
+}
 
 
 def notes(experiment: Experiment) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
 SPENDERS = ("sqa", "ssqa", "xsqa", "wide-gqa")
 """What is proposed for unless told otherwise."""
 
-_D_FF_STEP = 8
+_GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1)}
+"""The field that a way makes larger, and by how much at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +109,12 @@ def propose(
 
 def _largest(way: str, start: Proposal, limit: float) -> Proposal | None:
     """The last of the growing shapes that costs no more than `limit`; None where even the first does."""
-    found = _last_within(_grown(way, start), limit)
-    if found is not None and way in ("more-layers", "wider-model"):
-        found = _last_within(_grown("wider-feed-forward", found), limit) or found
-    return None if found is None else replace(found, way=way)
-
-
-def _last_within(proposals: Iterable[Proposal], limit: float) -> Proposal | None:
     found = None
-    for proposal in proposals:
-        if proposal.cost > limit:
-            break
-        found = proposal
+    for grown in takewhile(lambda proposal: proposal.cost <= limit, _grown(way, start)):
+        found = replace(grown, way=way)
+    if found is not None and way in ("more-layers", "wider-model"):
+        left = _largest("wider-feed-forward", found, limit)
+        found = found if left is None else replace(left, way=way)
     return found
 
 
@@ -130,12 +126,10 @@ def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
         for count in range(start.batch_size - 1, 0, -1):
             yield replace(start, context=start.batch_size * start.context // count, batch_size=count)
         return
-    name, by = {
-        "wider-feed-forward": ("d_ff", _D_FF_STEP), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1),
-    }[way]  # fmt: skip
+    name, by = _GROWS[way]
     head_dim = fields["d_model"] // fields["num_heads"]
     for value in range(fields[name] + by, 4 * fields[name] + 1, by):
-        changes = {name: value, **({"d_model": head_dim * value} if name == "num_heads" else {})}
+        changes = {name: value} | ({"d_model": head_dim * value} if name == "num_heads" else {})
         grown = replace(start, model={**start.model, **changes})
         try:
             _ = grown.config

@@ -30,7 +30,7 @@ from sqa.files import naming, write_text
 from sqa.losses import IGNORE
 from sqa.model import Transformer
 from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag
-from sqa.records import read_record
+from sqa.records import read_value
 from sqa.training.checkpoint import Checkpoints, Progress
 
 
@@ -211,13 +211,14 @@ def _add_gradients(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe)
     """The sum of the loss over the whole batch, and how many tokens it is of."""
     accelerator = learner.accelerator
     count = task.count(batch)
-    mine = _rows_of(accelerator, len(batch))
+    share = len(batch) // accelerator.num_processes  # each process takes as many rows: they work in step
+    mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     micro = recipe.micro_batch_size or len(batch)
     total = torch.zeros((), device=accelerator.device)
-    for start in range(mine.start, mine.stop, micro):
-        rows = slice(start, min(start + micro, mine.stop))
-        part = batch.take(rows, accelerator.device)
-        with _gradients_shared(learner.called, last=rows.stop == mine.stop):
+    for start in mine[::micro]:
+        stop = min(start + micro, mine.stop)
+        part = batch.take(slice(start, stop), accelerator.device)
+        with _gradients_shared(learner.called, last=stop == mine.stop):
             with accelerator.autocast():
                 loss_sum = task.loss_sum(learner.called, part)
             # processes average their gradients, hence the factor
@@ -241,17 +242,11 @@ def _gradients_shared(called: nn.Module, *, last: bool) -> Iterator[None]:
 
 def _update(learner: Learner[M], recipe: Recipe, rate: float) -> None:
     for group in learner.optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate * group.get("rate", 1.0)
     if recipe.clip_norm:
         learner.accelerator.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
     learner.optimizer.step()
     learner.optimizer.zero_grad()
-
-
-def _rows_of(accelerator: Accelerator, batch_size: int) -> slice:
-    """The rows of a batch that this process takes: as many as the others, which work in step with it."""
-    share = batch_size // accelerator.num_processes
-    return slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
 
 def train(
@@ -306,7 +301,11 @@ def train(
                 report = StepReport(step=progress.step, loss=loss, tokens=progress.tokens, seconds=progress.wall_s)
                 with naming(curve_path):
                     curve.write(json.dumps(vars(report)) + "\n")
-                reason = _show(report, hooks)
+                reason = None
+                try:
+                    hooks.on_step(report)
+                except Interrupted as error:  # all processes end together
+                    reason = error
                 due = time.monotonic() - last_saved > recipe.checkpoint_seconds
                 stopping, due = _any(accelerator, reason is not None or stop.signal is not None, due)
                 if stopping:
@@ -327,26 +326,15 @@ def _stopped(progress: Progress, recipe: Recipe) -> str:
     return f"stopped after step {progress.step} of {recipe.steps}"
 
 
-def _show(report: StepReport, hooks: Hooks) -> Interrupted | None:
-    """Tell the hook of a step. Returns what it raises: all processes end together, where there are several."""
-    try:
-        hooks.on_step(report)
-    except Interrupted as reason:
-        return reason
-    return None
-
-
 def _whole_lines(curve: Path) -> list[str]:
     """The lines of a curve up to the first that is torn or out of order."""
-    if not curve.exists():
-        return []
-    lines = curve.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = curve.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if curve.exists() else []
     for i, line in enumerate(lines):
         try:
-            report = read_record(StepReport, json.loads(line), "curve")
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            return lines[:i]
-        if report.step != i + 1 or not line.endswith("\n"):
+            whole = line.endswith("\n") and read_value(StepReport, json.loads(line), "curve").step == i + 1
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
             return lines[:i]
     return lines
 
