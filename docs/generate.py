@@ -21,9 +21,10 @@ import decision
 from charts import CHARTS, HORIZONS, Chart, speed_words
 from sqa.bench.report import BenchResult
 from sqa.conversion.importance import METHODS
-from sqa.conversion.records import Conversion
+from sqa.conversion.records import Conversion, LanguageQuality
 from sqa.conversion.report import quality_table, samples, speed_table
 from sqa.cost import attention_flops, train_step_flops
+from sqa.evaluation import Score, score_table
 from sqa.experiments.directory import Directory
 from sqa.experiments.report import read_experiment
 from sqa.experiments.summary import Experiment, results_table
@@ -209,6 +210,68 @@ def conversion(part: Callable[[Conversion], RenderableType], name: str) -> str:
     return text_of(part(_conversion(name)))
 
 
+def pretrained() -> str:
+    """SmolLM2 at every stage of its conversions, on articles and on Python."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("heads", "spread", "stage", "tokens", "loss", "added", "kl", "agree", "Python"):
+        table.add_column(heading, justify="left" if heading in ("heads", "spread", "stage") else "right")
+    for at, name in enumerate(("smollm2-6", "smollm2-6-measured", "smollm2-3")):
+        found = _conversion(name)
+        original = _losses(name)["original"]
+        for stage in found.stages:
+            kept = stage.stage != "original"
+            if not kept and at:
+                continue
+            quality, elsewhere = stage.quality, stage.elsewhere
+            assert isinstance(quality, LanguageQuality)
+            table.add_row(
+                f"{found.settings['query_heads'] if kept else 9}",
+                found.settings["allocation"] if kept else "",
+                "healed" if stage.stage == "distilled" else stage.stage,
+                f"{stage.tokens:,}" if stage.tokens else "",
+                f"{quality.loss:.4f}",
+                f"{quality.loss - original:+.4f}" if kept else "",
+                f"{quality.kl:.4f}",
+                f"{quality.agreement:.4f}",
+                f"{elsewhere.loss:.4f}" if isinstance(elsewhere, LanguageQuality) else "",
+            )
+    kept_heads = ", ".join(str(len(layer.kept)) for layer in _conversion("smollm2-6-measured").layers)
+    return f"{text_of(table)}\n\nMeasured spread, query heads of the layers in order: {kept_heads}."
+
+
+def choice() -> str:
+    """The four-way choice of SmolLM2, before and after."""
+    found = json.loads((RESULTS / "conversion" / "smollm2-choice.json").read_text(encoding="utf-8"))
+    table = score_table([Score.from_dict(values) for values in found["scores"]])
+    harness = found["harness"]
+    return (
+        f"{text_of(table)}\n\n{len(found['scores'][0]['right'])} items, {found['dtype']} autocast. The harness "
+        f"(lm_eval {harness['version']}, which installs beside the pinned packages without changing one) answered the "
+        f"first {harness['items']} as the original did here: {harness['same']} of {harness['items']} alike."
+    )
+
+
+def imported() -> str:
+    """Loss of the imported GGUF file, here and in transformers."""
+    found = json.loads((RESULTS / "conversion" / "smollm2-import.json").read_text(encoding="utf-8"))
+    ours, theirs = (found[name]["perplexity"] for name in ("ours", "transformers"))
+    return (
+        f"On the first 512 tokens of {found['articles']} validation articles the imported model has perplexity "
+        f"{ours:.4f}, and what transformers dequantises of the same file {theirs:.4f}; no logit differs by more than "
+        f"{found['largest_logit_difference']:.1e}."
+    )
+
+
+def healing_speed() -> str:
+    """Healing with and without `--compile`, in one sentence."""
+    found = json.loads((RESULTS / "conversion" / "smollm2-healing-speed.json").read_text(encoding="utf-8"))
+    eager, compiled = (f"{min(found[name]):.0f} to {max(found[name]):.0f}" for name in ("eager", "compiled"))
+    return (
+        f"A core heals {eager} tokens a second of its time, and {compiled} with `--compile` (a few steps each, beside "
+        f"other work; {found['processor']})."
+    )
+
+
 def surgeries() -> str:
     """What was compared before healing, at as many query heads in all."""
     found = json.loads((RESULTS / "conversion" / "smollm2-surgery.json").read_text(encoding="utf-8"))
@@ -240,9 +303,11 @@ SECTIONS = {
     "encoder": lambda: conversion(quality_table, "minilm"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "surgeries": surgeries,
-    "small model": lambda: conversion(quality_table, "smollm2-6"),
-    "small model continues": lambda: conversion(samples, "smollm2-6"),
-    "small model speed": lambda: conversion(speed_table, "smollm2-6"),
+    "pretrained": pretrained,
+    "pretrained continues": lambda: conversion(samples, "smollm2-6-measured"),
+    "choice": choice,
+    "imported": imported,
+    "healing speed": healing_speed,
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
     "verdict": lambda: decision.verdict(HORIZONS, timed="small-tokens"),

@@ -31,7 +31,7 @@ app = typer.Typer()
 @app.command()
 def convert(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a run of ours, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file, a run of ours, or a Hub name.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
     query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
     calibration: Annotated[str, typer.Option(help="builtin, wikipedia, or a file or folder of text.")],
