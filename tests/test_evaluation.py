@@ -144,6 +144,24 @@ def test_transformers_own_models_are_read(small_tokenizer: Tokenizer, tmp_path: 
     torch.testing.assert_close(given, model(ids).logits[:, -2:])
 
 
+def test_no_pickle_and_no_code_of_a_directory_is_loaded(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "pickle")
+    small_tokenizer.save(str(tmp_path / "pickle" / "tokenizer.json"))
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    (tmp_path / "code").mkdir()
+    auto_map = {name: f"own.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    (tmp_path / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "code" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("pickle", "code"):
+        with pytest.raises(InputError, match=f"{name} is no causal language model that transformers reads"):
+            load_reader(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_transformers_cannot_read_is_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')

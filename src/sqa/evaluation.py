@@ -132,7 +132,9 @@ def _of_transformers(path: Path) -> Any:
     except ImportError:
         raise MissingExtraError(f"{path} needs transformers", "hf") from None
     try:
-        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     except Exception as error:  # transformers raises whatever a config makes it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model: {path} is no causal language model that transformers reads: {reason}") from error

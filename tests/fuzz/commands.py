@@ -53,6 +53,7 @@ COMMANDS = {
     "train": "tiny.toml --out new",
     "report": "done --out new",
     "generate": "done/sqa-0 --prompt The --max-new-tokens 4",
+    "evaluate": "stock done/sqa-0 --data text.jsonl --items 4 --json new.json",
     "export": "done/sqa-0 new",
     "import": "stock new",
     "convert": "stock new --query-heads 1 --calibration text.jsonl --sequences 8 --length 16 --evaluation-tokens 64 "
@@ -75,7 +76,7 @@ VALUES = (
 )  # fmt: skip
 HUGE = ("1e9", "999999999", "9" * 400)
 LONG = {
-    "rounds", "max_steps", "max_tokens", "budget", "max_new_tokens", "batch_size", "sequences", "length", "n",
+    "rounds", "max_steps", "max_tokens", "budget", "max_new_tokens", "batch_size", "sequences", "length", "n", "items",
     "context", "evaluation_tokens", "speed_at", "heal",
 }  # fmt: skip
 """Options of which a huge number rightly means long work."""
@@ -112,8 +113,9 @@ def origin() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="sqa-fuzz-"))
     words = (ROOT / "LICENSE").read_text(encoding="utf-8").split()
     with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
-        for start in range(0, len(words), 20):
-            file.write(json.dumps({"text": " ".join(words[start : start + 40])}) + "\n")
+        for start in range(0, len(words), 5):
+            text = " ".join(words[start : start + 40])
+            file.write(json.dumps({"text": f"{text}\n\n{text}"}) + "\n")
     (folder / "tiny.toml").write_text(PLAN, encoding="utf-8")
     for arguments in (("compare", "tiny.toml", "--out", "done"), ("export", "done/gqa-0", "stock")):
         done = run(folder, *arguments)
@@ -137,7 +139,7 @@ def bad_option(random: Random, folder: Path) -> None:
         command = command.commands[part]  # type: ignore[attr-defined]
     arguments = COMMANDS[name].split()
     options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    for option in random.sample(options, random.choice((1, 1, 2))):
+    for option in random.sample(options, min(len(options), random.choice((1, 1, 2)))):
         flag = random.choice(option.opts + option.secondary_opts)
         text = random.choice([text for text in TEXTS if option.name not in LONG or text not in HUGE])
         arguments += [flag] if option.is_flag else [f"{flag}={text}"]  # type: ignore[attr-defined]
@@ -148,11 +150,11 @@ def bad_option(random: Random, folder: Path) -> None:
 
 READERS = {
     "tiny.toml": ("compare", "train"),
-    "text.jsonl": ("compare", "train", "convert"),
+    "text.jsonl": ("compare", "train", "convert", "evaluate"),
     "stock/config.json": ("import", "convert", "bench prefill"),
     "stock/tokenizer.json": ("import", "convert"),
     "stock/tokenizer_config.json": ("import", "convert"),
-    "stock/model.safetensors": ("import", "convert", "bench step"),
+    "stock/model.safetensors": ("import", "convert", "bench step", "evaluate"),
     "done/sqa-0/config.json": ("generate", "export"),
     "done/sqa-0/tokenizer.json": ("generate", "export"),
     "done/sqa-0/model.safetensors": ("generate", "export"),
