@@ -323,6 +323,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny: Path, arguments: str, m
     assert sorted(str(path) for path in tiny.rglob("*")) == before
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "9" * 5000])
+def test_a_seed_is_bounded(tmp_path: Path, seed: str) -> None:
+    done = sqa("generate", "model", "--prompt", "x", f"--seed={seed}", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Invalid value for '--seed'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["compare", "train", "convert"])
 @pytest.mark.parametrize("threads", ["-1", "100000"])
 def test_a_thread_count_is_bounded_wherever_it_is_an_option(tmp_path: Path, command: str, threads: str) -> None:

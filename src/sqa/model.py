@@ -353,6 +353,7 @@ def sample(
     """Token ids (B,) from logits (B, V); see Transformer.generate."""
     if temperature == 0:
         return logits.argmax(-1)
+    temperature = max(temperature, 1e-30)  # a smaller one would divide by what is 0 in fp32
     logits, order = (logits.float() / temperature).sort(-1, descending=True)
     if top_k is not None:
         logits[:, top_k:] = -torch.inf

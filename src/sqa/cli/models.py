@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sqa.cli.options import long_dtype
+from sqa.cli.options import Seed, long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the fewest that hold this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    seed: Seed[int] = 0,
 ) -> None:
     """Continue a prompt with cached decoding, up to the token that ends a text; with --chat print the answer alone."""
     import torch

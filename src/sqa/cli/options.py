@@ -49,7 +49,7 @@ NumHeads = Annotated[int, typer.Option(help="Nominal heads.")]
 Length = Annotated[int, typer.Option("--n", "--length", help="Tokens a sequence.")]
 Lengths = Annotated[str, typer.Option("--n", help="Tokens a sequence, several with commas between.")]
 BatchSize = Annotated[T, typer.Option(help="Sequences a step.")]
-Seed = Annotated[T, typer.Option(help="Of initialisation, data order and drawing.")]
+Seed = Annotated[T, typer.Option(help="Of initialisation, data order and drawing.", min=0, max=2**63 - 1)]
 
 # the machine
 Device = Annotated[T, typer.Option(help="cpu or cuda; a plan also takes auto.")]
