@@ -173,9 +173,14 @@ def test_generate_refuses_in_one_sentence(stock: Path) -> None:
         done = sqa("generate", str(stock), *arguments)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert message in done.stderr
-    for template in ("{% for", "{{ raise_exception('no\nsuch role') }}", "{{ messages.__class__.__mro__[1].x() }}"):
+    for template in (
+        "{% for",
+        "{{ raise_exception('no\nsuch role') }}",
+        "{{ messages.__class__.__mro__[1].x() }}",
+        "{{ 'x' * 10**18 }}",  # a MemoryError, which has no text
+    ):
         change(stock / "tokenizer_config.json", chat_template=template)
-        with pytest.raises(InputError, match="chat template cannot be rendered") as error:
+        with pytest.raises(InputError, match=r"chat template cannot be rendered: \S") as error:
             open_source(stock).read_text_side().encode_chat("x")
         assert "\n" not in str(error.value)
     (stock / "tokenizer.json").unlink()

@@ -103,7 +103,8 @@ def _render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, 
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
     except Exception as error:  # a template runs code of its own and can fail in any way
-        raise InputError(f"--chat: the model's chat template cannot be rendered: {shown(str(error))}") from None
+        why = shown(str(error) or type(error).__name__)
+        raise InputError(f"--chat: the model's chat template cannot be rendered: {why}") from None
 
 
 def text_side(
