@@ -76,6 +76,22 @@ def rates(*names: str) -> str:
     return text_of(table)
 
 
+def output_rates(*names: str) -> str:
+    """Losses of GQA and SQA, seed by seed, under several learning rates of attention's output projections."""
+    comparisons = [Directory(RESULTS / name).read() for name in names]
+    columns = sorted({(result.variant, result.seed) for comparison in comparisons for result in comparison.results})
+    shared = [column for column in columns if column[1] < 2 and column[0] in ("gqa", "sqa")]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("rate of the\noutput projections", justify="right")
+    for variant, seed in shared:
+        table.add_column(f"{VARIANTS[variant].label}\nseed {seed}", justify="right")
+    for comparison in comparisons:
+        losses = {(result.variant, result.seed): f"{result.val.loss:.4f}" for result in comparison.results}
+        cells = (losses.get(column, "") for column in shared)
+        table.add_row(f"x {comparison.plan.output_projection_rate:g}", *cells)
+    return text_of(table)
+
+
 def warm_up(*names: str) -> str:
     """GQA's and SQA's losses, and their paired difference, under several lengths of the warm-up."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -291,6 +307,7 @@ SECTIONS = {
     "horizons": horizons,
     "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
     "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
+    "output rates": lambda: output_rates("output-rate-0.5", "output-rate-1", "output-rate-2"),
     "probes": lambda: probes("horizon-16M", "gqa", "sqa"),
     "steps": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32")),
     "prefill": lambda: benchmark("prefill"),
