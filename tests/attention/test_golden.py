@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ GOLDEN = read_golden()
 
 
 def test_the_file_is_small_and_has_every_variant() -> None:
-    assert PATH.stat().st_size < 200_000
+    assert PATH.stat().st_size < 300_000
     assert set(VARIANTS) < set(GOLDEN)
 
 
@@ -84,15 +85,15 @@ def write_golden(path: Path) -> None:
         "sqa-rope-interleaved": (config("sqa", rope=Rope(interleaved=True)), ()),
         "sqa-rope-scaled": (config("sqa", rope=Rope(base=100.0, scaling=scaling)), ()),
     }
-    generator = torch.Generator().manual_seed(0)
     inputs = {
         "padding_mask": torch.arange(9) >= torch.tensor([[0], [4]]),
         "document_ids": torch.tensor([[0] * 4 + [1] * 5, [3] * 2 + [1] * 3 + [3] * 4]),
     }
-    x = torch.randn(2, 9, 32, generator=generator)
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     tensors = {"x": x, **inputs}
     for name, (layer_config, names) in cases.items():
         layer = SparseQueryAttention(layer_config, kernel="reference")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # a new case leaves the others as they are
         with torch.no_grad():
             for key, weight in layer.named_parameters():
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + (1.0 if "norm" in key else 0.0))
@@ -108,3 +109,7 @@ def test_the_file_is_what_the_writer_makes(tmp_path: Path) -> None:
     assert made.keys() == kept.keys()
     for name, value in kept.items():
         np.testing.assert_allclose(made[name], value, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    write_golden(PATH)

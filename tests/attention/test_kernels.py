@@ -486,7 +486,7 @@ def test_varlen_says_what_the_mask_says(name: str, kind: str, monkeypatch: pytes
         return torch.cat(parts)
 
     monkeypatch.setattr(pytorch, "_varlen_attn", lambda: plain_varlen)
-    monkeypatch.setitem(KERNELS, "varlen", kernels.Kernel(**{**vars(KERNELS["varlen"]), "lacks": lambda call: None}))
+    monkeypatch.setitem(KERNELS, "varlen", kernels.Kernel(**{**vars(KERNELS["varlen"]), "limits": lambda call: None}))
     qkv, grad = draw(HEADS[name], 63)
     got = with_gradients(attend(*qkv, make_mask(kind, 63), kernel="varlen"), qkv, grad)
     assert_all_close(got, oracle(qkv, grad, seen(kind, 63)))
@@ -502,9 +502,9 @@ def test_varlen_says_what_the_mask_says(name: str, kind: str, monkeypatch: pytes
         ("flex", {"device": "mps"}, "not for mps"),
         ("varlen", {}, "CUDA only"),
         ("varlen", {"device": "cuda"}, "fp16 and bf16 only, got torch.float32"),
-        ("varlen", {"device": "cuda", "dtype": torch.bfloat16, "padding": True}, "no padding mask"),
+        ("varlen", {"device": "cuda", "dtype": torch.bfloat16, "padding": True}, "no padding"),
         ("varlen", {"device": "cuda", "dtype": torch.bfloat16, "num_queries": 3}, "no cache"),
-        ("blocks", {"padding": True}, "no padding mask"),
+        ("blocks", {"padding": True}, "no padding"),
         ("blocks", {"device": "cuda"}, "CPU only"),
         ("blocks", {"softcap": 5.0}, "soft-capping"),
         ("blocks", {"dtype": torch.float64}, "fp32, fp16 and bf16 only, got torch.float64"),
@@ -514,6 +514,16 @@ def test_varlen_says_what_the_mask_says(name: str, kind: str, monkeypatch: pytes
 def test_a_kernel_that_cannot_says_so(kernel: str, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(case(**changes), kernel)
+
+
+def test_a_kind_of_mask_that_a_kernel_does_not_name_is_never_given_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind that is new reaches only the kernels that were taught it, and never plain causal attention."""
+    monkeypatch.setattr(Mask, "needs", lambda mask, num_keys: frozenset({"causal", "prefix"}))
+    call = case()
+    assert [name for name, verdict in explain(call) if verdict != "no prefix"] == []
+    assert call.masked
+    with pytest.raises(InputError, match=r"sdpa cannot do this call \(no prefix\)"):
+        resolve(call, "sdpa")
 
 
 def test_explain_covers_the_table() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from sqa import cost, native
 from sqa.attention import fused
@@ -19,6 +20,7 @@ from sqa.bench.measurement import Measurement
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import BenchResult
 from sqa.bench.step import run_step
+from sqa.cli import app
 from sqa.config import ModelConfig, Rope
 from sqa.measure.machine import find_dtype
 from sqa.measure.peak import Peak
@@ -369,3 +371,14 @@ def test_decoding_starts_from_a_filled_cache_and_says_that_sqa_wins_little() -> 
     assert gqa.cache_bytes * 38 == cache.num_bytes * 32
     assert gqa.cache_bytes == 2 * mqa.cache_bytes
     assert gqa.tokens_per_s == 2 / gqa.median
+
+
+def test_long_work_is_not_silent_and_tables_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is said on standard error, after SILENCE at the latest: here after none."""
+    monkeypatch.setattr("sqa.cli.display.SILENCE", 0.0)
+    command = "bench step --preset demo --variants gqa --n 16 --batch-size 1 --dtypes fp32 --no-compile --rounds 2"
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    assert "warming sqa gqa eager" in done.stderr
+    assert "timing: turn 3 of at most 3" in done.stderr
+    assert "timing" not in done.stdout

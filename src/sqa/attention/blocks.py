@@ -182,12 +182,10 @@ def run(call: Call, starts: Tensor | None) -> Tensor:
     return out
 
 
-def lacks(call: Call) -> str | None:
+def limits(call: Call) -> str | None:
     """What keeps a call from attention in blocks, or None."""
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"fp32, fp16 and bf16 only, got {call.dtype}"
-    if call.padding:
-        return "no padding mask"
     if call.num_queries != call.num_keys:
         return "no cache or cross-attention"
-    return operators.lacks(call)
+    return operators.limits(call)

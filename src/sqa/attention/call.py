@@ -154,12 +154,12 @@ class Call:
 
     @property
     def padding(self) -> bool:
-        return self.mask.padding_mask is not None or (self.mask.cached is not None and self.mask.cached.holes)
+        return self.mask.hides_padding
 
     @property
     def window(self) -> int | None:
         """The window where it hides anything."""
-        return None if self.mask.window is None or self.mask.window >= self.num_keys else self.mask.window
+        return self.mask.window_over(self.num_keys)
 
     @property
     def sinks(self) -> int:
@@ -169,4 +169,9 @@ class Call:
     @property
     def masked(self) -> bool:
         """Whether anything but plain causality hides keys."""
-        return self.window is not None or self.padding or self.documents or (self.cached and self.num_queries > 1)
+        return bool(self.mask.needs(self.num_keys) - {"causal", "cache"}) or (self.cached and self.num_queries > 1)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a kernel must know of: kinds of masks, and "soft-capping"."""
+        return self.mask.needs(self.num_keys) | ({"soft-capping"} if self.softcap is not None else set())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqa.attention import blocks, pytorch, ranges
 from sqa.attention.call import Call
-from sqa.attention.masks import Mask, Prepared
+from sqa.attention.masks import KINDS, Mask, Prepared
 from sqa.attention.reference import reference_attention
 from sqa.config import unknown
 from sqa.errors import InputError
@@ -30,20 +30,38 @@ class Choice(NamedTuple):
     reason: str
 
 
+_DENSE = frozenset(KINDS)
+"""What `dense_mask` makes a tensor of. The other kernels have their own ways, and name what they were taught."""
+_PLAIN = frozenset({"causal", "window", "documents"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A row of the kernel table.
 
-    `lacks(call)` names what it cannot do of a call, `prepare(call)` puts the mask into the form that the kernel reads,
-    and `run(call, form)` computes.
+    `takes` has the kinds of masks that it knows, and "soft-capping"; `limits(call)` names what else it cannot do of a
+    call. `prepare(call)` puts the mask into the form that the kernel reads, and `run(call, form)` computes.
     """
 
     run: Callable[[Call, Any], Tensor]
     prepare: Callable[[Call], Any]
-    lacks: Callable[[Call], str | None]
+    takes: frozenset[str]
     devices: str
-    masks: str
+    limits: Callable[[Call], str | None] = lambda call: None
     backward: str = "yes"
+
+    def lacks(self, call: Call) -> str | None:
+        """What keeps a call from this kernel, or None."""
+        missing = call.needs - self.takes
+        return f"no {min(missing)}" if missing else self.limits(call)
+
+    @property
+    def masks(self) -> str:
+        """`takes` in words."""
+        left = [kind for kind in KINDS if kind not in self.takes]
+        taken = ", ".join(kind for kind in KINDS if kind in self.takes)
+        words = taken if len(left) > 1 else f"all but {left[0]}" if left else "all"
+        return f"{words}, soft-cap" if "soft-capping" in self.takes else words
 
 
 def _reference(call: Call, form: Tensor | None) -> Tensor:
@@ -52,29 +70,22 @@ def _reference(call: Call, form: Tensor | None) -> Tensor:
 
 KERNELS: dict[str, Kernel] = {
     # the oracle; memory grows with N x N
-    "reference": Kernel(
-        run=_reference, prepare=pytorch.visible, lacks=lambda call: None, devices="all", masks="all, soft-cap"
-    ),
-    "sdpa": Kernel(
-        run=pytorch.sdpa, prepare=pytorch.sdpa_form, lacks=pytorch.lacks_sdpa, devices="all",
-        masks="all, dense but for causal",
-    ),
+    "reference": Kernel(run=_reference, prepare=pytorch.visible, takes=_DENSE | {"soft-capping"}, devices="all"),
+    "sdpa": Kernel(run=pytorch.sdpa, prepare=pytorch.sdpa_form, takes=_DENSE, devices="all"),
     # this one and those below skip what a mask hides
     "blocks": Kernel(
-        run=blocks.run, prepare=blocks.prepare, lacks=blocks.lacks, devices="cpu",
-        masks="causal, window, sinks, documents",
+        run=blocks.run, prepare=blocks.prepare, takes=_PLAIN | {"sinks"}, limits=blocks.limits, devices="cpu"
     ),
     "fused": Kernel(
-        run=ranges.run, prepare=ranges.prepare, lacks=ranges.lacks, devices="cpu", masks="all but sinks",
-        backward="not cached",
+        run=ranges.run, prepare=ranges.prepare, takes=_PLAIN | {"padding", "cache"}, limits=ranges.limits,
+        devices="cpu", backward="not cached",
     ),
     "varlen": Kernel(
-        run=pytorch.varlen, prepare=pytorch.varlen_form, lacks=pytorch.lacks_varlen, devices="cuda",
-        masks="causal, window, documents",
+        run=pytorch.varlen, prepare=pytorch.varlen_form, takes=_PLAIN, limits=pytorch.varlen_limits, devices="cuda"
     ),
     "flex": Kernel(
-        run=pytorch.flex, prepare=pytorch.flex_form, lacks=pytorch.lacks_flex, devices="cuda; cpu forward",
-        masks="all but cached, soft-cap", backward="cuda",
+        run=pytorch.flex, prepare=pytorch.flex_form, takes=_PLAIN | {"sinks", "padding", "soft-capping"},
+        limits=pytorch.flex_limits, devices="cuda; cpu forward", backward="cuda",
     ),
 }  # fmt: skip
 
@@ -93,31 +104,31 @@ def resolve(call: Call, kernel: str = "auto") -> Choice:
     if kernel != "auto":
         lack = KERNELS[kernel].lacks(call)
         if lack is not None:
-            raise InputError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto' or 'sdpa'")
+            raise InputError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto'")
     if call.empty:
         return Choice("reference", "nothing to compute")
     if kernel != "auto":
         return Choice(kernel, "asked for")
     if call.cached and call.num_queries == 1 and call.dtype == torch.float32 and not call.shared and not call.masked:
         return Choice("sdpa", "fused; for one fp32 query a KV head as fast as memory is read")
-    if ranges.lacks(call) is None:
+    if KERNELS["fused"].lacks(call) is None:
         return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
     skips = call.window is not None or call.documents
-    if skips and blocks.lacks(call) is None:
+    if skips and KERNELS["blocks"].lacks(call) is None:
         return Choice("blocks", "skips the keys that the window or the documents hide")
     if call.device.type == "cuda":
         return _resolve_cuda(call, skips)
-    if call.softcap is not None:
+    if KERNELS["sdpa"].lacks(call) is not None:
         return Choice("reference", "no fused kernel here caps scores")
     return Choice("sdpa", "fused, with a dense mask" if call.masked else "fused")
 
 
 def _resolve_cuda(call: Call, skips: bool) -> Choice:
-    if skips and pytorch.lacks_varlen(call) is None:
+    if skips and KERNELS["varlen"].lacks(call) is None:
         return Choice("varlen", "flash attention that skips what the window or the documents hide")
-    if (skips or call.softcap is not None) and pytorch.lacks_flex(call) is None:
+    if (skips or call.softcap is not None) and KERNELS["flex"].lacks(call) is None:
         return Choice("flex", "skips the keys that the mask hides, or caps scores, in one fused kernel")
-    if call.softcap is not None:
+    if KERNELS["sdpa"].lacks(call) is not None:
         return Choice("reference", "no fused kernel here caps scores")
     if not torch.cuda.is_available():
         return Choice("sdpa", "PyTorch decides what runs, and without a CUDA device it cannot be asked")

@@ -11,6 +11,9 @@ from torch import Tensor
 from sqa.config import LONGEST
 from sqa.errors import InputError, shown
 
+KINDS = ("causal", "window", "sinks", "documents", "padding", "cache")
+"""What a mask may need of a kernel. A kernel that does not name a kind is never given it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CachedKeys:
@@ -74,6 +77,27 @@ class Mask:
         ids = self.document_ids
         if ids is not None and (ids.is_floating_point() or ids.is_complex()):
             raise InputError(f"attention: document_ids must be integers, got {ids.dtype}")
+
+    @property
+    def hides_padding(self) -> bool:
+        return self.padding_mask is not None or (self.cached is not None and self.cached.holes)
+
+    def window_over(self, num_keys: int) -> int | None:
+        """The window, where it hides any of so many keys."""
+        return None if self.window is None or self.window >= num_keys else self.window
+
+    def needs(self, num_keys: int) -> frozenset[str]:
+        """The KINDS of this mask over so many keys."""
+        windowed = self.window_over(num_keys) is not None
+        has = (
+            self.causal,
+            windowed,
+            windowed and self.num_sink_tokens > 0,
+            self.document_ids is not None,
+            self.hides_padding,
+            self.cached is not None,
+        )
+        return frozenset(kind for kind, needed in zip(KINDS, has, strict=True) if needed)
 
 
 def _whole(value: object, least: int) -> bool:

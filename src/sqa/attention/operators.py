@@ -37,8 +37,6 @@ def cpu_operator(name: str, forward: Callable[..., Any], backward: Callable[...,
     return operator
 
 
-def lacks(call: Call) -> str | None:
+def limits(call: Call) -> str | None:
     """What keeps a call from every operator here, or None."""
-    if call.device.type != "cpu":
-        return "CPU only"
-    return None if call.softcap is None else "no logit soft-capping"
+    return None if call.device.type == "cpu" else "CPU only"

@@ -48,11 +48,6 @@ def sdpa(call: Call, form: Tensor | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def lacks_sdpa(call: Call) -> str | None:
-    """What keeps a call from F.scaled_dot_product_attention, or None."""
-    return None if call.softcap is None else "no logit soft-capping"
-
-
 def _plain_causal(call: Call) -> bool:
     return call.mask.causal and not call.masked and not call.cached
 
@@ -76,7 +71,7 @@ def _ask(*question: Any) -> tuple[str, ...]:
 def _answer(
     dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, masked: bool, causal: bool, grad: bool
 ) -> tuple[str, ...]:
-    """PyTorch's answer for 128 tokens: of the length its kernels want no more than that it is not 0."""
+    """PyTorch is asked about 128 tokens. The answer holds for every length above 0."""
     if not torch.cuda.is_available():
         return ()
     length, ask = 128, torch.backends.cuda
@@ -133,18 +128,12 @@ def varlen(call: Call, form: Sequences) -> Tensor:
     return out.view(call.q.shape)
 
 
-def lacks_varlen(call: Call) -> str | None:
+def varlen_limits(call: Call) -> str | None:
     """What keeps a call from varlen_attn, or None."""
     if call.device.type != "cuda":
         return "CUDA only"
-    if call.softcap is not None:
-        return "no logit soft-capping"
-    if call.padding:
-        return "no padding mask"
-    if call.sinks:
-        return "no sinks"
-    if call.cached or call.num_queries != call.num_keys:
-        return "no cache or cross-attention"
+    if call.num_queries != call.num_keys:
+        return "no cross-attention"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"fp16 and bf16 only, got {call.dtype}"
     if call.documents and torch.compiler.is_compiling() and call.mask.prepared is None:
@@ -210,12 +199,10 @@ def flex(call: Call, form: Any) -> Tensor:
     return out.transpose(1, 2)
 
 
-def lacks_flex(call: Call) -> str | None:
+def flex_limits(call: Call) -> str | None:
     """What keeps a call from FlexAttention, or None."""
     if call.device.type == "cpu" and call.grad:
         return "no CPU backward"
-    if call.cached:
-        return "no cache"
     if call.head_dim < 16 or call.head_dim & (call.head_dim - 1):
         return f"head_dim must be a power of two from 16, got {call.head_dim}"
     if call.device.type not in ("cpu", "cuda"):

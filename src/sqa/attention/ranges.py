@@ -63,16 +63,14 @@ def run(call: Call, ranges: KeyRanges) -> Tensor:
     return out
 
 
-def lacks(call: Call) -> str | None:
+def limits(call: Call) -> str | None:
     """What keeps a call from our own kernel, or None."""
     if call.grad and call.num_queries != call.num_keys:
         return "no cache or cross-attention"
     if call.cached and call.padding and call.mask.window is not None:
         return "no padding in a rolling cache"
-    if call.sinks:
-        return "no sinks"
     if call.dtype not in fused.DTYPES:
         return f"fp32 and bf16 only, got {call.dtype}"
     if call.head_dim not in fused.HEAD_DIMS:
         return f"head_dim must be one of {', '.join(map(str, fused.HEAD_DIMS))}, got {call.head_dim}"
-    return operators.lacks(call) or fused.lacks()
+    return operators.limits(call) or fused.lacks()

@@ -106,6 +106,7 @@ def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torc
         module = compiled(OURS, model) if compile else model
         found.runners.append(Runner(OURS, variant, setting, own, module))
         for name in peers:
+            logger.info("building %s %s and comparing it with ours", name, variant)
             try:
                 entrants = build(name, model)
                 for entrant in entrants.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -10,6 +12,8 @@ import torch
 
 from sqa.measure.peak import Peak
 from sqa.measure.timing import TimeLimit, Timing, failure, take_turns
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,13 @@ def time_all(
         elif run is not None:
             running[len(measured)] = run
         measured.append(measurement)
-    for index, timing in take_turns(running, rounds=rounds, warmup=warmup, device=device, limit=limit).items():
+    turns = itertools.count(1)
+
+    def tell() -> None:
+        logger.info("timing: turn %d of at most %d", next(turns), (warmup + rounds) * len(running))
+
+    timings = take_turns(running, rounds=rounds, warmup=warmup, device=device, limit=limit, on_turn=tell)
+    for index, timing in timings.items():
         measured[index] = replace(measured[index], seconds=timing)
     return measured
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,8 @@ from sqa.measure.machine import find_device, find_dtype
 from sqa.measure.peak import measure_peak
 from sqa.measure.timing import TimeLimit, at_least_one
 from sqa.model import Transformer
+
+logger = logging.getLogger(__name__)
 
 
 def training_step(entrant: Entrant, module: nn.Module, dtype: torch.dtype, batch: Tensor) -> Callable[[], None]:
@@ -103,6 +106,7 @@ def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, Mode
         if m.seconds is None:
             continue
         name, config = m.implementation or OURS, configs[m.variant]
+        logger.info("measuring the memory of %s %s", name, m.variant)
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
         for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:

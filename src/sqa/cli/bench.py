@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sqa.cli import options
-from sqa.cli.display import make_console, make_display
+from sqa.cli.display import Heartbeat, make_console, make_display
 from sqa.errors import InputError
 from sqa.variants import MEASURED_VARIANTS
 
@@ -25,6 +26,13 @@ Model = Annotated[
 ]
 Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.")]
 TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop early: 90s, 8m.")]
+
+
+@app.callback()
+def _speak() -> None:
+    logger = logging.getLogger("sqa.bench")
+    logger.setLevel(logging.INFO)
+    logger.handlers[:] = [Heartbeat()]
 
 
 def _models(preset: str | None, variants: str | None, model: str | None) -> Models:

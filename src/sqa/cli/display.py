@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 
 from rich.console import Console
@@ -45,6 +47,19 @@ def make_console() -> Console:
     console = _Console(quiet=not is_main())
     console.width = max(console.width, TABLE_WIDTH)
     return console
+
+
+class Heartbeat(logging.Handler):
+    """Says on standard error what is logged, once there was silence for half of SILENCE seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._spoke = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() - self._spoke >= SILENCE / 2:
+            print(self.format(record), file=sys.stderr, flush=True)
+            self._spoke = time.monotonic()
 
 
 class LiveDisplay:

@@ -38,7 +38,7 @@ def _walk(original: Subject, batches: Sequence[Any]) -> Iterator[tuple[Moments, 
 def _features(
     cut: Subject, index: int, batches: Sequence[Any], reads: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> Moments:
-    """Moments of what the output projection of the cut layer reads where the attention reads that, with the targets."""
+    """Feeds `reads` to the attention of the cut layer; moments of what its output projection reads, with `targets`."""
     view = cut.views[index]
     moments = _moments_of(view)
     with watched([view.o]) as seen:

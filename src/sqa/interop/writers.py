@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from sqa import storage
 from sqa.config import ModelConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.files import write_json, write_safetensors
 from sqa.interop import llama
 from sqa.interop.source import ModelSource, open_source
@@ -39,37 +42,21 @@ def import_model(source: str | Path, out: Path) -> list[str]:
 def export(source: str | Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
     """Write a model for other software; returns notes to print.
 
-    format "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as one file beside the
-    weights (trust_remote_code); "gguf": one file for llama.cpp. dtype: float32, float16 or bfloat16 (default: as
-    stored), for gguf f32 (default), f16, bf16 or q8_0.
+    format is a row of FORMATS. "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as
+    one file beside the weights (trust_remote_code); "gguf": one file for llama.cpp. dtype: for gguf f32 (default), f16,
+    bf16 or q8_0; for the others float32, float16 or bfloat16 (default: as stored).
 
     Raises InputError when `out` exists, when the format cannot hold the model (with what to change), and for anything
     `load_model` refuses. Nothing is left half-written.
     """
+    if format not in FORMATS:
+        raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {shown(format)!r}")
     storage.refuse_existing(out)
     opened = open_source(source)
     storage.refuse_inside(out, opened.path)
-    text, config = opened.read_text_side(), opened.config
-    # what a format cannot hold is refused before the weights are read
-    if format == "gguf":
-        from sqa.interop.gguf_writer import check_gguf, write_gguf
-
-        check_gguf(config, text.tokenizer, out, dtype or "f32")
-        write_gguf(opened.load(), text, out, dtype or "f32")
-        return _notes(opened, text)
-    if format == "hf":
-        llama.stock_config(config)
-    elif format != "hf-remote":
-        raise InputError(f"export: format must be one of hf, hf-remote, gguf, got {format!r}")
-    elif not config.causal:
-        raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    model = opened.load()
-    if dtype is not None:
-        model.to(_DTYPES[dtype])
-    with storage.new_directory(out) as folder:
-        _write_hugging_face(model, folder, text, stock=format == "hf")
+    text, row = opened.read_text_side(), FORMATS[format]
+    row.check(opened.config, text, out, dtype)
+    row.write(opened.load(), text, out, dtype)
     return _notes(opened, text)
 
 
@@ -116,10 +103,57 @@ def _write_hugging_face(model: Transformer, folder: Path, text: TextSide, *, sto
     text.write(folder)
 
 
+def _check_hugging_face(config: ModelConfig, text: TextSide, out: Path, dtype: str | None, *, stock: bool) -> None:
+    if stock:
+        llama.stock_config(config)
+    elif not config.causal:
+        raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _new_hugging_face(model: Transformer, text: TextSide, out: Path, dtype: str | None, *, stock: bool) -> None:
+    if dtype is not None:
+        model.to(_DTYPES[dtype])
+    with storage.new_directory(out) as folder:
+        _write_hugging_face(model, folder, text, stock=stock)
+
+
+def _check_gguf(config: ModelConfig, text: TextSide, out: Path, dtype: str | None) -> None:
+    from sqa.interop.gguf_writer import check_gguf
+
+    check_gguf(config, text.tokenizer, out, dtype or "f32")
+
+
+def _new_gguf(model: Transformer, text: TextSide, out: Path, dtype: str | None) -> None:
+    from sqa.interop.gguf_writer import write_gguf
+
+    write_gguf(model, text, out, dtype or "f32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A row of the table of formats.
+
+    `check(config, text, out, dtype)` raises InputError for what the format cannot hold, before weights are read;
+    `write(model, text, out, dtype)` writes `out`, whole or not at all. A dtype of None is the format's default.
+    """
+
+    check: Callable[[ModelConfig, TextSide, Path, str | None], None]
+    write: Callable[[Transformer, TextSide, Path, str | None], None]
+
+
+FORMATS = {
+    "hf": Format(check=partial(_check_hugging_face, stock=True), write=partial(_new_hugging_face, stock=True)),
+    "hf-remote": Format(check=partial(_check_hugging_face, stock=False), write=partial(_new_hugging_face, stock=False)),
+    "gguf": Format(check=_check_gguf, write=_new_gguf),
+}
+
+
 def own_code(folder: Path, module: str, **classes: str) -> dict[str, Any]:
     """Copy a module of this folder beside a model, and give the fields of its config.json that make it known.
 
-    `classes`: of each Auto class of transformers that of the module, the model's last.
+    `classes` maps each Auto class of transformers to the class in the module that it loads. The model's comes last.
     """
     shutil.copyfile(Path(__file__).with_name(f"{module}.py"), folder / f"{module}.py")
     *_, model_class = classes.values()
