@@ -58,7 +58,8 @@ def comparison(name: str) -> str:
 def horizons() -> str:
     """The table of the complete trainings of several lengths that are committed."""
     found = [RESULTS / name for name in HORIZONS if (RESULTS / name / "results.jsonl").exists()]
-    return text_of(results_table(read_experiment(found), title="horizon: complete trainings, context 1,024"))
+    times = RESULTS / "step-times"
+    return text_of(results_table(read_experiment(found, times), title="horizon: complete trainings, context 1,024"))
 
 
 def rates(*names: str) -> str:
