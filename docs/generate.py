@@ -312,6 +312,7 @@ SECTIONS = {
     "probes": lambda: probes("horizon-16M", "gqa", "sqa"),
     "steps": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32")),
     "prefill": lambda: benchmark("prefill"),
+    "prefill pretrained": lambda: benchmark("prefill-smollm2"),
     "step long": lambda: benchmark("step-long"),
     "step larger": lambda: benchmark("step-larger"),
     "window": lambda: benchmark("window"),
@@ -328,7 +329,7 @@ SECTIONS = {
     "healing speed": healing_speed,
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
-    "verdict": lambda: decision.verdict(HORIZONS, timed="small-tokens"),
+    "verdict": lambda: decision.verdict(HORIZONS, timed="step-times"),
     "speed words": speed_words,
     "choices": decision.choices,
     "lost": lambda: decision.lost(
