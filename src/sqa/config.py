@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
@@ -63,6 +63,22 @@ class _Config:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def unusual(self, known: Collection[str]) -> Iterator[str]:
+        """`field=value (field=default)` for each field that is not in `known` and does not have its default.
+
+        Configs inside this one are looked at in the same way. Code that knows some fields alone asks it what it would
+        leave out, so that a field which is added later is refused and not ignored.
+        """
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if item.name not in known and value != default:
+                change = "" if default is MISSING else f" ({item.name}={default!r})"
+                yield f"{item.name}={shown(repr(value))}{change}"
+            for inner in dict.fromkeys(value) if isinstance(value, tuple) else (value,):
+                if item.name in known and isinstance(inner, _Config):
+                    yield from inner.unusual(known)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back equal."""

@@ -117,7 +117,7 @@ def test_qk_norm_is_qwen3_and_tied_weights_are_written_once(config_of: Make, mod
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 8}, "sliding window"),
+        ({"window": 8}, r"window=8 \(window=None\)"),
         ({"bias": True}, "bias=False"),
         ({"qkv_bias": True}, "qkv_bias"),
         ({"rope": Rope(scaling=RopeScaling(kind="linear", factor=2.0))}, "scaling"),

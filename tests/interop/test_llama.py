@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ from transformers import (
 )
 
 from sqa import ModelConfig, Rope, RopeScaling
-from sqa.interop import export, import_model, load_config, load_model
+from sqa.interop import export, import_model, llama, load_config, load_model
+from sqa.interop.llama import stock_config
+from sqa.interop.text import TextSide
+from sqa.interop.writers import FORMATS
 
 Make = Callable[..., ModelConfig]
 
@@ -125,6 +129,44 @@ def test_what_no_stock_class_holds_is_refused(
         export(saved(model_of(config_of(**changes))), tmp_path / "out", format="hf")
     assert "hf-remote" in str(error.value)
     assert not list(tmp_path.glob("*out*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterConfig(ModelConfig):
+    """A ModelConfig that has gained a field."""
+
+    residual_scale: float = 1.0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_field_that_a_writer_does_not_know_must_have_its_default(format: str, config_of: Make) -> None:
+    def check(config: ModelConfig) -> None:
+        FORMATS[format].check(config, TextSide(), Path("out.gguf"), None)
+
+    config = config_of()
+    later = {item.name: getattr(config, item.name) for item in fields(config)}
+    check(LaterConfig(**later))
+    with pytest.raises(ValueError, match=r"residual_scale=2.0 \(residual_scale=1.0\)"):
+        check(LaterConfig(**later, residual_scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tie_embeddings", {"tie_embeddings": True}),
+        ("qk_norm", {"qk_norm": True}),
+        ("interleaved", {"rope": Rope(interleaved=True)}),
+        ("beta_fast", {"rope": Rope(scaling=RopeScaling(kind="yarn", factor=2, original_max_seq_len=8, beta_fast=9))}),
+    ],
+)
+def test_unknown_fields_are_found_at_every_depth(
+    name: str, changes: dict, config_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock_config(config_of(**changes))
+    monkeypatch.setattr(llama, "WRITTEN", llama.WRITTEN - {name})
+    stock_config(config_of())
+    with pytest.raises(ValueError, match=f"holds {name}="):
+        stock_config(config_of(**changes))
 
 
 def test_layers_with_different_head_counts_are_refused(config_of: Make, model_of, saved, tmp_path: Path) -> None:

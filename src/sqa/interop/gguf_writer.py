@@ -17,7 +17,7 @@ from sqa.errors import InputError, MissingExtraError
 from sqa.files import replacing
 from sqa.interop.gguf_reader import INTERLEAVED, their_names
 from sqa.interop.gguf_tokenizer import pre_of
-from sqa.interop.llama import repaired, stock_config, stock_state
+from sqa.interop.llama import WRITTEN, repaired, stock_config, stock_state
 from sqa.interop.text import TextSide
 from sqa.model import Transformer
 
@@ -27,6 +27,7 @@ except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
 _DTYPES = ("f32", "f16", "bf16", "q8_0")
+_WRITTEN = WRITTEN - {"window", "qkv_bias", "scaling"}
 
 
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
@@ -43,15 +44,9 @@ def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> No
         raise InputError(
             "export: llama.cpp has no architecture with QK-norm whose layers differ in their heads; export as hf-remote"
         )
-    if any(each.window is not None for each in config.layers):
-        raise InputError(
-            "export: llama.cpp's llama architecture has no sliding window, got window on some layer; export as hf"
-        )
-    elsewhere = "export as hf, then use llama.cpp's convert_hf_to_gguf.py"
-    if layer.qkv_bias:
-        raise InputError(f"export: gguf is written without q/k/v bias, got qkv_bias=True; {elsewhere}")
-    if layer.rope is not None and layer.rope.scaling is not None:
-        raise InputError(f"export: gguf is written without rope scaling, got {layer.rope.scaling.kind}; {elsewhere}")
+    elsewhere = "export as hf, which llama.cpp's convert_hf_to_gguf.py reads"
+    if left_out := list(config.unusual(_WRITTEN)):
+        raise InputError(f"export: gguf is written without {'; nor '.join(left_out)}; {elsewhere}")
     if tokenizer is not None and pre_of(tokenizer) is None:
         raise InputError(
             f"export: gguf is written for byte-level BPE that splits text as GPT-2, SmolLM, Llama 3, Qwen2, Tekken or "

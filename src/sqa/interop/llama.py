@@ -32,6 +32,12 @@ _SIZES = {
     "max_position_embeddings": "max_seq_len",
 }
 _FIELDS = {**_SIZES, "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings"}
+WRITTEN = frozenset({
+    *_FIELDS.values(), "attention", "d_model", "num_heads", "num_query_heads", "num_kv_heads", "head_dim", "causal",
+    "window", "qkv_bias", "qk_norm", "scale", "rope", "base", "interleaved", "scaling", "kind",
+    *(name for names in _SCALING_FIELDS.values() for name in names),
+})  # fmt: skip
+"""The fields of our configs that `stock_config` writes or judges. Any other must have its default."""
 OUTER = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 """What our `bias` adds one to, beside the head."""
 _ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows are rotary dimensions
@@ -201,18 +207,14 @@ def _why_not_stock(config: ModelConfig) -> list[str]:
             not config.causal,
             "an encoder (causal=False): it is no causal language model, keep it as Transformer.save wrote it",
         ),
-        (config.bias, "a bias on the output projection, the feed-forward and the head (bias=False)"),
-        (not config.final_norm, "a model without final norm (final_norm=True)"),
         (unlike, "layers with different head counts (one AttentionConfig for all)"),
         (first.num_query_heads < first.num_kv_heads, "fewer query than KV heads (num_query_heads >= num_kv_heads)"),
-        (any(each.num_sink_tokens for each in layers), "sink tokens (num_sink_tokens=0)"),
         (several, "windows of several sizes (one window)"),
-        (first.logit_softcap is not None, "capped logits (logit_softcap=None)"),
-        (first.scale is not None and first.scale != first.head_dim**-0.5, "another attention scale (scale=None)"),
+        (first.scale not in (None, first.head_dim**-0.5), "another attention scale (scale=None)"),
         (first.rope is None, "attention without rotary positions (rope=Rope())"),
         (first.qk_norm and first.qkv_bias, "QK-norm together with qkv_bias (one of them)"),
     ]  # fmt: skip
-    return [reason for applies, reason in checks if applies]
+    return [*(reason for applies, reason in checks if applies), *config.unusual(WRITTEN)]
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:

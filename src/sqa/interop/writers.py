@@ -66,6 +66,10 @@ def check_like(config: ModelConfig, source: Path) -> None:
         llama.stock_config(config)
 
 
+_REMOTE = llama.WRITTEN | {"bias", "final_norm", "num_sink_tokens", "logit_softcap"}
+"""The fields of our configs that modeling_sqa.py reads. Any other must have its default."""
+
+
 def _uniform(config: ModelConfig) -> bool:
     """Whether all layers have as many heads."""
     return len({(layer.num_query_heads, layer.num_kv_heads) for layer in config.layers}) == 1
@@ -108,6 +112,8 @@ def _check_hugging_face(config: ModelConfig, text: TextSide, out: Path, dtype: s
         llama.stock_config(config)
     elif not config.causal:
         raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
+    elif unknown := list(config.unusual(_REMOTE)):
+        raise InputError(f"export: hf-remote's own class does not know {'; nor '.join(unknown)}")
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
 
