@@ -46,9 +46,9 @@ def test_reverse_reads_and_costs_the_larger_count() -> None:
         ({"num_kv_heads": 32}, "num_kv_heads must be at most num_heads=16, got 32"),
         (
             {"num_query_heads": 8, "num_kv_heads": 3},
-            r"num_kv_heads must divide num_query_heads=8 \(that allows 1, 2, 4, 8\), got num_kv_heads=3",
+            "num_kv_heads must divide num_query_heads=8 or be a multiple of it, got num_kv_heads=3; 2 or 4 would fit",
         ),
-        ({"num_query_heads": 4, "num_kv_heads": 6}, "num_kv_heads=6"),
+        ({"num_query_heads": 4, "num_kv_heads": 6}, "num_kv_heads=6; 4 or 8 would fit"),
         ({"head_dim": 15}, "head_dim must be even for rotary positions, got head_dim=15"),
         ({"head_dim": "16"}, "head_dim must be a positive whole number, got '16'"),
         ({"window": 0}, "window must be a positive whole number, got 0"),

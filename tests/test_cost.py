@@ -82,7 +82,7 @@ def test_visible_pairs_are_those_of_the_mask(n: int, window: int | None, sinks: 
     options = {"window": window, "num_sink_tokens": sinks if window else 0} if causal else {}
     config = AttentionConfig(d_model=8, num_heads=2, causal=causal, **options)
     mask = dense_mask(Mask(causal=causal, **options), n, n, torch.device("cpu"))
-    assert cost.visible_pairs(config, n) == (n * n if mask is None else int(mask.sum()))
+    assert config.visible_pairs(n) == (n * n if mask is None else int(mask.sum()))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -198,10 +198,16 @@ class AttentionConfig(_Config):
                 raise InputError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
         more, fewer = sorted((self.num_query_heads, self.num_kv_heads), reverse=True)
         if more % fewer:
-            fits = ", ".join(str(n) for n in range(1, self.num_query_heads + 1) if self.num_query_heads % n == 0)
+            heads, given = self.num_query_heads, self.num_kv_heads
+
+            def fits(n: int) -> bool:
+                return n % heads == 0 or heads % n == 0
+
+            below, above = range(given, 0, -1), range(given, self.num_heads + 1)
+            near = [str(n) for n in (next(filter(fits, below)), next(filter(fits, above), None)) if n is not None]
             raise InputError(
-                f"attention: num_kv_heads must divide num_query_heads={self.num_query_heads} (that allows {fits}), "
-                f"got num_kv_heads={self.num_kv_heads}"
+                f"attention: num_kv_heads must divide num_query_heads={heads} or be a multiple of it, "
+                f"got num_kv_heads={given}; {' or '.join(near)} would fit"
             )
         if self.rope is not None and self.head_dim % 2:
             raise InputError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
@@ -236,6 +242,18 @@ class AttentionConfig(_Config):
     def output_width(self) -> int:
         """Rows that the output projection reads."""
         return self.num_output_heads * self.head_dim
+
+    def visible_pairs(self, n: int) -> int:
+        """(query, key) pairs that one head scores over `n` tokens: those that the layer's mask leaves visible."""
+        if not self.causal:
+            return n * n
+        if self.window is None or self.window >= n:
+            return n * (n + 1) // 2
+        w, s = self.window, self.num_sink_tokens
+        pairs = w * (w + 1) // 2 + (n - w) * w
+        # query i sees sink j < s outside its window when j <= i - w: sum of min(s, i - w + 1) over i = w..n-1
+        far = n - w
+        return pairs + (far * (far + 1) // 2 if far <= s else s * (s + 1) // 2 + (far - s) * s)
 
 
 def window_pattern(

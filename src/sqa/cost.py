@@ -41,23 +41,9 @@ def parameters(config: ModelConfig) -> int:
     return total
 
 
-def visible_pairs(config: AttentionConfig, n: int) -> int:
-    """(query, key) pairs that one head scores for a sequence of `n` tokens under the layer's mask."""
-    if not config.causal:
-        return n * n
-    if config.window is None or config.window >= n:
-        return n * (n + 1) // 2
-    w, s = config.window, config.num_sink_tokens
-    pairs = w * (w + 1) // 2 + (n - w) * w
-    # query i sees sink j < s outside its window when j <= i - w: sum of min(s, i - w + 1) over i = w..n-1
-    far = n - w
-    pairs += far * (far + 1) // 2 if far <= s else s * (s + 1) // 2 + (far - s) * s
-    return pairs
-
-
 def attention_flops(config: AttentionConfig, n: int) -> int:
     """FLOPs of scores and weighted values for one sequence of `n` tokens in one layer, projections left out."""
-    return 4 * config.num_output_heads * config.head_dim * visible_pairs(config, n)
+    return 4 * config.num_output_heads * config.head_dim * config.visible_pairs(n)
 
 
 def _matrix_parameters(config: ModelConfig) -> int:

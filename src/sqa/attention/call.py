@@ -107,10 +107,8 @@ class Call:
             cached = CachedKeys(
                 query_positions=positions[:num_queries], key_positions=positions, near=real, far=real, holes=padding
             )
-        mask = Mask(
-            causal=config.causal,
-            window=config.window,
-            num_sink_tokens=config.num_sink_tokens,
+        mask = Mask.of(
+            config,
             padding_mask=real if padding and cached is None else None,
             document_ids=positions[None] if documents else None,
             cached=cached,

@@ -129,14 +129,8 @@ class SparseQueryAttention(nn.Module):
         tables = None
         if self.rotary is not None and context is None:
             tables = self.rotary.tables(0 if step is None else step.start, length)
-        mask = Mask(
-            causal=self.config.causal,
-            window=self.config.window,
-            num_sink_tokens=self.config.num_sink_tokens,
-            padding_mask=padding_mask if cached is None else None,
-            document_ids=document_ids,
-            cached=cached,
-        )
+        padding_mask = padding_mask if cached is None else None  # the cache knows of it
+        mask = Mask.of(self.config, padding_mask=padding_mask, document_ids=document_ids, cached=cached)
         device = x.device
         call = Call.described(
             self.config,

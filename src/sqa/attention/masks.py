@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from sqa.config import LONGEST
+from sqa.config import LONGEST, AttentionConfig
 from sqa.errors import InputError, shown
 
 KINDS = ("causal", "window", "sinks", "documents", "padding", "cache")
@@ -77,6 +77,11 @@ class Mask:
         ids = self.document_ids
         if ids is not None and (ids.is_floating_point() or ids.is_complex()):
             raise InputError(f"attention: document_ids must be integers, got {ids.dtype}")
+
+    @classmethod
+    def of(cls, config: AttentionConfig, **given: Any) -> Self:
+        """The mask of a layer; `given` are the fields that a call decides: padding_mask, document_ids and cached."""
+        return cls(causal=config.causal, window=config.window, num_sink_tokens=config.num_sink_tokens, **given)
 
     @property
     def hides_padding(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sqa import cost
 from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
@@ -100,13 +99,13 @@ class Setting:
         if self.mask == "documents":
             ids = torch.arange(self.n, device=self.device) // self.document_length
             ids = ids.expand(self.batch_size, self.n).contiguous()
-        return Mask(causal=self.config.causal, window=self.config.window, document_ids=ids)
+        return Mask.of(self.config, document_ids=ids)
 
     @property
     def scores(self) -> int:
         """(query, key, head) triples: as many exponentials, and 4 x head_dim FLOPs each."""
         whole, rest = divmod(self.n, self.document_length)
-        pairs = whole * cost.visible_pairs(self.config, self.document_length) + cost.visible_pairs(self.config, rest)
+        pairs = whole * self.config.visible_pairs(self.document_length) + self.config.visible_pairs(rest)
         return self.batch_size * self.config.num_output_heads * pairs
 
     def inputs(self) -> tuple[list[Tensor], Tensor]:
