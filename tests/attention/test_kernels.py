@@ -1,5 +1,7 @@
 """Every kernel against the fp32 oracle, forward and gradients; the choice of a kernel and its reasons."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqa import AttentionConfig, InputError, native, variant
-from sqa.attention import blocks, fused, kernels, pytorch
+from sqa.attention import blocks, fused, kernels, operators, pytorch
 from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend, explain, resolve
 from sqa.attention.masks import CachedKeys, Mask
@@ -685,3 +687,20 @@ def test_fused_with_padding_anywhere(length: int, window: int | None, causal: bo
     qkv, grad = draw(HEADS["sqa"], length)
     got = with_gradients(attend(*qkv, mask, kernel="fused"), qkv, grad)
     assert_all_close(got, oracle(qkv, grad, by_rule(mask, length, length)))
+
+
+def test_attention_needs_no_compiler_until_something_is_compiled() -> None:
+    """Importing it takes as long as all of torch."""
+    code = (
+        "import sys, torch, sqa.model; from sqa import SparseQueryAttention, variant\n"
+        "SparseQueryAttention(variant('sqa', d_model=32, num_heads=4))(torch.ones(1, 5, 32)).sum().backward()\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_we_call_constant_is_so_for_the_compiler() -> None:
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    assert vars(operators.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}

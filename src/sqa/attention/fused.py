@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from sqa import native
+from sqa.attention.operators import constant
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
 _MOST_TOKENS = 2**31 - 1024  # positions are int32, and tiles reach past the end
 
 
-@torch.compiler.assume_constant_result
+@constant
 def lacks() -> str | None:
     """Why there is no compiled library on this machine; None when there is one. The first call compiles."""
     library = _library()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sqa.attention.call import Call
 from sqa.attention.masks import dense_mask, document_starts, sink_keys
+from sqa.attention.operators import constant
 
 
 def visible(call: Call) -> Tensor | None:
@@ -62,7 +63,7 @@ def fused_backends(call: Call, *, expanded: bool = False) -> tuple[str, ...]:
     return _ask(call.dtype, heads, kv_heads, call.head_dim, call.masked, _plain_causal(call), call.grad)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _ask(*question: Any) -> tuple[str, ...]:
     return _answer(*question)
 
@@ -145,7 +146,7 @@ def varlen_limits(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _varlen_attn() -> Callable[..., Any] | None:
     """PyTorch's function, where it has what we need of it."""
     try:
