@@ -42,7 +42,7 @@ lines:  ## lines of Python in each folder of the package
 		END { for (folder in lines) print lines[folder], folder | "sort -n"; close("sort -n"); print all, "in all" }'
 
 docs: $(VENV)/.installed-dev  ## the documentation site in site/; a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open site/index.html."
 
 bench: $(VENV)/.installed  ## time whole training steps of the variants side by side

@@ -38,9 +38,7 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
 
     Raises InputError for a model with one query head, with layers of several kinds, or of an unknown type.
 
-    >>> [(c.num_query_heads, c.num_kv_heads) for c in fewer_query_heads(LlamaConfig(num_attention_heads=9,
-    ...     num_key_value_heads=3, hidden_size=576))]
-    [(6, 3), (3, 3)]
+    Of 9 query and 3 KV heads: 6 and 3, then 3 and 3.
     """
     config = _model_config(source)
     layer = config.layers[0]
