@@ -126,20 +126,20 @@ def choices() -> str:
 
     def part(name: str, shape: str) -> str:
         layer = preset(shape, name).layers[0]
-        return f"{layer.num_query_heads} / {layer.num_kv_heads} of {layer.num_heads} heads"
+        return f"{layer.num_query_heads} query / {layer.num_kv_heads} KV heads, of {layer.num_heads}"
 
     lines = [
         (
             "an encoder of 2,000 tokens and more (embeddings, retrieval, classification)",
             f"`ssqa` ({part('ssqa', ENCODER)})",
-            f"a forward pass of 8,192 tokens takes {less(ENCODER, 'ssqa', 8192)} fewer FLOPs than MHA's. An encoder "
-            f"keeps no cache, so it may have the KV heads that `sqa` ({less(ENCODER, 'sqa', 8192)}) leaves out. "
-            f"`xsqa`: {less(ENCODER, 'xsqa', 8192)}",
+            f"a forward pass of 8,192 tokens takes {less(ENCODER, 'ssqa', 8192)} fewer FLOPs than with MHA. `sqa` "
+            f"saves hardly more ({less(ENCODER, 'sqa', 8192)}): an encoder has no cache that fewer KV heads would "
+            f"make smaller. `xsqa` saves {less(ENCODER, 'xsqa', 8192)}",
         ),
         (
             "an encoder of 512 tokens",
-            "what you have",
-            f"`ssqa` takes {less(ENCODER, 'ssqa', 512)} fewer FLOPs than MHA, nearly all of them in smaller "
+            "`mha`, or what you have",
+            f"`ssqa` takes {less(ENCODER, 'ssqa', 512)} fewer FLOPs than MHA, but nearly all of that is smaller "
             "projections",
         ),
         (
@@ -150,22 +150,22 @@ def choices() -> str:
             "fewer FLOPs for 32,768",
         ),
         (
-            "the same, and your own comparison shows that it loses little",
+            "the same, if your own comparison shows a small loss",
             f"`xsqa` ({part('xsqa', DECODER)})",
             f"{prefill['xsqa', long]['ratio']:.2f}x as fast as GQA at {long:,} tokens here, and "
             f"{less(DECODER, 'xsqa', 32_768)} fewer FLOPs at 8 B, with GQA's cache",
         ),
         (
-            "a decoder that mostly writes",
+            "a decoder that mostly generates",
             "`gqa`, `mqa` or a window",
-            f"each new token reads the whole cache: after {far:,} tokens `sqa` decodes "
+            f"each new token reads the whole cache. After {far:,} tokens, `sqa` decodes "
             f"{decode['sqa', far]['ratio']:.2f}x as fast as GQA here, `mqa` {decode['mqa', far]['ratio']:.2f}x",
         ),
         (
-            "any of these, and you doubt that the number of heads matters",
-            "`wide-gqa` beside it",
-            "it has half the heads, twice as wide, with GQA's parameters and FLOPs. So it shows whether a change comes "
-            "from fewer heads or from a smaller model",
+            "a comparison of your own",
+            "`wide-gqa` too",
+            "it has half the heads, twice as wide, with GQA's parameters and FLOPs. So it shows whether a difference "
+            "comes from fewer heads or from a smaller model",
         ),
     ]
     return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
@@ -183,9 +183,10 @@ def verdict(directories: Sequence[str], *, timed: str) -> str:
     assert difference is not None, f"{last} has no runs of GQA to compare with"
     where = f"{abs(difference.mean):.3f} nats {'below' if difference.mean < 0 else 'above'} GQA's"
     if difference.half_width is None:
-        known = "one seed, so no difference is established"
+        known = "one seed: no difference is established"
     else:
-        known = f"± {difference.half_width:.3f}, {'' if difference.established else 'not '}established"
+        known = f"95 % interval ± {difference.half_width:.3f}"
+        known += "" if difference.established else ": no difference is established"
     return (
         f"**Verdict so far**, for a model of {line.parameters / 1e6:.1f} M parameters and a context of {context:,}: "
         f"SQA's training steps are {steps.speed_vs_gqa:.2f} times as fast as GQA's, and after "

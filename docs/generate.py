@@ -138,16 +138,12 @@ def benchmark(name: str) -> str:
 
 
 def on_paper() -> str:
-    """What `sqa scale` prints for both large shapes."""
+    """What `sqa scale` prints, of each large shape for one number of GPUs."""
     tables: list[RenderableType] = []
-    for shape in ("1.3b", "8b"):
-        for gpus in (8, 512):
-            lengths = (4096, 32_768, 131_072)
-            tables.append(
-                scale.steps_table(
-                    shape, [scale.estimate(shape, v, n, gpus) for n in lengths for v in scale.SCALE_VARIANTS]
-                )
-            )
+    lengths = (4096, 32_768, 131_072)
+    for shape, gpus in (("1.3b", 8), ("8b", 512)):
+        estimates = [scale.estimate(shape, v, n, gpus) for n in lengths for v in scale.SCALE_VARIANTS]
+        tables.append(scale.steps_table(shape, estimates))
         tables.append(scale.lengths_table(shape, scale.SCALE_VARIANTS))
     return "\n\n".join(text_of(part) for part in (*tables, scale.ASSUMPTIONS))
 

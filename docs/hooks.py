@@ -15,6 +15,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sqa"
 NOT_PYTHON_API = {"cli", "modeling_sqa", "modeling_sqa_bert"}  # the last two are shipped with models
+PAGES = {f"{name}.md": f"{name.upper()}.md" for name in ("changelog", "contributing", "security")}
+"""Pages of the site that are files of the repository's root."""
 
 
 def reference() -> dict[str, list[str]]:
@@ -44,8 +46,9 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the changelog, the commands and the API reference, which are not written in docs/."""
-    files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    """Add PAGES, the commands and the API reference, which are not written in docs/."""
+    for page, file in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / file)))
     files.append(File.generated(config, "commands.md", content=_commands()))
     content = "# The package\n\n::: sqa\n    options: { members: false, show_root_heading: false }\n\n"
     content += "What `from sqa import ...` gives:\n\n" + "\n".join(f"- {line}" for line in _exported()) + "\n"
@@ -83,14 +86,17 @@ def _exported() -> list[str]:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to files of the repository that are no pages become their names; a file that is missing is an error."""
+    if page.file.src_uri in PAGES:
+        return markdown.replace("](docs/", "](")
     here = posixpath.dirname(page.file.src_uri)
+    pages = {"README.md": "index.md"} | {file: page for page, file in PAGES.items()}
 
     def replace(match: re.Match[str]) -> str:
         text, target = match[1], posixpath.normpath(posixpath.join("docs", here, match[2].split("#")[0]))
         if target.startswith("docs/"):
             return match[0]
-        if target == "README.md":
-            return f"[{text}]({posixpath.relpath('index.md', here or '.')})"
+        if target in pages:
+            return f"[{text}]({posixpath.relpath(pages[target], here or '.')})"
         if not (ROOT / target).exists():
             raise PluginError(f"{page.file.src_uri}: no {target} in the repository")
         return text if text.strip("`") == target else f"{text} (`{target}`)"
