@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from sqa import AttentionConfig, ModelConfig, Transformer
 from sqa.errors import InputError
-from sqa.evaluation import Item, Reader, Score, load_reader, make_items
+from sqa.evaluation import Item, Reader, Score, make_items, open_reader
 from test_cli import sqa as command
 
 LETTERS = string.ascii_lowercase
@@ -102,7 +103,7 @@ def test_a_bigram_lookup_knows_text_from_shuffled_letters(
         choices = ["".join(draw.sample(true, len(true) - i)) for _ in range(4)]  # also shorter than the true one
         choices[i % 4] = true
         items.append(Item(context=text[start : start + 100], choices=tuple(choices), answer=i % 4))
-    reader = load_reader(saved(bigram_model(small_tokenizer, text)))
+    reader = open_reader(saved(bigram_model(small_tokenizer, text)))("cpu")
     assert accuracy(reader, items) == 1.0
 
 
@@ -112,11 +113,12 @@ def test_a_random_model_guesses(
     config = config_of().replace(max_seq_len=1024)
     items = make_items(articles(300), 300)
     # 25 % and four standard deviations of a binomial share
-    assert accuracy(load_reader(saved(model_of(config))), items) == pytest.approx(0.25, abs=4 * (0.1875 / 300) ** 0.5)
+    reader = open_reader(saved(model_of(config)))("cpu")
+    assert accuracy(reader, items) == pytest.approx(0.25, abs=4 * (0.1875 / 300) ** 0.5)
 
 
 def test_choices_of_other_lengths_beside_it_do_not_change_a_likelihood(saved, model_of, config_of) -> None:
-    reader = load_reader(saved(model_of(config_of().replace(max_seq_len=1024))))
+    reader = open_reader(saved(model_of(config_of().replace(max_seq_len=1024))))("cpu")
     choices = ("return softmax", "return q @ k.T, and more of it than in the others", "42")
     context = "def attend(q, k, v):"
     alone = [reader.log_likelihoods(Item(context=context, choices=(choice,), answer=0))[0] for choice in choices]
@@ -137,10 +139,10 @@ def test_transformers_own_models_are_read(small_tokenizer: Tokenizer, tmp_path: 
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        load_reader(tmp_path / "gpt2")
+        open_reader(tmp_path / "gpt2")("cpu")
     small_tokenizer.save(str(tmp_path / "gpt2" / "tokenizer.json"))
     ids = torch.tensor([[5, 6, 7, 8]])
-    given = load_reader(tmp_path / "gpt2").predict(ids, 2)
+    given = open_reader(tmp_path / "gpt2")("cpu").predict(ids, 2)
     torch.testing.assert_close(given, model(ids).logits[:, -2:])
 
 
@@ -158,7 +160,7 @@ def test_no_pickle_and_no_code_of_a_directory_is_loaded(small_tokenizer: Tokeniz
     (tmp_path / "code" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for name in ("pickle", "code"):
         with pytest.raises(InputError, match=f"{name} is no causal language model that transformers reads"):
-            load_reader(tmp_path / name)
+            open_reader(tmp_path / name)("cpu")
     assert not (tmp_path / "ran").exists()
 
 
@@ -166,7 +168,7 @@ def test_what_transformers_cannot_read_is_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(InputError, match="no causal language model that transformers reads"):
-        load_reader(tmp_path)
+        open_reader(tmp_path)("cpu")
 
 
 def test_intervals() -> None:
@@ -201,8 +203,15 @@ def test_the_command_compares_two_models(
     items = [Item(**json.loads(line)) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     made = make_items(texts, 40)
     assert [item.context for item in items] == [item.context for item in made]
-    assert second["accuracy"] == accuracy(load_reader(tmp_path / "bigram"), made)
+    assert second["accuracy"] == accuracy(open_reader(tmp_path / "bigram")("cpu"), made)
     assert f"{first['accuracy']:.1%}" in done.stdout
+
+    (tmp_path / "no-tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "random" / name, tmp_path / "no-tokenizer")
+    wrong = command("evaluate", "random", "no-tokenizer", *options, cwd=tmp_path, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "sqa: model: no-tokenizer has no tokenizer.json, which the items are encoded with\n"
 
     wrong = command("evaluate", "random", "--data", "data", "--items", "1000", cwd=tmp_path, check=False)
     assert wrong.returncode == 2

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,36 +106,42 @@ class Reader:
         return scores.index(max(scores))
 
 
-def load_reader(source: str | Path, device: str = "cpu") -> Reader:
-    """A model of any kind that `sqa.load_model` reads, or a causal language model of transformers in a directory.
+def open_reader(source: str | Path) -> Callable[[str], Reader]:
+    """What loads a model on a device: any kind that `sqa.load_model` reads, or one of transformers in a directory.
 
-    Raises InputError for what neither can read and for a model without tokenizer.json.
+    Raises InputError, before weights are read, for what neither can read and for a model without tokenizer.json.
     """
     path = local_path(source)
-    model: Any
+    load: Callable[[], Any]
     kind = storage.read_config(path).get("model_type") if path.is_dir() else None
     if kind in (None, storage.MODEL_TYPE, *llama.MODEL_TYPES):
-        model = open_source(path).load()
-        vocab_size, argument = model.config.vocab_size, "num_logits"
+        found = open_source(path)
+        if path.is_dir() and storage.count_tensors(path) is None:
+            found.read_tensors()  # says what is wrong with them
+        load, vocab_size, argument = found.load, found.config.vocab_size, "num_logits"
     else:
-        model = _of_transformers(path)
-        vocab_size, argument = model.config.get_text_config().vocab_size, "logits_to_keep"
+        vocab_size, argument = _of_transformers(path, "AutoConfig").get_text_config().vocab_size, "logits_to_keep"
+        load = partial(_of_transformers, path, "AutoModelForCausalLM", use_safetensors=True)
     tokenizer = read_tokenizer(path, vocab_size)
     if tokenizer is None:
         raise InputError(f"model: {source} has no tokenizer.json, which the items are encoded with")
-    model = model.eval().to(device)
-    return Reader(tokenizer=tokenizer, predict=lambda ids, n: model(ids, **{argument: n}).logits, device=device)
+
+    def loaded(device: str) -> Reader:
+        model = load().eval().to(device)
+        return Reader(tokenizer=tokenizer, predict=lambda ids, n: model(ids, **{argument: n}).logits, device=device)
+
+    return loaded
 
 
-def _of_transformers(path: Path) -> Any:
+def _of_transformers(path: Path, kind: str, **options: Any) -> Any:
+    """What one of its automatic classes makes of a directory, without running code that lies there."""
     try:
-        from transformers import AutoModelForCausalLM
+        import transformers
     except ImportError:
         raise MissingExtraError(f"{path} needs transformers", "hf") from None
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        automatic = getattr(transformers, kind)
+        return automatic.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever a config makes it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model: {path} is no causal language model that transformers reads: {reason}") from error

@@ -54,6 +54,7 @@ def _compiled(source: Path, compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock"), logger.info):  # processes that start together compile once
             if not _whole(path):
+                logger.info("compiling %s for this processor, which is done once", source.name)
                 with replacing(path) as temporary:
                     arguments = [*command, *_FLAGS, str(source), "-o", str(temporary)]
                     subprocess.run(arguments, capture_output=True, check=True)

@@ -42,6 +42,14 @@ class Display(Protocol):
         """A display for another phase at the same time, in the same view."""
 
 
+def lasting(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
 class Silent:
     """A display that shows nothing."""
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from sqa.bench.measurement import Measurement
 from sqa.errors import InputError, MissingExtraError
@@ -86,10 +86,10 @@ class BenchResult:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         where = self.machine.gpu or f"{self.machine.processor}, {self.machine.threads} threads"
-        yield f"[dim]{where}, torch {self.versions['torch']}, git {str(self.git)[:10]}[/dim]"
+        yield Text(f"{where}, torch {self.versions['torch']}, git {str(self.git)[:10]}", style="dim")
         yield from self.tables()
         for note in self.notes:
-            yield f"[dim]{escape(note)}[/dim]"
+            yield Text(note, style="dim")
 
     def plot(self, path: Path) -> None:
         """One chart under another: .svg, .png, .html or .json. Raises MissingExtraError without the extra `report`."""
@@ -159,10 +159,10 @@ def seconds_text(value: float) -> str:
     return f"{value * factor:#.3g}".rstrip(".") + f" {unit}"
 
 
-def _time(row: Measurement) -> str:
+def _time(row: Measurement) -> str | Text:
     """Median with how far p20 and p80 are from it, or the first words of the note; a footnote has the rest."""
     if row.seconds is None:
-        return f"[dim]{(row.note or '').split(':')[0].split(';')[0]}[/dim]"
+        return Text((row.note or "").split(":")[0].split(";")[0], style="dim")
     spread = max(row.seconds.p80 - row.median, row.median - row.seconds.p20) / row.median
     return f"{seconds_text(row.median)} ±{spread:.0%}"
 
@@ -214,8 +214,8 @@ def _titled(table: Table, rows: Sequence[Measurement], facts: Sequence[str]) -> 
     for row in rows:
         if row.note is not None:
             reasons.setdefault(row.note, []).append(f"{row.implementation or row.kernel} {row.variant}")
-    footnotes = (f"{', '.join(dict.fromkeys(who))}: {escape(reason)}" for reason, who in reasons.items())
-    return Group(f"[bold]{rows[0].kind}[/bold]: [dim]{', '.join(facts)}[/dim]", table, *footnotes)
+    footnotes = (Text(f"{', '.join(dict.fromkeys(who))}: {reason}") for reason, who in reasons.items())
+    return Group(Text.assemble((rows[0].kind, "bold"), ": ", (", ".join(facts), "dim")), table, *footnotes)
 
 
 def _table_of(*columns: Column | str) -> Table:
@@ -249,7 +249,7 @@ def _wide_table(rows: Sequence[Measurement]) -> Group:
     first = rows[0]
     facts = [f"preset {first.preset}", f"dtype {first.dtype}", "one sequence, last logits only"]
     table = _table_of(Column("N", justify="right"), "", *(Column(name, justify="right") for name in names))
-    lines: dict[str, Callable[[Measurement], str]] = {
+    lines: dict[str, Callable[[Measurement], str | Text]] = {
         "seconds": lambda row: _time(row) if row.seconds is None else seconds_text(row.median),
         "ratio": lambda row: _times(row.ratio),
         "vs peer": lambda row: _times(row.ratio_to_peer),

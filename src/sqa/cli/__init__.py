@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from sqa._version import __version__
 from sqa.cli import bench, comparison, convert, costs, evaluate, models
-from sqa.cli.display import OutputClosed, is_main, output_closed
+from sqa.cli.display import OutputClosed, is_main, output_closed, say_what_is_logged
 from sqa.errors import InputError, MissingExtraError, shown
 from sqa.progress import Interrupted, NonFiniteLoss
 
@@ -49,6 +49,7 @@ def main() -> None:
     """Entry point of the `sqa` command."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a closed pipe is found when it is written to, not at exit
+    say_what_is_logged("sqa.native")
     try:
         app()
     except (InputError, MissingExtraError) as error:

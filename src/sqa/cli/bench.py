@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sqa.cli import options
-from sqa.cli.display import Heartbeat, make_console, make_display
+from sqa.cli.display import LogSpeaker, make_console, make_display
 from sqa.errors import InputError
 from sqa.variants import MEASURED_VARIANTS
 
@@ -29,10 +29,11 @@ TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop early: 90s,
 
 
 @app.callback()
-def _speak() -> None:
-    logger = logging.getLogger("sqa.bench")
+def _speak(ctx: typer.Context) -> None:
+    logger, speaker = logging.getLogger("sqa.bench"), LogSpeaker()
     logger.setLevel(logging.INFO)
-    logger.handlers[:] = [Heartbeat()]
+    logger.handlers[:] = [speaker]
+    ctx.with_resource(speaker.pulse)
 
 
 def _models(preset: str | None, variants: str | None, model: str | None) -> Models:
@@ -201,5 +202,6 @@ def everything(
     """Everything worth knowing of one GPU: kernels, steps, prefill, decoding, and GQA against SQA trained."""
     from sqa.experiments.everything import measure_everything
 
-    result = measure_everything(make_display(), device=device, budget=options.seconds(budget) or 0.0, size=size)
+    with make_display() as display:
+        result = measure_everything(display, device=device, budget=options.seconds(budget) or 0.0, size=size)
     _show(result, json_path, plot_path)

@@ -163,17 +163,18 @@ def _run(
 
         tracker = TensorBoard
     try:
-        comparison = run(
-            plan,
-            out,
-            make_display(),
-            resume=resume is not None,
-            data_source=changes.get("data"),
-            only=cells,
-            launcher=RAY if launcher == "ray" else LOCAL,
-            tracker=tracker,
-            any_kernel=options["any_kernel"],
-        )
+        with make_display() as display:
+            comparison = run(
+                plan,
+                out,
+                display,
+                resume=resume is not None,
+                data_source=changes.get("data"),
+                only=cells,
+                launcher=RAY if launcher == "ray" else LOCAL,
+                tracker=tracker,
+                any_kernel=options["any_kernel"],
+            )
     except Interrupted as error:
         if not (out / "plan.json").exists():
             raise type(error)(f"{error} before a run had begun; the same command starts again") from None
@@ -185,7 +186,7 @@ def _run(
         return
     console = make_console()
     console.print()
-    console.print(comparison_text(comparison), highlight=False)
+    console.print(comparison_text(comparison))
     notes = [f"Rows: {out / 'results.jsonl'}"]
     if not comparison.missing:
         try:
@@ -194,10 +195,12 @@ def _run(
             notes.append(f"Report: {write_report([out])[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
             notes.append(f"No report: {error}")
+    if single and not comparison.missing:
+        notes.append(f"Try it: sqa generate {out} --prompt 'The'")
     if plan.name == "demo":
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
 
 
@@ -248,7 +251,7 @@ def report(
 
     experiment = read_experiment(directories, step_times)
     if len(directories) > 1:
-        make_console().print(results_table(experiment), highlight=False)
+        make_console().print(results_table(experiment))
     for path in write_report(directories, out, step_times=step_times):
         print(path)
     save_json(json_path, [line.to_dict() for line in experiment.summaries()])

@@ -19,6 +19,7 @@ from sqa.cli.options import (
     PlotPath,
     Seed,
     Threads,
+    find_run,
     long_dtype,
     numbers,
     save_json,
@@ -79,15 +80,16 @@ def convert(
             "dtype": long_dtype(dtype),
         }
     )
-    job = prepare(model, out, settings, calibration=calibration, evaluate=None if evaluate == "none" else evaluate)
+    second = None if evaluate == "none" else evaluate
+    job = prepare(find_run(model), out, settings, calibration=calibration, evaluate=second)
     console = make_console()
     console.print(report.planned(job))
     if dry_run:
         return
-    with stop_flag() as stop:
-        conversion = run(job, make_display(), stop)
+    with make_display() as display, stop_flag() as stop:
+        conversion = run(job, display, stop)
     console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
-    console.print(f"serve it: {conversion.serve}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"serve it: {conversion.serve}", soft_wrap=True)
     save_json(json_path, conversion.to_dict())
     if plot_path is not None:
         report.plot(conversion, plot_path)

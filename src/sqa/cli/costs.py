@@ -46,7 +46,7 @@ def variants(
     console = make_console()
     console.print(table)
     for text in left_out:
-        console.print(f"left out: {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"left out: {text}", soft_wrap=True)
     options.save_json(json_path, [row.to_dict() for row in rows])
 
 
@@ -91,7 +91,7 @@ def scale(
     for same in estimates:
         console.print(paper.steps_table(preset, same))
     console.print(paper.lengths_table(preset, chosen))
-    console.print(paper.ASSUMPTIONS, style="dim", highlight=False)
+    console.print(paper.ASSUMPTIONS, style="dim")
     options.save_json(json_path, [e.to_dict() for same in estimates for e in same])
 
 
@@ -147,9 +147,9 @@ def kernels(
     console.print(table)
     choice = resolve(call)
     heads = f"{config.num_query_heads} query and {config.num_kv_heads} KV heads of {config.head_dim}"
-    console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})", highlight=False)
+    console.print(f"{heads}, {n:,} tokens, {dtype} on {device}: {choice.kernel} ({choice.reason})")
     if device == "cuda" and not torch.cuda.is_available():
-        console.print("There is no CUDA device here: this is what the rules say, nothing was tried.", highlight=False)
+        console.print("There is no CUDA device here: this is what the rules say, nothing was tried.")
 
 
 def _check_kernels(device: str) -> None:
@@ -169,6 +169,6 @@ def _check_kernels(device: str) -> None:
     console = make_console()
     console.print(table)
     wrong = sum(not row.ok for row in rows)
-    console.print(f"{len(rows) - wrong} of {len(rows)} as the table says, on {device}", highlight=False)
+    console.print(f"{len(rows) - wrong} of {len(rows)} as the table says, on {device}")
     if wrong:
         raise typer.Exit(1)

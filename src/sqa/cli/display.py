@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
-from sqa.progress import Display, Interrupted, StepReport
+from sqa.progress import Interrupted, StepReport, lasting
 
 TABLE_WIDTH = 80
 """Every table fits it. A narrower terminal wraps the lines: cutting them would change figures."""
 
-
 SILENCE = 10.0
-"""Seconds after which a display in a file says how far it is."""
+"""Seconds without a word after which a command says what it is doing."""
 
 
 class OutputClosed(Interrupted):
@@ -31,6 +33,11 @@ def output_closed() -> OutputClosed:
 
 
 class _Console(Console):
+    """Text is printed as it is: brackets are no markup, and numbers are not coloured."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=not is_main(), markup=False, highlight=False)
+
     def on_broken_pipe(self) -> None:
         """Rich would end the process without a word. It writes nothing more after this."""
         self.quiet = True
@@ -44,109 +51,230 @@ def is_main() -> bool:
 
 def make_console() -> Console:
     """Standard output for tables and text, of the first process alone."""
-    console = _Console(quiet=not is_main())
+    console = _Console()
     console.width = max(console.width, TABLE_WIDTH)
     return console
 
 
-class Heartbeat(logging.Handler):
-    """Says on standard error what is logged, once there was silence for half of SILENCE seconds."""
+class Pulse:
+    """Calls `remind` from a thread, inside the `with` block, whenever nothing was heard for SILENCE seconds.
+
+    Where that finds standard output closed, the next `heard` raises OutputClosed in the thread that works.
+    """
+
+    def __init__(self, remind: Callable[[], None]) -> None:
+        self._remind, self._over = remind, threading.Event()
+        self._last, self._closed = time.monotonic(), False
+
+    def heard(self) -> None:
+        """Something is said now."""
+        if self._closed:
+            raise output_closed()
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(max(0.1, self._last + SILENCE - time.monotonic())):
+            if time.monotonic() - self._last < SILENCE:
+                continue
+            self._last = time.monotonic()
+            try:
+                self._remind()
+            except OutputClosed:
+                self._closed = True
+                return
+
+    def __enter__(self) -> None:
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+class _OnStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(
+            self.format(record), file=sys.stderr, flush=True
+        )  # what sys.stderr is now: above a bar, where there is one
+
+
+def say_what_is_logged(logger: str) -> None:
+    """From now on, on standard error."""
+    logging.getLogger(logger).setLevel(logging.INFO)
+    logging.getLogger(logger).addHandler(_OnStandardError())
+
+
+class LogSpeaker(logging.Handler):
+    """Says on standard error what is logged, unless it spoke a moment ago, and what was logged last in long silence."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self._spoke = time.monotonic()
+        self.pulse = Pulse(self._remind)
+        self._latest, self._since, self._spoke = "preparing", time.monotonic(), time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if time.monotonic() - self._spoke >= SILENCE / 2:
-            print(self.format(record), file=sys.stderr, flush=True)
-            self._spoke = time.monotonic()
+        self._latest, self._since = self.format(record), time.monotonic()
+        if self._since - self._spoke >= SILENCE / 2:
+            self._say(self._latest)
+            self.pulse.heard()
+
+    def _remind(self) -> None:
+        self._say(_so_far(self._latest, self._since))
+
+    def _say(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+
+def _so_far(text: str, since: float) -> str:
+    return f"{text}, {lasting(time.monotonic() - since)} so far"
+
+
+class _Voice:
+    """What displays of one view share: standard output, and reminders of what they do."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.pulse = Pulse(self._remind)
+        self.phases: dict[PlainDisplay | LiveDisplay, None] = {}
+        self._latest, self._since = "preparing", time.monotonic()
+
+    def say(self, text: str) -> None:
+        self.pulse.heard()
+        self.console.print(text, soft_wrap=True)
+        self._latest, self._since = text, time.monotonic()
+
+    def _remind(self) -> None:
+        lines = [phase.state() for phase in list(self.phases)] or [_so_far(self._latest, self._since)]
+        for line in lines:
+            if line is not None:
+                self.console.print(line, soft_wrap=True)
+
+
+class _Lasting(ProgressColumn):
+    """How long it will take, or where that is not known how long nothing has moved."""
+
+    def render(self, task: Task) -> Text:
+        if task.time_remaining and not task.finished:
+            return Text(f"{lasting(task.time_remaining)} left")
+        return Text(lasting(time.monotonic() - task.fields["moved"]))
 
 
 class LiveDisplay:
-    """One bar: variant, step, loss, tokens a second, time left."""
+    """One bar: variant, step, loss, tokens a second, time left. Used in a `with` block, as PlainDisplay is."""
 
-    def __init__(self, console: Console, progress: Progress | None = None) -> None:
-        self._progress = progress or Progress(
-            TextColumn("{task.description}"),
+    def __init__(self, console: Console, above: LiveDisplay | None = None) -> None:
+        self._voice: _Voice = above._voice if above else _Voice(console)
+        self._progress: Progress = above._progress if above else Progress(
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
+            _Lasting(),
             console=console,
             transient=True,
             expand=True,
-        )
-        self._console = console
+        )  # fmt: skip
         self._task: TaskID | None = None
 
+    def __enter__(self) -> LiveDisplay:
+        self._voice.pulse.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._voice.pulse.__exit__()
+        self._progress.stop()
+
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._voice.say(text)
 
     def start(self, label: str, steps: int) -> None:
+        self._clear()  # a phase may be interrupted by another one
         self._progress.start()
-        self._task = self._progress.add_task(label, total=steps, figures="")
+        self._task = self._progress.add_task(label, total=steps, figures="", moved=time.monotonic())
         self._speed = _Speed()
+        self._voice.phases[self] = None
 
     def step(self, report: StepReport | None) -> None:
         assert self._task is not None
         if report is None:
-            self._progress.advance(self._task)
+            self._progress.update(self._task, advance=1, moved=time.monotonic())
             return
         figures = f"loss {report.loss:.3f}  {self._speed.of(report):,.0f} tok/s"
-        self._progress.update(self._task, completed=report.step, figures=figures)
+        self._progress.update(self._task, completed=report.step, figures=figures, moved=time.monotonic())
 
-    def finish(self, text: str) -> None:
+    def state(self) -> str | None:
+        """Nothing to say: the bar moves."""
+        return None
+
+    def _clear(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
+            del self._voice.phases[self]
+
+    def finish(self, text: str) -> None:
+        self._clear()
         if not self._progress.tasks:
             self._progress.stop()
         self.note(text)
 
     def beside(self) -> LiveDisplay:
         """Another bar under this one."""
-        return LiveDisplay(self._console, self._progress)
+        return LiveDisplay(self._voice.console, self)
 
 
 class PlainDisplay:
     """A line at the start and the end of a phase, at every tenth of it, and after SILENCE seconds without one."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, beside: PlainDisplay | None = None) -> None:
+        self._voice: _Voice = beside._voice if beside else _Voice(console)
+
+    def __enter__(self) -> PlainDisplay:
+        self._voice.pulse.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._voice.pulse.__exit__()
 
     def note(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
-        self._spoke = time.monotonic()
+        self._voice.say(text)
 
     def start(self, label: str, steps: int) -> None:
-        self._label, self._steps, self._shown, self._done = label, steps, 0, 0
-        self._speed = _Speed()
+        self._label, self._steps, self._tenth, self._done = label, steps, 0, 0
+        self._report: StepReport | None = None
+        self._speed, self._since = _Speed(), time.monotonic()
         self.note(f"{label}: {steps} steps")
+        self._voice.phases[self] = None
 
     def step(self, report: StepReport | None) -> None:
         self._done = report.step if report else self._done + 1
-        tenth = 10 * self._done // self._steps
-        speed = self._speed.of(report) if report else 0.0
-        long_silent = time.monotonic() - self._spoke > SILENCE
-        if tenth <= self._shown and not long_silent:
-            return
-        self._shown = tenth
         if report is None:
-            if long_silent:
-                self.note(f"{self._label}: step {self._done}/{self._steps}")
-        else:
-            left = (self._steps - report.step) * self._speed.step_seconds
-            self.note(
-                f"{self._label}: step {report.step}/{self._steps}  loss {report.loss:.3f}  "
-                f"{speed:,.0f} tok/s  {left:,.0f} s left"
-            )
+            return
+        self._report, self._rate = report, self._speed.of(report)
+        if (tenth := 10 * self._done // self._steps) > self._tenth:
+            self._tenth = tenth
+            self.note(self.state())
+
+    def state(self) -> str:
+        """How far it is. Its loss once a step, and then how long no step has ended."""
+        where, to_do = f"{self._label}: step {self._done}/{self._steps}", self._steps - self._done
+        report, self._report = self._report, None
+        if report is not None:
+            left = lasting(to_do * self._speed.step_seconds)
+            return f"{where}  loss {report.loss:.3f}  {self._rate:,.0f} tok/s  {left} left"
+        seconds = time.monotonic() - self._since
+        left = f", {lasting(to_do * seconds / self._done)} left" if self._done and to_do else ""
+        return f"{where}, {lasting(seconds)} so far{left}"
 
     def finish(self, text: str) -> None:
+        self._voice.phases.pop(self, None)
         self.note(text)
 
     def beside(self) -> PlainDisplay:
         """For another phase at the same time."""
-        return PlainDisplay(self._console)
+        return PlainDisplay(self._voice.console, self)
 
 
 class _Speed:
@@ -165,7 +293,7 @@ class _Speed:
         return (report.tokens - self._first.tokens) / max(seconds, 1e-9)
 
 
-def make_display() -> Display:
-    """A display on standard output, as it suits a terminal or a file."""
-    console = _Console(quiet=not is_main())
+def make_display() -> LiveDisplay | PlainDisplay:
+    """A display on standard output, as it suits a terminal or a file; for a `with` block."""
+    console = _Console()
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

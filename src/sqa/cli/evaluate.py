@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from sqa.cli.display import make_console, make_display
-from sqa.cli.options import Device, Dtype, ItemsPath, JsonPath, Seed, Threads, at_least_one, long_dtype, save_json
+from sqa.cli.options import (
+    Device,
+    Dtype,
+    ItemsPath,
+    JsonPath,
+    Seed,
+    Threads,
+    at_least_one,
+    find_run,
+    long_dtype,
+    save_json,
+)  # fmt: skip
 
 app = typer.Typer()
 
@@ -46,14 +57,17 @@ def evaluate(
     find_device(device)
     if threads:
         torch.set_num_threads(threads)
-    display, scores = make_display(), []
-    with stop_flag():
+    scores = []
+    with make_display() as display, stop_flag():
         corpus = open_corpus(data)
+        readers = [(name, evaluation.open_reader(find_run(name))) for name in models]
+        display.note(f"drawing {items:,} items from {corpus.name}")
         drawn = evaluation.make_items(corpus.documents("validation"), items, seed)
         if items_file is not None:
             write_text(items_file, "".join(json.dumps(asdict(item)) + "\n" for item in drawn))
-        for name in models:
-            reader = evaluation.load_reader(name, device)
+        for name, load in readers:
+            display.note(f"reading the model {name}")
+            reader = load(device)
             right = []
             display.start(name, len(drawn))
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sqa.cli.options import Seed, long_dtype
+from sqa.cli.options import Seed, find_run, long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -31,7 +31,7 @@ def generate(
 
     from sqa.interop import open_source
 
-    source = open_source(_find_run(model))
+    source = open_source(find_run(model))
     text = source.read_text_side()
     if text.tokenizer is None:
         raise InputError(f"model: {source.path} has no tokenizer.json, which the prompt is encoded with")
@@ -97,7 +97,7 @@ def _exportable(source: str) -> Iterator[Path | str]:
     """What can be opened of `source`; for an unfinished run a directory that passes, of its last checkpoint."""
     run = Path(source)
     if (run / "model.safetensors").is_file() or not (run / "checkpoints").is_dir():
-        yield _find_run(source)
+        yield find_run(source)
         return
     import tempfile
 
@@ -111,16 +111,3 @@ def _exportable(source: str) -> Iterator[Path | str]:
         text = read_text_side(run, {}, vocab_size=model.config.vocab_size, max_seq_len=model.config.max_seq_len)
         text.write(Path(folder))
         yield Path(folder)
-
-
-def _find_run(source: str) -> Path | str:
-    """`source`; of a comparison's directory the only run inside it."""
-    path = Path(source)
-    if not path.is_dir() or (path / "config.json").is_file():
-        return source
-    inside = sorted(item.parent for item in path.glob("*/model.safetensors"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        raise InputError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
-    raise InputError(f"run: {path} holds no finished run and no model (no config.json)")

@@ -111,6 +111,19 @@ def at_least_one(option: str, value: int) -> int:
     return value
 
 
+def find_run(source: str) -> Path | str:
+    """`source`; of a comparison's directory the only run inside it."""
+    path = Path(source)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return source
+    inside = sorted(item.parent for item in path.glob("*/model.safetensors"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise InputError(f"run: {path} holds several runs; give one of {', '.join(map(str, inside))}")
+    raise InputError(f"run: {path} holds no finished run and no model (no config.json)")
+
+
 def seconds(text: str | None) -> float | None:
     """Of `90s`, `8m` or `1h`."""
     if text is None:

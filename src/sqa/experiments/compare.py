@@ -22,7 +22,7 @@ from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
 from sqa.measure.machine import git_revision, machine, versions
-from sqa.progress import Display, NonFiniteLoss, Silent, stop_flag
+from sqa.progress import Display, NonFiniteLoss, Silent, lasting, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import make_accelerator
 
@@ -151,11 +151,7 @@ class _Left:
     def text(self, *, of: int) -> str:
         """What a display says of them."""
         runs = f"{len(self._work)} of {of} runs left"
-        if self._seconds is None:
-            return runs
-        minutes = round(self._seconds / 60)
-        lasting = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-        return f"{runs}, about {lasting if minutes else f'{self._seconds:.0f} s'}"
+        return runs if self._seconds is None else f"{runs}, about {lasting(self._seconds)}"
 
 
 def _stored(plan: Plan) -> Plan:
