@@ -252,6 +252,33 @@ def pretrained() -> str:
     return f"{text_of(table)}\n\nMeasured spread, query heads of the layers in order: {kept_heads}."
 
 
+def trials() -> str:
+    """SmolLM2 with heads chosen in two ways, and healed in three."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("heads by", "trains", "rate", "tokens", "added", "kl", "agree"):
+        table.add_column(heading, justify="left" if heading in ("heads by", "trains") else "right")
+    for name, stage in (
+        ("taylor", "refitted"),
+        ("trains-all", "refitted"),
+        ("trains-all", "distilled"),
+        ("trains-attention", "distilled"),
+        ("trains-attention-1e-3", "distilled"),
+    ):
+        found, losses = _conversion(f"smollm2-{name}"), _losses(f"smollm2-{name}")
+        last, healed = found.last(stage), stage == "distilled"
+        assert isinstance(last.quality, LanguageQuality)
+        table.add_row(
+            found.settings["method"],
+            found.settings["train"] if healed else "",
+            f"{found.settings['learning_rate']:g}" if healed else "",
+            f"{last.tokens:,}" if healed else "",
+            f"{losses[stage] - losses['original']:+.4f}",
+            f"{last.quality.kl:.4f}",
+            f"{last.quality.agreement:.4f}",
+        )
+    return text_of(table)
+
+
 def choice() -> str:
     """The four-way choice of SmolLM2, before and after."""
     found = json.loads((RESULTS / "conversion" / "smollm2-choice.json").read_text(encoding="utf-8"))
@@ -320,6 +347,7 @@ SECTIONS = {
     "surgeries": surgeries,
     "pretrained": pretrained,
     "pretrained continues": lambda: conversion(samples, "smollm2-6-measured"),
+    "trials": trials,
     "choice": choice,
     "imported": imported,
     "healing speed": healing_speed,
