@@ -220,6 +220,7 @@ def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> 
                 # a little beside each other, so that intervals do not hide one another
                 "x": tokens * 1.03 ** (variants.index(line.variant) - len(variants) // 2),
             })  # fmt: skip
+    data.sort(key=lambda row: row["tokens"])
     labels = list(dict.fromkeys(row["variant"] for row in data))
     lengths = sorted({row["tokens"] for row in data})
     colour = alt.Color(
@@ -235,9 +236,10 @@ def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> 
     y_title = "loss minus GQA's, nats a token (lower is better)"
     lines = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=70)).encode(y=alt.Y("mean:Q", title=y_title))
     bars = base.mark_rule(strokeWidth=1.5).encode(y="low:Q", y2="high:Q")
+    last = {row["variant"]: row["tokens"] for row in data}  # lines are named beside their last point
     names = (
-        base.transform_filter(f"datum.tokens == {lengths[-1]}")
-        .mark_text(align="left", dx=10, fontSize=12, fontWeight="bold")
+        base.transform_filter(" || ".join(f"datum.variant == '{v}' && datum.tokens == {n}" for v, n in last.items()))
+        .mark_text(align="left", dx=10, dy=10, fontSize=12, fontWeight="bold")
         .encode(y="mean:Q", text="variant:N")
     )
     zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(y="y:Q")

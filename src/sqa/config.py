@@ -273,7 +273,7 @@ class ModelConfig(_Config):
 
     `attention` is one AttentionConfig for all layers or a sequence with one per layer. `bias` adds a bias to the
     attention output projection, the feed-forward projections and the output head, and `final_norm=False` leaves
-    out the last RMSNorm: the published shape has both (FACTS: 10,655,504 parameters for SQA).
+    out the last RMSNorm: the published shape has both (10,655,504 parameters for SQA).
     """
 
     _where = "model"
