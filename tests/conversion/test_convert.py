@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sqa import ModelConfig
@@ -40,6 +41,14 @@ from sqa.interop import load_model
 from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
+
+
+def test_the_command_has_the_defaults_of_the_settings() -> None:
+    options = get_command(app).commands["convert"].params  # type: ignore[attr-defined]
+    given = {option.name: option.default for option in options}
+    for item in fields(Settings):
+        if item.name in given and item.default is not MISSING:
+            assert given[item.name] == item.default, item.name
 
 
 def converted(

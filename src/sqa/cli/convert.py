@@ -47,7 +47,7 @@ def convert(
     length: Length = 512,
     heal: Annotated[str | None, typer.Option(help="tokens=2M trains afterwards against the original.")] = None,
     layerwise: Annotated[float, typer.Option(help="Share of these that heals layer by layer.")] = 0.2,
-    train: Annotated[str, typer.Option(help="What healing trains: all or attention.")] = "all",
+    train: Annotated[str, typer.Option(help="What healing trains: attention or all.")] = "attention",
     learning_rate: Annotated[float, typer.Option(help="Of healing.")] = 3e-4,
     batch_size: BatchSize[int] = 8,
     control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,

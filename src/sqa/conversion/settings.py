@@ -46,7 +46,7 @@ class Settings:
     length: int = 512
     heal_tokens: int = 0
     layerwise: float = 0.2
-    train: Literal["attention", "all"] = "all"
+    train: Literal["attention", "all"] = "attention"
     learning_rate: float = 3e-4
     batch_size: int = 8
     control: bool = False
