@@ -1,4 +1,4 @@
-"""LoRA with peft on an exported model: train a few weights, merge them, bring the result back.
+"""LoRA with peft on an exported model: train a few weights, merge them, and load the result with sqa.
 
 Run: python examples/lora.py FOLDER
 """

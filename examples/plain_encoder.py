@@ -1,6 +1,6 @@
 """The layer in plain PyTorch: in a module of your own, and put into an nn.TransformerEncoder that exists.
 
-Both learn to tell whether the first token of a sequence comes again in it. Run: python examples/plain_encoder.py
+Both learn whether the first token of a sequence occurs in it again. Run: python examples/plain_encoder.py
 """
 
 import torch

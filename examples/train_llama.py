@@ -1,8 +1,8 @@
 """Train a Llama with fewer query heads with Hugging Face's Trainer: train, evaluate, save, generate.
 
-The shape is that of an existing config: `sqa.fewer_query_heads` names the sensible numbers of query heads and gives the
-config for each. The model is transformers' own class, so every tool that trains Llama trains it;
-attn_implementation="sqa" runs it with the kernels of sqa, "sdpa" without. It trains in bfloat16 (autocast).
+The shape is that of an existing config: `sqa.fewer_query_heads` proposes numbers of query heads and gives a config for
+each. The model is transformers' own class, so every tool that trains Llama trains it. attn_implementation="sqa" runs
+it with the kernels of sqa, "sdpa" with PyTorch's. It trains in bfloat16 (autocast).
 Run: python examples/train_llama.py [FOLDER] [--attention sdpa] [--steps 200]
 """
 
