@@ -263,7 +263,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("compare nothing.toml", "neither a file nor a preset"),
+        ("compare nothing.toml", "neither a file nor a plan of the package"),
         ("compare tiny.toml --variants gqa,sqx", "'sqx' is unknown; did you mean 'sqa'"),
         ("compare tiny.toml --data nowhere", "nowhere"),
         ("compare tiny.toml --data empty", "empty"),
@@ -295,7 +295,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("bench attention --head-dims 0", "--head-dims must be numbers of at least 1, got '0'"),
         ("bench attention --n 10,x", "--n must be whole numbers with commas between, got '10,x'"),
         ("bench step --budget 3d", "budget: time needs a number above 0"),
-        ("kernels --dtype int8", "--dtype must be float32, bfloat16 or float16, got 'int8'"),
+        ("kernels --dtype int8", "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ("plan --budget equal-fun", "budget: must be one of"),
         ("scale --n 0", "--n must be numbers of at least 1, got '0'"),
         ("scale --gpus 8,-1", "--gpus must be numbers of at least 1, got '8,-1'"),

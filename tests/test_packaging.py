@@ -26,6 +26,7 @@ LAYERS = (
     "native",
     "progress",
     "config",
+    "dtypes",
     "variants",
     "cost",
     "storage",
@@ -152,8 +153,8 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     }
     assert ours <= shipped
     assert "sqa/py.typed" in shipped
-    for preset in ("demo.toml", "published.toml"):
-        assert any(name.endswith(f"/{preset}") for name in shipped), preset
+    for plan in ("demo.toml", "published.toml"):
+        assert any(name.endswith(f"/{plan}") for name in shipped), plan
     assert any(name.endswith("/licenses/LICENSE") for name in shipped)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sqa.config import LARGEST, LONGEST, MOST_LAYERS, ModelConfig
+from sqa.dtypes import dtype_name
 from sqa.errors import InputError, shown
 from sqa.files import new_folder, write_json, write_safetensors
 from sqa.records import read_json
@@ -138,7 +139,7 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
         if key in tensors and tensors[key].shape != value.shape
     ]
     problems += [
-        f"{shown(key)} is {str(value.dtype).removeprefix('torch.')}, expected floating point of 16 bits or more"
+        f"{shown(key)} is {dtype_name(value.dtype)}, expected floating point of 16 bits or more"
         for key, value in tensors.items()
         if not value.is_floating_point() or value.element_size() < 2
     ]

@@ -49,6 +49,9 @@ PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
 DEFAULT_VARIANTS = (*PUBLISHED_VARIANTS, "wide-gqa")
 """What a comparison trains unless told otherwise: the published seven and the equal-cost baseline."""
 
+BASELINE = "gqa"
+"""What losses, times and costs of other variants are compared with."""
+
 MEASURED_VARIANTS = ("gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
 """What is timed unless told otherwise: the equal-cost baseline always takes part."""
 

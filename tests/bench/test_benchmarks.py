@@ -22,7 +22,7 @@ from sqa.bench.report import BenchResult
 from sqa.bench.step import run_step
 from sqa.cli import app
 from sqa.config import ModelConfig, Rope
-from sqa.measure.machine import find_dtype
+from sqa.dtypes import find_dtype
 from sqa.measure.peak import Peak
 from sqa.measure.timing import Timing
 from sqa.model import Transformer

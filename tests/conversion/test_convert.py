@@ -355,7 +355,7 @@ def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, t
     tensors["model.layers.0.self_attn.o_proj.weight"] *= 0.01
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     settings = Settings(query_heads=3, allocation="measured", **SMALL)
-    with pytest.raises(ValueError, match="no spread over 2 layers has 4 query heads in all; try 6"):
+    with pytest.raises(ValueError, match="no allocation to 2 layers has 4 query heads in all; try 6"):
         converted(source, tmp_path / "out", text, replace(settings, query_heads=2))
     with pytest.raises(ValueError, match="keeps the KV heads"):
         converted(source, tmp_path / "out", text, replace(settings, kv_heads=1))

@@ -6,13 +6,13 @@ import pytest
 
 from sqa.config import AttentionConfig
 from sqa.cost import parameters, train_step_flops
-from sqa.experiments.plan import Budget, Plan, preset_names
+from sqa.experiments.plan import Budget, Plan, shipped_plans
 
 PLANS = Path(__file__).resolve().parents[2] / "benchmarks" / "plans"
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_presets_are_valid_and_round_trip(name: str) -> None:
+@pytest.mark.parametrize("name", shipped_plans())
+def test_shipped_plans_are_valid_and_round_trip(name: str) -> None:
     plan = Plan.read(name)
     assert plan.name == name
     assert Plan.from_dict(plan.to_dict()) == plan
@@ -226,5 +226,5 @@ def test_a_toml_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"mine\.toml is not TOML"):
             Plan.read(str(path))
-    with pytest.raises(ValueError, match=r"neither a file nor a preset .*did you mean 'demo'"):
+    with pytest.raises(ValueError, match=r"neither a file nor a plan of the package .*did you mean 'demo'"):
         Plan.read("dem")

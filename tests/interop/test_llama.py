@@ -141,7 +141,7 @@ class LaterConfig(ModelConfig):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_field_that_a_writer_does_not_know_must_have_its_default(format: str, config_of: Make) -> None:
     def check(config: ModelConfig) -> None:
-        FORMATS[format].check(config, TextSide(), Path("out.gguf"), None)
+        FORMATS[format].check(config, TextSide(), Path("out.gguf"))
 
     config = config_of()
     later = {item.name: getattr(config, item.name) for item in fields(config)}
@@ -379,7 +379,7 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
     for kind, message in (("onnx", "hf, hf-remote, gguf"), ("gguf", "ends in .gguf")):
         with pytest.raises(ValueError, match=message):
             export(run, tmp_path / "new", format=kind)
-    with pytest.raises(ValueError, match="float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match="float32, bfloat16, float16 for hf"):
         export(run, tmp_path / "new", format="hf", dtype="int8")
     assert not (tmp_path / "new").exists()
 

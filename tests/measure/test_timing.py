@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sqa import measure, native
-from sqa.measure.machine import find_device, find_dtype, flags
+from sqa.dtypes import find_dtype
+from sqa.measure.machine import find_device, flags
 from sqa.measure.peak import matmul_peak, measure_peak
 from sqa.measure.timing import TimeLimit, Timing, at_least_one, failure, synchronize, take_turns
 

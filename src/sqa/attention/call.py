@@ -20,8 +20,8 @@ class Call:
     `device` is theirs, but for a call that is only described: its tensors are on the meta device and have no numbers.
     grad: whether a backward pass may follow.
 
-    Raises InputError for shapes, dtypes and devices that do not fit. A tensor in another layout than (B, T, H, D) must
-    not pass: the result would have the right shape.
+    Raises InputError for shapes, dtypes and devices that do not fit. Axes in another order than (B, T, H, D) must not
+    pass: the result would have the right shape.
     """
 
     q: Tensor
@@ -133,7 +133,7 @@ class Call:
         return self.q.shape[3]
 
     @property
-    def shared(self) -> bool:
+    def shares_kv(self) -> bool:
         """Whether several query heads read one KV head."""
         return self.k.shape[2] < self.q.shape[2]
 

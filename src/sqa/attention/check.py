@@ -19,6 +19,7 @@ from sqa.attention import pytorch
 from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend
 from sqa.attention.masks import Mask
+from sqa.dtypes import dtype_name
 
 # parts of names of operators and of CUDA kernels; the first that occurs tells
 SIGNS = (
@@ -73,7 +74,7 @@ def implementation(names: Iterable[str]) -> str:
 def expected_implementations(call: Call, kernel: str) -> tuple[str, ...]:
     """What the kernel table says runs, by the words of `implementation`."""
     if kernel == "sdpa" and call.device.type == "cuda":
-        backends = pytorch.fused_backends(call, expanded=pytorch.must_expand(call))
+        backends = pytorch.cuda_backends(call, expanded=pytorch.must_expand(call))
         return backends or ("math",)
     known = {"reference": "unfused", "sdpa": "cpu flash", "fused": "own"}
     return (known.get(kernel, kernel),)
@@ -112,7 +113,7 @@ def _check(call: Call, kernel: str, mask: str) -> Checked:
     def forward() -> Tensor:
         return attend(call.q, call.k, call.v, call.mask, kernel=kernel)
 
-    expected, dtype = expected_implementations(call, kernel), str(call.dtype).removeprefix("torch.")
+    expected, dtype = expected_implementations(call, kernel), dtype_name(call.dtype)
     checked = Checked(kernel=kernel, mask=mask, dtype=dtype, expected=expected)
     try:
         with torch.set_grad_enabled(call.grad):

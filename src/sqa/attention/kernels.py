@@ -70,7 +70,7 @@ def _reference(call: Call, form: Tensor | None) -> Tensor:
 
 KERNELS: dict[str, Kernel] = {
     # the oracle; memory grows with N x N
-    "reference": Kernel(run=_reference, prepare=pytorch.visible, takes=_DENSE | {"soft-capping"}, devices="all"),
+    "reference": Kernel(run=_reference, prepare=pytorch.dense_form, takes=_DENSE | {"soft-capping"}, devices="all"),
     "sdpa": Kernel(run=pytorch.sdpa, prepare=pytorch.sdpa_form, takes=_DENSE, devices="all"),
     # this one and those below skip what a mask hides
     "blocks": Kernel(
@@ -109,8 +109,8 @@ def resolve(call: Call, kernel: str = "auto") -> Choice:
         return Choice("reference", "nothing to compute")
     if kernel != "auto":
         return Choice(kernel, "asked for")
-    if call.cached and call.num_queries == 1 and call.dtype == torch.float32 and not call.shared and not call.masked:
-        return Choice("sdpa", "fused; for one fp32 query a KV head as fast as memory is read")
+    if call.cached and call.num_queries == 1 and call.dtype == torch.float32 and not call.shares_kv and not call.masked:
+        return Choice("sdpa", "PyTorch's own; for one fp32 query a KV head as fast as memory is read")
     if KERNELS["fused"].lacks(call) is None:
         return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
     skips = call.window is not None or call.documents
@@ -119,23 +119,23 @@ def resolve(call: Call, kernel: str = "auto") -> Choice:
     if call.device.type == "cuda":
         return _resolve_cuda(call, skips)
     if KERNELS["sdpa"].lacks(call) is not None:
-        return Choice("reference", "no fused kernel here caps scores")
-    return Choice("sdpa", "fused, with a dense mask" if call.masked else "fused")
+        return Choice("reference", "no other kernel here caps scores")
+    return Choice("sdpa", "PyTorch's own, with a dense mask" if call.masked else "PyTorch's own")
 
 
 def _resolve_cuda(call: Call, skips: bool) -> Choice:
     if skips and KERNELS["varlen"].lacks(call) is None:
         return Choice("varlen", "flash attention that skips what the window or the documents hide")
     if (skips or call.softcap is not None) and KERNELS["flex"].lacks(call) is None:
-        return Choice("flex", "skips the keys that the mask hides, or caps scores, in one fused kernel")
+        return Choice("flex", "skips the keys that the mask hides, or caps scores, in one kernel")
     if KERNELS["sdpa"].lacks(call) is not None:
-        return Choice("reference", "no fused kernel here caps scores")
+        return Choice("reference", "no other kernel here caps scores")
     if not torch.cuda.is_available():
         return Choice("sdpa", "PyTorch decides what runs, and without a CUDA device it cannot be asked")
     if pytorch.must_expand(call):
-        return Choice("sdpa", "K and V expanded to the query heads: no fused kernel shares them for this call")
-    backends = pytorch.fused_backends(call)
-    return Choice("sdpa", f"fused ({' or '.join(backends)})" if backends else "not fused: PyTorch has no kernel for it")
+        return Choice("sdpa", "K and V expanded to the query heads: of PyTorch's, only math shares them for this call")
+    backends = pytorch.cuda_backends(call)
+    return Choice("sdpa", f"PyTorch's own: {' or '.join(backends) or 'math, for want of a faster one'}")
 
 
 def explain(call: Call) -> list[tuple[str, str]]:

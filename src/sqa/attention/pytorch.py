@@ -19,7 +19,7 @@ from sqa.attention.masks import dense_mask, document_starts, sink_keys
 from sqa.attention.operators import constant
 
 
-def visible(call: Call) -> Tensor | None:
+def dense_form(call: Call) -> Tensor | None:
     """The dense mask, or None when nothing is hidden (as from one query at the end of a cache)."""
     if call.cached and not call.masked:
         return None
@@ -28,7 +28,7 @@ def visible(call: Call) -> Tensor | None:
 
 def sdpa_form(call: Call) -> Tensor | None:
     """The dense mask, or None for plain causality and where nothing is hidden."""
-    return None if _plain_causal(call) else visible(call)
+    return None if _plain_causal(call) else dense_form(call)
 
 
 def sdpa(call: Call, form: Tensor | None) -> Tensor:
@@ -53,8 +53,8 @@ def _plain_causal(call: Call) -> bool:
     return call.mask.causal and not call.masked and not call.cached
 
 
-def fused_backends(call: Call, *, expanded: bool = False) -> tuple[str, ...]:
-    """Those of PyTorch's fused CUDA kernels (flash, efficient, cudnn) that take such a call on this machine.
+def cuda_backends(call: Call, *, expanded: bool = False) -> tuple[str, ...]:
+    """Those of PyTorch's CUDA kernels flash, efficient and cudnn that take such a call on this machine.
 
     expanded: with keys and values repeated for the query heads. Without a CUDA device none does.
     """
@@ -92,9 +92,9 @@ def _answer(
 
 def must_expand(call: Call) -> bool:
     """Whether shared KV heads must be repeated, because PyTorch would run its unfused math kernel otherwise."""
-    if call.device.type != "cuda" or not call.shared:
+    if call.device.type != "cuda" or not call.shares_kv:
         return False
-    return not fused_backends(call) and bool(fused_backends(call, expanded=True))
+    return not cuda_backends(call) and bool(cuda_backends(call, expanded=True))
 
 
 class Sequences(NamedTuple):
@@ -124,7 +124,7 @@ def varlen(call: Call, form: Sequences) -> Tensor:
     before = -1 if call.window is None else call.window - 1
     out: Tensor = attention(
         q, k, v, form.bounds, form.bounds, form.longest, form.longest,
-        scale=call.scale, window_size=(before, 0 if call.mask.causal else -1), enable_gqa=call.shared,
+        scale=call.scale, window_size=(before, 0 if call.mask.causal else -1), enable_gqa=call.shares_kv,
     )  # fmt: skip
     return out.view(call.q.shape)
 
@@ -195,7 +195,7 @@ def flex(call: Call, form: Any) -> Tensor:
 
     out: Tensor = _flex("flex_attention", call.device.type)(
         q, k, v, score_mod=None if softcap is None else capped, block_mask=form, scale=call.scale,
-        enable_gqa=call.shared,
+        enable_gqa=call.shares_kv,
     )  # fmt: skip
     return out.transpose(1, 2)
 

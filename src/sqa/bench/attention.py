@@ -24,7 +24,8 @@ from sqa.attention.reference import reference_attention
 from sqa.bench.measurement import Measurement, choose_baseline, time_all, with_ratios, with_shares
 from sqa.bench.report import BenchResult
 from sqa.config import AttentionConfig, unknown
-from sqa.measure.machine import find_device, find_dtype
+from sqa.dtypes import find_dtype
+from sqa.measure.machine import find_device
 from sqa.measure.peak import Peak, measure_peak
 from sqa.measure.timing import TimeLimit, at_least_one, first_line
 from sqa.variants import MEASURED_VARIANTS, variant
@@ -93,7 +94,7 @@ class Setting:
         return max(1, min(512, self.n // 2)) if self.mask == "documents" else self.n
 
     @property
-    def visible(self) -> Mask:
+    def layer_mask(self) -> Mask:
         """The mask as `attend` takes it."""
         ids = None
         if self.mask == "documents":
@@ -119,7 +120,7 @@ class Setting:
 
     def contestant(self) -> Callable[[], object]:
         """What is timed, its inputs made."""
-        mask = self.visible
+        mask = self.layer_mask
         if self.what == "layer step":
             layer = SparseQueryAttention(self.config).to(self.device, find_dtype(self.dtype))
             shape = (self.batch_size, self.n, self.config.d_model)
@@ -182,7 +183,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
     n, window = 256, setting.config.window
     config = setting.config if window is None else setting.config.replace(window=min(window, n // 4))
     setting = replace(setting, config=config, n=n, batch_size=1)
-    mask = setting.visible
+    mask = setting.layer_mask
     visible = dense_mask(mask, n, n, setting.device)
     inputs, grad = setting.inputs()
     whole = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
@@ -207,7 +208,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
         return f"cannot run: {first_line(problem)}"
     for what, given, simple, exact in zip(("output", "dq", "dk", "dv"), got, simply, exactly, strict=False):
         error, allowed = _rms(given - exact), 2 * _rms(simple - exact)
-        if setting.dtype == "fp32":
+        if find_dtype(setting.dtype) == torch.float32:
             error, allowed = float((given - exact).abs().max()), 1e-5 + 1.3e-6 * float(exact.abs().max())
         if not error <= allowed:
             return f"not timed: {what} is off by {error:.1e}, {allowed:.1e} allowed"

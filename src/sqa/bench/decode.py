@@ -15,7 +15,8 @@ from sqa.bench.lineup import Models, Runner, Task, line_up, measure
 from sqa.bench.measurement import Measurement
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
-from sqa.measure.machine import find_device, find_dtype
+from sqa.dtypes import find_dtype
+from sqa.measure.machine import find_device
 from sqa.measure.timing import TimeLimit, at_least_one
 
 DECODED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")

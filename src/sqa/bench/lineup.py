@@ -17,9 +17,9 @@ from sqa.attention.kernels import resolve
 from sqa.bench.measurement import Contestant, Measurement, choose_baseline, time_all, with_ratios
 from sqa.bench.peers import OURS, Entrant, Unavailable, build, difference, ours
 from sqa.config import ModelConfig
+from sqa.dtypes import find_dtype
 from sqa.interop import load_config, load_model
 from sqa.losses import IGNORE
-from sqa.measure.machine import find_dtype
 from sqa.measure.timing import TimeLimit, at_least_one
 from sqa.model import Transformer
 from sqa.variants import MEASURED_VARIANTS

@@ -47,7 +47,7 @@ class LlamaCpp(nn.Module):
         cache_type = llama_cpp.GGML_TYPE_F32 if setting.exact else llama_cpp.GGML_TYPE_F16
         with tempfile.TemporaryDirectory() as folder:  # the file stays mapped when its name is gone
             path = Path(folder) / "model.gguf"
-            check_gguf(model.config, None, path, setting.dtype)
+            check_gguf(model.config, None, path)
             write_gguf(model, TextSide(), path, setting.dtype)
             self._llama = llama_cpp.Llama(
                 str(path),

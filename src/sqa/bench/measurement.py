@@ -12,6 +12,7 @@ import torch
 
 from sqa.measure.peak import Peak
 from sqa.measure.timing import TimeLimit, Timing, failure, take_turns
+from sqa.variants import BASELINE
 
 logger = logging.getLogger(__name__)
 
@@ -146,5 +147,5 @@ def with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
 
 
 def choose_baseline(variants: Collection[str]) -> str:
-    """What ratios are taken against: gqa where it takes part, else the first variant."""
-    return "gqa" if "gqa" in variants else next(iter(variants))
+    """What ratios are taken against: BASELINE where it takes part, else the first variant."""
+    return BASELINE if BASELINE in variants else next(iter(variants))

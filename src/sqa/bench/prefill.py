@@ -14,7 +14,8 @@ from sqa.bench.measurement import Measurement, choose_baseline, with_shares
 from sqa.bench.peers import OURS, check_peers
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
-from sqa.measure.machine import find_device, find_dtype
+from sqa.dtypes import find_dtype
+from sqa.measure.machine import find_device
 from sqa.measure.peak import Peak, measure_peak
 from sqa.measure.timing import TimeLimit, at_least_one
 

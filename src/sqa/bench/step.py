@@ -19,8 +19,9 @@ from sqa.bench.measurement import Measurement, with_shares
 from sqa.bench.peers import OURS, Entrant, build, check_peers, ours
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
+from sqa.dtypes import find_dtype
 from sqa.errors import InputError
-from sqa.measure.machine import find_device, find_dtype
+from sqa.measure.machine import find_device
 from sqa.measure.peak import measure_peak
 from sqa.measure.timing import TimeLimit, at_least_one
 from sqa.model import Transformer

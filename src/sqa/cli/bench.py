@@ -10,6 +10,7 @@ import typer
 
 from sqa.cli import options
 from sqa.cli.display import LogSpeaker, make_console, make_display
+from sqa.dtypes import short_dtype
 from sqa.errors import InputError
 from sqa.variants import MEASURED_VARIANTS
 
@@ -83,7 +84,7 @@ def attention(
         head_dims=options.numbers(head_dims, "--head-dims"),
         num_heads=num_heads,
         batch_size=batch_size,
-        dtypes=[options.short_dtype(name) for name in options.names(dtypes)],
+        dtypes=[short_dtype(name) for name in options.names(dtypes)],
         mask=mask,
         window=window,
         kernels=options.names(kernels),
@@ -117,7 +118,7 @@ def step(
     result = run_step(
         _models(preset, variants, model),
         peers=options.names(peers),
-        dtypes=[options.short_dtype(name) for name in options.names(dtypes)],
+        dtypes=[short_dtype(name) for name in options.names(dtypes)],
         batch_size=batch_size,
         length=length,
         compile=compile,
@@ -151,7 +152,7 @@ def prefill(
         _models(preset, variants, model),
         peers=options.names(peers),
         lengths=options.numbers(n, "--n"),
-        dtype=options.short_dtype(dtype),
+        dtype=short_dtype(dtype),
         compile=compile,
         rounds=rounds,
         device=device,
@@ -183,7 +184,7 @@ def decode(
         _models(preset, variants, model),
         lengths=options.numbers(n, "--n"),
         batch_size=batch_size,
-        dtype=options.short_dtype(dtype),
+        dtype=short_dtype(dtype),
         rounds=rounds,
         device=device,
         budget=options.seconds(budget),

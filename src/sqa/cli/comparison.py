@@ -19,10 +19,10 @@ from sqa.cli.options import (
     Threads,
     VariantName,
     Variants,
-    long_dtype,
     names,
     save_json,
 )
+from sqa.dtypes import long_dtype
 from sqa.errors import InputError, MissingExtraError
 
 app = typer.Typer()
@@ -30,9 +30,7 @@ app = typer.Typer()
 MAX_SEEDS = 1000
 """More runs of one variant than anybody trains: a larger number is a slip."""
 
-PlanSource = Annotated[
-    str | None, typer.Argument(metavar="PLAN", help="A preset (demo, published) or a TOML file; default demo.")
-]
+PlanSource = Annotated[str | None, typer.Argument(metavar="PLAN", help="demo, published or a TOML file; default demo.")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with what was begun in this directory.")]
 AnyKernel = Annotated[
     bool, typer.Option("--any-kernel", help="Go on though attention is computed by another kernel here.")

@@ -20,10 +20,10 @@ from sqa.cli.options import (
     Seed,
     Threads,
     find_run,
-    long_dtype,
     numbers,
     save_json,
 )
+from sqa.dtypes import long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()

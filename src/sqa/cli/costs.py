@@ -9,6 +9,7 @@ import typer
 
 from sqa.cli import options
 from sqa.cli.display import make_console
+from sqa.dtypes import DTYPES, find_dtype, long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -64,8 +65,9 @@ def plan_spending(
 ) -> None:
     """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
     from sqa.planning import spend
+    from sqa.variants import MEASURED_VARIANTS
 
-    proposals = spend.propose(like, preset, budget, options.names(variants) or spend.SPENDERS, n, batch_size)
+    proposals = spend.propose(like, preset, budget, options.names(variants) or MEASURED_VARIANTS, n, batch_size)
     make_console().print(spend.table(proposals))
     for path in spend.write_plans(proposals, out) if out else []:
         print(path)
@@ -114,9 +116,9 @@ def kernels(
     from sqa.variants import variant as variant_config
 
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
-    dtype = options.long_dtype(dtype)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    dtype = long_dtype(dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device!r}")
     options.at_least_one("--n", n)
@@ -133,7 +135,7 @@ def kernels(
         config,
         length=n,
         device=device,
-        dtype=getattr(torch, dtype),
+        dtype=find_dtype(dtype),
         documents=documents,
         padding=padding,
         grad=training,

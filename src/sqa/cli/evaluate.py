@@ -7,18 +7,8 @@ from typing import Annotated
 import typer
 
 from sqa.cli.display import make_console, make_display
-from sqa.cli.options import (
-    Device,
-    Dtype,
-    ItemsPath,
-    JsonPath,
-    Seed,
-    Threads,
-    at_least_one,
-    find_run,
-    long_dtype,
-    save_json,
-)  # fmt: skip
+from sqa.cli.options import Device, Dtype, ItemsPath, JsonPath, Seed, Threads, at_least_one, find_run, save_json
+from sqa.dtypes import long_dtype
 
 app = typer.Typer()
 

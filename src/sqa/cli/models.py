@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from sqa.cli.options import Seed, find_run, long_dtype
+from sqa.cli.options import Seed, find_run
+from sqa.dtypes import long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -81,13 +82,13 @@ def export(
 
 @app.command(name="import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
 ) -> None:
     """Read a Llama, Mistral, Qwen2, Qwen3 or SQAT model, or a GGUF file, into a directory that every command takes."""
     from sqa import interop
 
-    for note in interop.import_model(source, out):
+    for note in interop.import_model(model, out):
         print(note)
     print(f"wrote {out}")
 

@@ -78,16 +78,6 @@ def save_json(path: Path | None, value: Any) -> None:
         write_json(path, value)
 
 
-def long_dtype(name: str) -> str:
-    """PyTorch's name of a dtype, for its short one too."""
-    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
-
-
-def short_dtype(name: str) -> str:
-    """The name of a dtype in tables of benchmarks, for PyTorch's own too."""
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
-
-
 def names(text: str | None) -> tuple[str, ...]:
     """The names between the commas."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())

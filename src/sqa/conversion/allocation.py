@@ -1,4 +1,4 @@
-"""How a total of query heads is spread over layers: what each layer's loss of heads costs, and the cheapest spread.
+"""How a total of query heads is allocated to layers: what each layer's loss of heads costs, and the cheapest way.
 
 Shapes: d = d_model, F = Hq * D features of an output projection.
 """
@@ -68,7 +68,7 @@ def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: 
     return float(((slope @ error @ moments.gram) * error).sum()) / 2
 
 
-def spread(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
+def allocate(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
     """The count of each layer with the lowest sum of costs of all that add up to `total`.
 
     Raises InputError with the nearest totals when none does.
@@ -84,5 +84,5 @@ def spread(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
     if total not in best:
         below, above = sorted(n for n in best if n < total), sorted(n for n in best if n > total)
         near = " or ".join(str(n) for n in below[-1:] + above[:1])
-        raise InputError(f"convert: no spread over {len(costs)} layers has {total} query heads in all; try {near}")
+        raise InputError(f"convert: no allocation to {len(costs)} layers has {total} query heads in all; try {near}")
     return best[total][1]

@@ -25,6 +25,7 @@ from sqa.conversion.operation import operate
 from sqa.conversion.records import Conversion, Quality, Sample, Speed, Stage
 from sqa.conversion.settings import Job, Settings, prepare, subject_class
 from sqa.conversion.subject import Subject
+from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
@@ -178,7 +179,7 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         """Without the cache of cast weights, which would outlive a change of the weights inside the block."""
-        dtype = getattr(torch, self.settings.dtype)
+        dtype = find_dtype(self.settings.dtype)
         return torch.autocast(
             torch.device(self.settings.device).type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
         )

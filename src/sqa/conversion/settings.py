@@ -26,7 +26,7 @@ class Settings:
     """Everything that decides what a conversion gives.
 
     `query_heads` and `kv_heads` a layer (None: as surgery.plan_heads says). `allocation` says how query heads are
-    spread: `uniform` gives every layer as many, `measured` gives as many in all to the layers that need them most.
+    shared out: `uniform` gives every layer as many, `measured` gives as many in all to the layers that need them most.
     `method` chooses heads; `pooling` says how KV heads are joined. `sequences` rows of `length` tokens calibrate, an
     eighth of them held out. `heal_tokens` are spent on healing, of them `layerwise` (a share) layer by layer first;
     `train` says which parameters move. `control` also trains the original on the same tokens. `evaluation_tokens`
@@ -141,12 +141,12 @@ class Job:
     def plans(self, costs: Sequence[Mapping[int, float]] | None = None) -> list[Plan]:
         """The plan of each layer. `costs` of the `choices` decide how many heads it keeps where that is measured.
 
-        Without them it is one of the spreads with the same total, all of which take as much time.
+        Without them it is one of the allocations with the same total, all of which take as much time.
         """
         counts = [self.settings.query_heads] * len(self.before)
         if self.settings.allocation == "measured":
             costs = costs or [dict.fromkeys(choices, 0.0) for choices in self.choices()]
-            counts = allocation.spread(costs, sum(counts))
+            counts = allocation.allocate(costs, sum(counts))
         kv_heads = self.settings.kv_heads
         return [surgery.plan_heads(layer, n, kv_heads) for layer, n in zip(self.before, counts, strict=True)]
 

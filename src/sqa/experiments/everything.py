@@ -26,7 +26,6 @@ from sqa.progress import Display
 
 logger = logging.getLogger(__name__)
 
-_VARIANTS = ("gqa", "sqa", "xsqa", "wide-gqa")
 SIZES = ("full", "tiny")
 COMPARE_SHARE = 3 / 8
 """Of the whole budget, for the comparison: 3 of 8 minutes."""
@@ -73,10 +72,10 @@ def measure_everything(
 
 def _parts(device: str, *, full: bool) -> dict[str, Callable[..., BenchResult]]:
     """The benchmarks by name, the most telling first; each takes a `budget`."""
-    attention = partial(run_attention, variants=_VARIANTS, num_heads=16 if full else 8, device=device)
+    attention = partial(run_attention, num_heads=16 if full else 8, device=device)
     lengths = (1024, 4096, 16_384, 65_536, 131_072) if full else (64, 128)
     kernels = ("flash", "cudnn", "efficient") if full else ("flash", "math")
-    models = Models.of_preset("published" if full else "demo", _VARIANTS)
+    models = Models.of_preset("published" if full else "demo")
     prompts = (1024, 4096, 16_384, 32_768, 131_072, 200_000) if full else (64,)
     parts: dict[str, Callable[..., BenchResult]] = {}
     for head_dim in (16, 64, 128) if full else (16,):

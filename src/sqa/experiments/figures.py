@@ -14,9 +14,10 @@ from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flo
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.statistics import Estimate
-from sqa.experiments.summary import BASELINE, Experiment, Summary
+from sqa.experiments.summary import Experiment, Summary
 from sqa.progress import StepReport
 from sqa.training.probes import Probe
+from sqa.variants import BASELINE
 
 CURVE_POINTS = 300
 
@@ -95,7 +96,7 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     ]  # fmt: skip
 
 
-def _spread(value: Estimate) -> dict[str, Any]:
+def _with_interval(value: Estimate) -> dict[str, Any]:
     """The fields of a point that show a mean and its interval."""
     half = value.half_width or 0.0
     said = f"± {half:.4f}" if half else "one seed"
@@ -107,7 +108,7 @@ _TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
 
 def _against_figure(lines: Sequence[Summary], colour: Colours) -> list[Figure]:
     """The differences of the table with their intervals, a row a variant."""
-    data = [{"variant": line.label, **_spread(line.difference)} for line in lines if line.difference is not None]
+    data = [{"variant": line.label, **_with_interval(line.difference)} for line in lines if line.difference is not None]
     if not data:
         return []
     base = alt.Chart(alt.Data(values=data)).encode(
@@ -139,10 +140,11 @@ def _horizon_figures(experiment: Experiment, colour: Colours) -> list[Figure]:
     """The final losses of complete trainings, over tokens and over time; and against the baseline's."""
     lines = experiment.summaries()
     points = [
-        {"variant": line.label, "tokens": line.tokens, "seconds": line.seconds, **_spread(line.loss)} for line in lines
+        {"variant": line.label, "tokens": line.tokens, "seconds": line.seconds, **_with_interval(line.loss)}
+        for line in lines
     ]
     against = [
-        {"variant": line.label, "tokens": line.tokens, **_spread(line.difference)}
+        {"variant": line.label, "tokens": line.tokens, **_with_interval(line.difference)}
         for line in lines
         if line.difference is not None
     ]
@@ -197,7 +199,7 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
     if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
         return None
     data = [
-        {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_spread(line.loss)}
+        {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_with_interval(line.loss)}
         for line in lines
         if line.variant in narrow
     ]

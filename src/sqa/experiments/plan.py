@@ -254,18 +254,19 @@ class Plan:
 
     @classmethod
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
-        """A preset's name or the path of a TOML file, which is named after itself unless it says otherwise.
+        """A plan of the package by its name, or that of a TOML file, which is named after the file unless it says so.
 
         `changes` replace fields of it before anything is validated; other variants leave the shapes and rates of
         those they replace behind.
         """
-        if source in preset_names():
-            raw, stem = (files("sqa.experiments") / "presets" / f"{source}.toml").read_bytes(), source
+        if source in shipped_plans():
+            raw, stem = (files("sqa.experiments") / "plans" / f"{source}.toml").read_bytes(), source
         elif Path(source).is_file():
             raw, stem = Path(source).read_bytes(), Path(source).stem
         else:
-            hint = nearest(source, preset_names())
-            raise InputError(f"plan: {source!r} is neither a file nor a preset ({', '.join(preset_names())}){hint}")
+            ours = shipped_plans()
+            known = f"the package ({', '.join(ours)}){nearest(source, ours)}"
+            raise InputError(f"plan: {source!r} is neither a file nor a plan of {known}")
         try:
             values = tomllib.loads(raw.decode())
         except (ValueError, RecursionError) as error:  # of either encoding, syntax or a number of 5,000 digits
@@ -296,7 +297,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
 """The least and the most of a field; far above what a machine can do, far below what a computer counts."""
 
 
-def preset_names() -> list[str]:
+def shipped_plans() -> list[str]:
     """The plans that ship with the package."""
-    folder = files("sqa.experiments") / "presets"
+    folder = files("sqa.experiments") / "plans"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))

@@ -14,8 +14,9 @@ from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
 from sqa.experiments.results import Record
 from sqa.experiments.statistics import Estimate, Speedup
-from sqa.experiments.summary import BASELINE, Experiment, Summary
+from sqa.experiments.summary import Experiment, Summary
 from sqa.files import replacing, write_text
+from sqa.variants import BASELINE
 
 PUBLISHED_SOURCE = "arXiv 2510.01817: one run a variant, padding counted, one epoch of 22,500 steps"
 PUBLISHED = {

@@ -20,6 +20,7 @@ from sqa.config import ModelConfig
 from sqa.cost import parameters
 from sqa.data import Prepared, prepare
 from sqa.data.batches import Batches, evaluation_batches
+from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Cell, Plan
@@ -104,7 +105,7 @@ def make_learner(plan: Plan, name: str, recipe: Recipe, accelerator: Accelerator
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
     """Names of the kernels that the layers of a model use in training, as a result has them."""
-    dtype, documents = getattr(torch, plan.dtype), plan.layout == "packed"
+    dtype, documents = find_dtype(plan.dtype), plan.layout == "packed"
     calls = (
         Call.of_layer(layer, length=plan.context, device=device, dtype=dtype, documents=documents)
         for layer in config.layers

@@ -16,9 +16,7 @@ from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import Estimate, Speedup, effective_speedup, paired_difference, summarise
 from sqa.tables import make_table
-from sqa.variants import VARIANTS
-
-BASELINE = "gqa"
+from sqa.variants import BASELINE, VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)

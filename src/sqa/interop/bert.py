@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sqa import storage
 from sqa.config import AttentionConfig
+from sqa.dtypes import dtype_name
 from sqa.errors import InputError, MissingExtraError
 from sqa.files import write_json, write_safetensors
 from sqa.interop.text import FILES, read_text_side
@@ -152,7 +153,7 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     for name in ("_name_or_path", "transformers_version"):
         values.pop(name, None)
     values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
-    values["dtype"] = str(model.dtype).removeprefix("torch.")
+    values["dtype"] = dtype_name(model.dtype)
     values |= own_code(folder, "modeling_sqa_bert", AutoConfig="SqaBertConfig", AutoModel="SqaBertModel")
     write_safetensors(
         folder / "model.safetensors",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError
 from sqa.interop import llama
 from sqa.interop.source import load_config
+from sqa.variants import VARIANTS
 
-_SHARES = (Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))  # of the query heads: light SQA, SQA, extreme SQA
+_SHARES = [VARIANTS[name].query for name in ("lsqa", "sqa", "xsqa")]
 
 
 @dataclass(frozen=True, kw_only=True)

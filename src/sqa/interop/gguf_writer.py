@@ -26,16 +26,13 @@ try:
 except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
-_DTYPES = ("f32", "f16", "bf16", "q8_0")
 _WRITTEN = WRITTEN - {"window", "qkv_bias", "scaling"}
 
 
-def check_gguf(config: ModelConfig, tokenizer: Any, out: Path, dtype: str) -> None:
+def check_gguf(config: ModelConfig, tokenizer: Any, out: Path) -> None:
     """Raise InputError for what no GGUF file of architecture llama, deci or qwen3 can hold, and what to change."""
     if out.suffix != ".gguf":
         raise InputError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
-    if dtype not in _DTYPES:
-        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)} for gguf, got {dtype!r}")
     for layer in set(config.layers):  # the counts of each, given to all, must make a stock model
         counts = {"num_query_heads": layer.num_query_heads, "num_kv_heads": layer.num_kv_heads}
         stock_config(config.replace(attention=tuple(each.replace(**counts) for each in config.layers)))

@@ -98,25 +98,26 @@ def push_to_hub(
     result: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
 ) -> str:
-    """Export `source` as `format` ("hf" or "hf-remote"), add a model card and upload it; returns the commit's address.
+    """Export `source` as a `format` that transformers loads, add a model card and upload it; returns the commit's URL.
 
     `licence` is the Hub's identifier, such as "apache-2.0"; `result`, a row of results.jsonl, and `plan` go into the
     card. The token is huggingface-hub's own (`hf auth login`). Raises InputError for a format or name that cannot be.
     """
     from sqa.interop import export, load_config
+    from sqa.interop.writers import FORMATS
 
-    if format not in ("hf", "hf-remote"):
-        raise InputError(f"push: format must be one of hf, hf-remote, got {format!r}")
+    options = {name: row.from_pretrained for name, row in FORMATS.items() if row.from_pretrained is not None}
+    if format not in options:
+        raise InputError(f"push: format must be one of {', '.join(options)}, got {format!r}")
     if not _HUB_NAME.fullmatch(repo_id):
         raise InputError(f"push: repo_id must be owner/name, got {repo_id!r}")
     hub = _hub()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         export(source, out, format=format)
-        options = ", trust_remote_code=True" if format == "hf-remote" else ""
         usage = (
             f"```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({repo_id!r}{options})\n```\n"
+            f"model = AutoModelForCausalLM.from_pretrained({repo_id!r}{options[format]})\n```\n"
         )
         card = model_card(load_config(source), licence=licence, result=result, plan=plan, usage=usage)
         (out / "README.md").write_text(card, encoding="utf-8")

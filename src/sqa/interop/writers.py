@@ -9,18 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sqa import storage
 from sqa.config import ModelConfig
+from sqa.dtypes import DTYPES, dtype_name, find_dtype
 from sqa.errors import InputError, shown
 from sqa.files import write_json, write_safetensors
 from sqa.interop import llama
 from sqa.interop.source import ModelSource, open_source
 from sqa.interop.text import TextSide
 from sqa.model import Transformer
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def import_model(source: str | Path, out: Path) -> list[str]:
@@ -44,7 +41,7 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
 
     format is a row of FORMATS. "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as
     one file beside the weights (trust_remote_code); "gguf": one file for llama.cpp. dtype: for gguf f32 (default), f16,
-    bf16 or q8_0; for the others float32, float16 or bfloat16 (default: as stored).
+    bf16 or q8_0; for the others float32, bfloat16 or float16 (default: as stored).
 
     Raises InputError when `out` exists, when the format cannot hold the model (with what to change), and for anything
     `load_model` refuses. Nothing is left half-written.
@@ -55,7 +52,9 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
     opened = open_source(source)
     storage.refuse_inside(out, opened.path)
     text, row = opened.read_text_side(), FORMATS[format]
-    row.check(opened.config, text, out, dtype)
+    if dtype is not None and dtype not in row.dtypes:
+        raise InputError(f"export: dtype must be one of {', '.join(row.dtypes)} for {format}, got {shown(repr(dtype))}")
+    row.check(opened.config, text, out)
     row.write(opened.load(), text, out, dtype)
     return _notes(opened, text)
 
@@ -101,34 +100,32 @@ def _write_hugging_face(model: Transformer, folder: Path, text: TextSide, *, sto
     else:
         values = {"model_type": storage.MODEL_TYPE, **model.config.to_dict()}
         values |= own_code(folder, "modeling_sqa", AutoConfig="SqaConfig", AutoModelForCausalLM="SqaForCausalLM")
-    values["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    values["dtype"] = dtype_name(model.lm_head.weight.dtype)
     write_safetensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", values | text.special.to_dict())  # null where transformers would guess
     text.write(folder)
 
 
-def _check_hugging_face(config: ModelConfig, text: TextSide, out: Path, dtype: str | None, *, stock: bool) -> None:
+def _check_hugging_face(config: ModelConfig, text: TextSide, out: Path, *, stock: bool) -> None:
     if stock:
         llama.stock_config(config)
     elif not config.causal:
         raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
     elif unknown := list(config.unusual(_REMOTE)):
         raise InputError(f"export: hf-remote's own class does not know {'; nor '.join(unknown)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"export: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
 
 
 def _new_hugging_face(model: Transformer, text: TextSide, out: Path, dtype: str | None, *, stock: bool) -> None:
     if dtype is not None:
-        model.to(_DTYPES[dtype])
+        model.to(find_dtype(dtype))
     with storage.new_directory(out) as folder:
         _write_hugging_face(model, folder, text, stock=stock)
 
 
-def _check_gguf(config: ModelConfig, text: TextSide, out: Path, dtype: str | None) -> None:
+def _check_gguf(config: ModelConfig, text: TextSide, out: Path) -> None:
     from sqa.interop.gguf_writer import check_gguf
 
-    check_gguf(config, text.tokenizer, out, dtype or "f32")
+    check_gguf(config, text.tokenizer, out)
 
 
 def _new_gguf(model: Transformer, text: TextSide, out: Path, dtype: str | None) -> None:
@@ -141,18 +138,30 @@ def _new_gguf(model: Transformer, text: TextSide, out: Path, dtype: str | None) 
 class Format:
     """A row of the table of formats.
 
-    `check(config, text, out, dtype)` raises InputError for what the format cannot hold, before weights are read;
-    `write(model, text, out, dtype)` writes `out`, whole or not at all. A dtype of None is the format's default.
+    `check(config, text, out)` raises InputError for what the format cannot hold, before weights are read;
+    `write(model, text, out, dtype)` writes `out`, whole or not at all. dtype is one of `dtypes`, or None for the
+    format's default. `from_pretrained`: what transformers must be given beside the name to load it from the Hub; None
+    where it cannot.
     """
 
-    check: Callable[[ModelConfig, TextSide, Path, str | None], None]
+    check: Callable[[ModelConfig, TextSide, Path], None]
     write: Callable[[Transformer, TextSide, Path, str | None], None]
+    dtypes: tuple[str, ...] = DTYPES
+    from_pretrained: str | None = None
 
 
 FORMATS = {
-    "hf": Format(check=partial(_check_hugging_face, stock=True), write=partial(_new_hugging_face, stock=True)),
-    "hf-remote": Format(check=partial(_check_hugging_face, stock=False), write=partial(_new_hugging_face, stock=False)),
-    "gguf": Format(check=_check_gguf, write=_new_gguf),
+    "hf": Format(
+        check=partial(_check_hugging_face, stock=True),
+        write=partial(_new_hugging_face, stock=True),
+        from_pretrained="",
+    ),
+    "hf-remote": Format(
+        check=partial(_check_hugging_face, stock=False),
+        write=partial(_new_hugging_face, stock=False),
+        from_pretrained=", trust_remote_code=True",
+    ),
+    "gguf": Format(check=_check_gguf, write=_new_gguf, dtypes=("f32", "f16", "bf16", "q8_0")),
 }
 
 

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sqa.config import unknown
 from sqa.errors import InputError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "accelerate", "transformers", "x-transformers")
 
@@ -58,13 +55,6 @@ def machine(device: str = "cpu") -> Machine:
         return described
     properties = torch.cuda.get_device_properties(device)
     return replace(described, gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30))
-
-
-def find_dtype(name: str) -> torch.dtype:
-    """The dtype that options and result rows call `name`. Raises ValueError for another name."""
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return DTYPES[name]
 
 
 def find_device(name: str) -> torch.device:

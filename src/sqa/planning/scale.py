@@ -19,10 +19,9 @@ from sqa.cost import attention_flops, forward_flops, parameters, train_step_flop
 from sqa.errors import InputError
 from sqa.losses import CHUNK_ELEMENTS
 from sqa.tables import make_table
-from sqa.variants import VARIANTS, find_variant, preset
+from sqa.variants import BASELINE, MEASURED_VARIANTS, VARIANTS, find_variant, preset
 
-SCALE_VARIANTS = ("mha", "gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
-BASELINE = "gqa"
+SCALE_VARIANTS = ("mha", *MEASURED_VARIANTS)
 BACKWARD = 2.5
 """FLOPs of attention backward over forward: it computes the scores again."""
 

@@ -21,12 +21,10 @@ from sqa.files import write_text
 from sqa.measure.timing import take_turns
 from sqa.model import Transformer
 from sqa.tables import make_table
-from sqa.variants import VARIANTS, find_variant, model_config, shape
+from sqa.variants import MEASURED_VARIANTS, VARIANTS, find_variant, model_config, shape
 
 BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
 WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
-SPENDERS = ("sqa", "ssqa", "xsqa", "wide-gqa")
-"""What is proposed for unless told otherwise."""
 
 _GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1)}
 """The field that a way makes larger, and by how much at a time."""
@@ -73,7 +71,7 @@ class Proposal:
 
 
 def propose(
-    like: str, preset: str, budget: str, variants: Sequence[str] = SPENDERS, n: int = 1024, batch: int = 8,
+    like: str, preset: str, budget: str, variants: Sequence[str] = MEASURED_VARIANTS, n: int = 1024, batch: int = 8,
     *, rounds: int = 5, device: str = "cpu",
 ) -> list[Proposal]:  # fmt: skip
     """First `like` in the preset's shape, then each variant in the largest shapes that cost no more.
