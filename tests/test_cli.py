@@ -283,6 +283,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("train --variant mha --resume empty", "leave out --variant and --seed"),
         ("compare tiny.toml --out tiny.toml", "tiny.toml"),
         ("variants --json empty", "--json empty is a folder; name a file"),
+        ("bench attention --plot x.txt", "plot: 'x.txt' must end in .svg, .png, .html or .json"),
         ("bench attention --plot nowhere/x.svg", "--plot nowhere/x.svg is in a folder that does not exist"),
         ("bench attention --dtypes ,", "benchmark: dtypes must be at least 1, got 0"),
         ("kernels --n 0", "--n must be at least 1, got 0"),

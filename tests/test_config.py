@@ -200,3 +200,11 @@ def test_window_pattern() -> None:
 def test_no_torch_needed() -> None:
     code = "import sys, sqa, sqa.cost; sqa.variant('sqa', d_model=64, num_heads=8); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_that_are_alike_are_one_config() -> None:
+    attention = AttentionConfig(d_model=32, num_heads=4)
+    sizes = {"vocab_size": 8, "num_layers": 2, "d_ff": 16, "max_seq_len": 8}
+    assert ModelConfig(**sizes, attention=[attention, attention]) == ModelConfig(**sizes, attention=attention)
+    fewer = attention.replace(num_query_heads=2, num_kv_heads=2)
+    assert ModelConfig(**sizes, attention=[attention, fewer]).head_counts == {(4, 4), (2, 2)}

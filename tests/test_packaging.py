@@ -34,6 +34,7 @@ LAYERS = (
     "losses",
     "model",
     "measure",
+    "charts",
     "data",
     "training",
     "interop",

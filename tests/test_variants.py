@@ -88,7 +88,7 @@ def test_names_in_any_case_and_free_kv_heads() -> None:
         ("xsqa", {"num_heads": 2}, "needs a multiple of 4; got num_heads=2, 4 would fit"),
         ("mqa", {"num_kv_heads": 2}, "num_kv_heads is 1 for num_heads=16, got 2"),
         ("ssqa", {"num_kv_heads": 4}, "num_kv_heads is 8 for num_heads=16, got 4"),
-        ("sqa", {"num_kv_heads": 3}, "num_query_heads=8 .that allows 1, 2, 4, 8., got num_kv_heads=3"),
+        ("sqa", {"num_kv_heads": 3}, "num_query_heads=8 or be a multiple of it, got num_kv_heads=3; 2 or 4 would fit"),
         ("sqa", {"num_query_heads": 4}, "variant sqa has no field 'num_query_heads'"),
         ("sqa", {"windw": 4}, "no field 'windw'; did you mean 'window'"),
         ("sqa", {"num_heads": 15}, "num_heads=15 and d_model=256"),

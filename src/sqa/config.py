@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from typing import Literal
 
 from sqa.errors import InputError, shown
-from sqa.records import nearest, read_value
+from sqa.records import Checked, nearest
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 
@@ -20,15 +20,6 @@ def unknown(field: str, name: str, known: Collection[str]) -> InputError:
     )
 
 
-def reject_unknown(given: Mapping[str, Any], known: list[str], where: str) -> None:
-    """Raise ValueError for the first key of `given` that is not in `known`, with the nearest real one."""
-    for name in given:
-        if name not in known:
-            raise InputError(
-                f"{where} has no field {shown(repr(name))}{nearest(name, known)} (fields: {', '.join(known)})"
-            )
-
-
 MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
 """The most layers, tokens and anything else (rows, columns, heads, entries) that a config may ask for."""
 
@@ -36,20 +27,8 @@ _LIMITS = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
-    """What all configs share. `where` names one in errors."""
-
-    _where: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        """Give every field the type of its annotation: tables become configs, lists tuples, whole numbers floats.
-
-        Raises InputError that says what a field wants. Whole numbers have a range as well, and are checked with it.
-        """
-        kinds = get_type_hints(type(self))
-        for name in (f.name for f in dataclasses.fields(self)):
-            if kinds[name] is not int and int not in get_args(kinds[name]):
-                object.__setattr__(self, name, read_value(kinds[name], getattr(self, name), f"{self._where}: {name}"))
+class _Config(Checked):
+    """What all configs share."""
 
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
@@ -59,10 +38,6 @@ class _Config:
                 raise InputError(f"{self._where}: {name} must be {wanted}, got {shown(repr(value))}")
             if value > limit:
                 raise InputError(f"{self._where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
 
     def unusual(self, known: Collection[str]) -> Iterator[str]:
         """`field=value (field=default)` for each field that is not in `known` and does not have its default.
@@ -79,22 +54,6 @@ class _Config:
             for inner in dict.fromkeys(value) if isinstance(value, tuple) else (value,):
                 if item.name in known and isinstance(inner, _Config):
                     yield from inner.unusual(known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back equal."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output. Raises InputError for fields that are unknown or missing."""
-        if not isinstance(values, Mapping):
-            raise InputError(f"{cls._where} must be a table of fields, got {shown(repr(values))}")
-        own = dataclasses.fields(cls)
-        reject_unknown(values, [f.name for f in own], cls._where)
-        needed = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
-        if missing := [name for name in needed if name not in values]:
-            raise InputError(f"{cls._where} lacks {', '.join(missing)}")
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +117,7 @@ class AttentionConfig(_Config):
     `window=W` lets query i see keys i-W+1..i; `num_sink_tokens` first tokens of a document stay visible to all.
     `scale` defaults to `head_dim ** -0.5`; `logit_softcap=c` replaces scores s by `c * tanh(s / c)`.
 
-    Raises ValueError, naming the field and both numbers, for a shape that cannot be built.
+    Raises InputError, naming the field and both numbers, for a shape that cannot be built.
     """
 
     _where = "attention"
@@ -177,8 +136,6 @@ class AttentionConfig(_Config):
     rope: Rope | None = field(default_factory=Rope)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-
         def default(name: str, value: int) -> None:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -193,6 +150,10 @@ class AttentionConfig(_Config):
         default("num_query_heads", self.num_heads)
         default("num_kv_heads", self.num_query_heads)
         self._check_counts("num_query_heads", "num_kv_heads", "head_dim")
+        if self.window is not None:
+            self._check_counts("window")
+        self._check_counts("num_sink_tokens", least=0)
+        super().__post_init__()
         for name in ("num_query_heads", "num_kv_heads"):
             if (count := getattr(self, name)) > self.num_heads:
                 raise InputError(f"attention: {name} must be at most num_heads={self.num_heads}, got {count}")
@@ -211,11 +172,8 @@ class AttentionConfig(_Config):
             )
         if self.rope is not None and self.head_dim % 2:
             raise InputError(f"attention: head_dim must be even for rotary positions, got head_dim={self.head_dim}")
-        if self.window is not None:
-            self._check_counts("window")
-            if not self.causal:
-                raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
-        self._check_counts("num_sink_tokens", least=0)
+        if self.window is not None and not self.causal:
+            raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
         if self.num_sink_tokens and self.window is None:
             raise InputError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
         for name in ("logit_softcap", "scale"):
@@ -271,7 +229,8 @@ def window_pattern(
 class ModelConfig(_Config):
     """A Transformer: pre-norm blocks of attention and SwiGLU, a decoder (`causal`) or an encoder.
 
-    `attention` is one AttentionConfig for all layers or a sequence with one per layer. `bias` adds a bias to the
+    `attention` is one AttentionConfig for all layers or a sequence with one per layer, which becomes one where all are
+    alike. `bias` adds a bias to the
     attention output projection, the feed-forward projections and the output head, and `final_norm=False` leaves
     out the last RMSNorm: the published shape has both (10,655,504 parameters for SQA).
     """
@@ -288,11 +247,11 @@ class ModelConfig(_Config):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self._check_counts("vocab_size", "num_layers", "d_ff", "max_seq_len")
+        super().__post_init__()
         if not self.norm_eps > 0:
             raise InputError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
-        if not isinstance(self.attention, AttentionConfig):
+        if isinstance(self.attention, tuple):
             if len(self.layers) != self.num_layers:
                 raise InputError(
                     f"model: attention must have one config per layer, "
@@ -303,6 +262,8 @@ class ModelConfig(_Config):
                     raise InputError(
                         f"model: every layer must have the same {name}, got {' and '.join(map(str, values))}"
                     )
+            if len(set(self.layers)) == 1:
+                object.__setattr__(self, "attention", self.layers[0])
 
     @property
     def layers(self) -> tuple[AttentionConfig, ...]:
@@ -312,15 +273,14 @@ class ModelConfig(_Config):
         return self.attention
 
     @property
+    def head_counts(self) -> set[tuple[int, int]]:
+        """The pairs of query and KV heads that the layers have: several where layers differ in their heads."""
+        return {(layer.num_query_heads, layer.num_kv_heads) for layer in self.layers}
+
+    @property
     def d_model(self) -> int:
         return self.layers[0].d_model
 
     @property
     def causal(self) -> bool:
         return self.layers[0].causal
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        if isinstance(self.attention, tuple):
-            values["attention"] = list(values["attention"])
-        return values

@@ -21,3 +21,8 @@ def shown(text: str, limit: int = 100) -> str:
     """Foreign text as a sentence can hold it: on one line, unprintable characters escaped, cut at `limit`."""
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: limit + 1])
     return line if len(line) <= limit else f"{line[:limit]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa import storage
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, first_line
 from sqa.interop import llama, open_source, read_tokenizer
 from sqa.interop.hub import local_path
 from sqa.tables import make_table
@@ -143,8 +143,9 @@ def _of_transformers(path: Path, kind: str, **options: Any) -> Any:
         automatic = getattr(transformers, kind)
         return automatic.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever a config makes it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model: {path} is no causal language model that transformers reads: {reason}") from error
+        raise InputError(
+            f"model: {path} is no causal language model that transformers reads: {first_line(error)}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

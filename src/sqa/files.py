@@ -85,7 +85,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _host() -> str:
-    """A mark of this machine, because others may write to the same folder; not its name, which is nobody's business."""
+    """A mark of this machine, because others may write to the same folder; not its name, which stays private."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -139,6 +139,14 @@ def sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises InputError for another one."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sqa.errors import InputError, shown
 
@@ -66,12 +66,6 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     raise InputError(f"{name} must be {_wanted(kind)}, got {shown(repr(value))}{hint}")
 
 
-def read_own_fields(record: Any, name: str) -> None:
-    """Give each field of a frozen dataclass the type of its annotation, as `read_value` does; for __post_init__."""
-    for item, kind in _annotations(type(record)).items():
-        object.__setattr__(record, item, read_value(kind, getattr(record, item), f"{name}: {item}"))
-
-
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
     close = difflib.get_close_matches(name[:100].lower(), known, n=1)
@@ -118,6 +112,61 @@ def read_fields(kind: type[T], values: Mapping[str, Any], name: str) -> T:
         return kind(**found)
     except InputError as error:
         raise InputError(f"{name}.{error}") from None
+
+
+def reject_unknown(given: Iterable[str], known: list[str], where: str) -> None:
+    """Raise InputError for the first name that is not in `known`, with the nearest real one."""
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"{where} has no field {shown(repr(name))}{nearest(name, known)} (fields: {', '.join(known)})"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A record that checks itself: each field takes the type of its annotation as `read_value` does.
+
+    `_where` names it in errors. Raises InputError that says what a field wants.
+    """
+
+    _where: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        kinds = _annotations(type(self))
+        for item in fields(self):
+            value = read_value(kinds[item.name], getattr(self, item.name), f"{self._where}: {item.name}")
+            object.__setattr__(self, item.name, value)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back equal."""
+        return asdict(self, dict_factory=_with_lists)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read `to_dict`'s output. Raises InputError for fields that are unknown or missing."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"{cls._where} must be a table of fields, got {shown(repr(values))}")
+        reject_unknown(values, [item.name for item in fields(cls)], cls._where)
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise InputError(f"{cls._where} lacks {', '.join(missing)}")
+        return cls(**values)
+
+
+def _with_lists(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a record's fields, in which tuples are lists, as JSON has them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+
+def differences(held: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """`field: VALUE there, VALUE now` for each field of `given` that has another value in `held`."""
+    changed = {name: value for name, value in given.items() if held.get(name) != value}
+    return [f"{name}: {held.get(name)!r} there, {value!r} now" for name, value in changed.items()]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
-from sqa.config import AttentionConfig, ModelConfig, reject_unknown, unknown
+from sqa.config import AttentionConfig, ModelConfig, unknown
 from sqa.errors import InputError
+from sqa.records import reject_unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ _LAYER_FIELDS = [f.name for f in fields(AttentionConfig) if f.name not in ("num_
 
 
 def find_variant(name: str) -> tuple[str, Variant]:
-    """The key and row of a variant, whatever its case. Raises ValueError with the nearest name."""
+    """The key and row of a variant, whatever its case. Raises InputError with the nearest name."""
     key = name.lower()
     if key not in VARIANTS:
         raise unknown("variant", name, VARIANTS)
@@ -111,7 +112,7 @@ def variant(
     """The AttentionConfig of a named variant: `variant("sqa", d_model=256, num_heads=16)` has 8 query, 4 KV heads.
 
     `num_kv_heads` overrides the rule's number where the rule leaves it free (gqa, sqa, lsqa, wide-gqa); `options`
-    are AttentionConfig's other fields. Raises ValueError for an unknown name, a fixed count that is overridden,
+    are AttentionConfig's other fields. Raises InputError for an unknown name, a fixed count that is overridden,
     or a `num_heads` the rule does not fit, naming those that would.
     """
     key, row = find_variant(name)

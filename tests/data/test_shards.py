@@ -34,7 +34,7 @@ def write(folder: Path, documents: list[list[int]], vocab_size: int = 300, token
 
 def test_documents_come_back_with_their_end_token(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
     lines: list[str] = []
-    shards = load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path, progress=lines.append)
+    shards = load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path, note=lines.append)
     texts = list(corpus.documents("train"))
     assert shards.num_documents == len(texts)
     for i, text in enumerate(texts):
@@ -210,7 +210,7 @@ def test_a_second_writer_waits_and_takes_what_the_first_made(tokenizer: Tokenize
         writer = pool.submit(first)
         assert begun.wait(60)
         never = Corpus(name="x", identify=lambda: "0", read=lambda split: pytest.fail("encoded again"))
-        shards = load_or_encode(never, tokenizer, split="train", cache_dir=tmp_path / "cache", progress=waiting)
+        shards = load_or_encode(never, tokenizer, split="train", cache_dir=tmp_path / "cache", note=waiting)
         assert shards.fingerprint == writer.result()
     assert [path.name.endswith(".tmp") for path in (tmp_path / "cache").iterdir()] == [False]
 

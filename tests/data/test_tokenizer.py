@@ -87,7 +87,7 @@ def test_cached_by_corpus_and_settings(
     make_corpus: Callable[..., Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    first = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path, progress=lines.append)
+    first = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path, note=lines.append)
     assert lines == ["Training a tokenizer of 270 entries on memory"]
     again = load_or_train_tokenizer(make_corpus(), vocab_size=270, cache_dir=tmp_path / "other")
     assert again.fingerprint == first.fingerprint, "training is deterministic"

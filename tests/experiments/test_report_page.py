@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from sqa.cost import parameters
+from sqa.experiments.curves import CURVE_POINTS, curve, difference_curves
 from sqa.experiments.directory import Directory
-from sqa.experiments.figures import COLOURS, CURVE_POINTS, curve, difference_curves, make_figures
+from sqa.experiments.figures import COLOURS, make_figures
 from sqa.experiments.plan import Plan
 from sqa.experiments.report import pareto_front, read_experiment, write_report
 from sqa.progress import StepReport

@@ -137,6 +137,11 @@ def test_card_without_a_result(config_of: Make) -> None:
     assert "differ by layer" in model_card(varied, licence="mit")
 
 
+def test_card_of_a_shape_of_the_plans_own(config_of: Make) -> None:
+    card = model_card(config_of(), licence="mit", result={**RESULT, "variant": "sqa-deeper"})
+    assert "# sqa-deeper, 4 / 2 query / KV heads" in card
+
+
 def test_hub_names_are_downloaded(
     config_of: Make, model_of, saved, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend
 from sqa.attention.masks import Mask
 from sqa.dtypes import dtype_name
+from sqa.errors import first_line
 
 # parts of names of operators and of CUDA kernels; the first that occurs tells
 SIGNS = (
@@ -126,7 +127,7 @@ def _check(call: Call, kernel: str, mask: str) -> Checked:
                 _names(lambda: torch.autograd.grad(out.float().square().sum(), inputs), call.device)
             )
     except RuntimeError as problem:  # a kernel that the table promises and that does not run is a finding
-        return replace(checked, error=str(problem).split("\n")[0])
+        return replace(checked, error=first_line(problem))
     return replace(checked, forward=implementation(names), backward=backward)
 
 

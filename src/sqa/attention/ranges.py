@@ -1,4 +1,4 @@
-"""Our own CPU kernel. Each query sees one range of keys, which says all but sinks."""
+"""Our own CPU kernel. It takes one range of keys for each query, which says every mask but one with sinks."""
 
 from __future__ import annotations
 

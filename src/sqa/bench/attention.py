@@ -25,9 +25,10 @@ from sqa.bench.measurement import Measurement, choose_baseline, time_all, with_r
 from sqa.bench.report import BenchResult
 from sqa.config import AttentionConfig, unknown
 from sqa.dtypes import find_dtype
+from sqa.errors import first_line
 from sqa.measure.machine import find_device
 from sqa.measure.peak import Peak, measure_peak
-from sqa.measure.timing import TimeLimit, at_least_one, first_line
+from sqa.measure.timing import TimeLimit, at_least_one
 from sqa.variants import MEASURED_VARIANTS, variant
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from sqa.model import Transformer
 
 
 class Setting(NamedTuple):
-    """The type of the weights in the file, and whether attention is llama.cpp's fused one; the cache is f16 but f32."""
+    """The type of the weights in the file, and whether llama.cpp's flash attention is used."""
 
     dtype: str
     flash: bool

@@ -14,8 +14,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sqa.bench.measurement import Measurement
-from sqa.errors import InputError, MissingExtraError
-from sqa.files import replacing, write_text
+from sqa.charts import check_plot_path, load_altair, save_chart
+from sqa.errors import InputError
+from sqa.files import write_text
 from sqa.measure.machine import Machine, git_revision, machine, versions
 
 
@@ -93,18 +94,12 @@ class BenchResult:
 
     def plot(self, path: Path) -> None:
         """One chart under another: .svg, .png, .html or .json. Raises MissingExtraError without the extra `report`."""
-        if path.suffix not in (".svg", ".png", ".html", ".json"):
-            raise InputError(f"plot: {path.name!r} must end in .svg, .png, .html or .json")
-        chart = self.chart()
-        with replacing(path) as temporary:
-            chart.save(str(temporary), format=path.suffix[1:])
+        check_plot_path(path)
+        save_chart(self.chart(), path)
 
     def chart(self) -> Any:
         """The altair chart: time and ratio over N with their limits dashed, or bars where there is one N."""
-        try:
-            import altair as alt
-        except ImportError:
-            raise MissingExtraError("plots need altair", "report") from None
+        alt = load_altair()
         charts = []
         for kind in self.kinds:
             rows = [row for row in self.rows if row.kind == kind and row.seconds is not None]

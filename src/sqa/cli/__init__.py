@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from sqa._version import __version__
 from sqa.cli import bench, comparison, convert, costs, evaluate, models
 from sqa.cli.display import OutputClosed, is_main, output_closed, say_what_is_logged
-from sqa.errors import InputError, MissingExtraError, shown
+from sqa.errors import InputError, MissingExtraError, first_line, shown
 from sqa.progress import Interrupted, NonFiniteLoss
 
 
@@ -74,7 +74,7 @@ def _out_of_memory(error: RuntimeError) -> str | None:
     from torch import OutOfMemoryError
 
     if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

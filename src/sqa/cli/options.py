@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from sqa.charts import check_plot_path, load_altair
 from sqa.errors import InputError
 from sqa.variants import PRESETS, VARIANTS
 
@@ -26,6 +27,14 @@ def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
         what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
         raise InputError(f"{param.opts[0]} {path} {what}; name a file")
     return file
+
+
+def _plot_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """As `_file_path`; refuses what could not be drawn as well."""
+    if path is not None:
+        check_plot_path(path)
+        load_altair()
+    return _file_path(param, path)
 
 
 def _complete_variants(incomplete: str) -> Iterator[str]:
@@ -66,7 +75,7 @@ ItemsPath = Annotated[
     ),
 ]
 PlotPath = Annotated[
-    Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_file_path)
+    Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_plot_path)
 ]
 
 

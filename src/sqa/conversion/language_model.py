@@ -114,7 +114,7 @@ class LanguageModel(Subject):
         )
 
     def with_heads(self, attention: Sequence[AttentionConfig]) -> LanguageModel:
-        config = self.model.config.replace(attention=attention[0] if len(set(attention)) == 1 else tuple(attention))
+        config = self.model.config.replace(attention=tuple(attention))
         old = self.model.state_dict()
         with torch.device("meta"):
             new = Transformer(config).state_dict()

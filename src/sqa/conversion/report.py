@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sqa.bench.report import seconds_text
+from sqa.charts import load_altair, save_chart
 from sqa.conversion.importance import METHODS
 from sqa.conversion.records import Conversion, EmbeddingQuality, LanguageQuality, Quality, Stage
 from sqa.conversion.settings import Job
 from sqa.cost import attention_flops, attention_parameters
-from sqa.errors import MissingExtraError
-from sqa.files import replacing
+from sqa.tables import make_table
 
 WORST_LAYERS = 5
 
@@ -27,17 +27,10 @@ _MEANINGS: dict[type[Quality], str] = {
 }
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
-    return table
-
-
 def planned(job: Job) -> Group:
     """What a conversion would do, before it does it."""
     settings, n = job.settings, job.settings.length
-    table = _table("attention", "before", "after")
+    table = make_table("attention", "before", "after", names=("attention",), gap=2)
     after = [layer for layer, _ in job.plans()]
     for what, count in (
         ("query heads a layer", lambda layer: layer.num_query_heads / len(job.before)),
@@ -91,7 +84,7 @@ def quality_table(conversion: Conversion) -> Group:
 
 def _stages(measured: Sequence[tuple[Stage, Quality]]) -> Table:
     fields = [name for name, value in vars(measured[0][1]).items() if value is not None]
-    table = _table("stage", "tokens", *fields)
+    table = make_table("stage", "tokens", *fields, names=("stage",), gap=2)
     for stage, quality in measured:
         table.add_row(stage.stage, f"{stage.tokens:,}", *(f"{getattr(quality, name):,.4f}" for name in fields))
     return table
@@ -99,7 +92,7 @@ def _stages(measured: Sequence[tuple[Stage, Quality]]) -> Table:
 
 def speed_table(conversion: Conversion) -> Group:
     """Time and size before and after."""
-    table = _table("", "N", "before", "after", "faster")
+    table = make_table("", "N", "before", "after", "faster", names=("",), gap=2)
     for speed in conversion.speed:
         times = (seconds_text(seconds["median"]) for seconds in (speed.before, speed.after))
         table.add_row(speed.what, f"{speed.n:,}", *times, f"{speed.ratio:.2f}x")
@@ -124,12 +117,9 @@ def samples(conversion: Conversion) -> Group:
 def plot(conversion: Conversion, path: Path) -> None:
     """Loss (of an encoder cosine) over tokens of healing, beside the original's, as .svg, .png, .html or .json.
 
-    Raises ImportError without the extra `report`.
+    Raises InputError for another kind of file, and MissingExtraError without the extra `report`.
     """
-    try:
-        import altair as alt
-    except ImportError:
-        raise MissingExtraError("plots need altair", "report") from None
+    alt = load_altair()
     rows = [stage.to_dict() for stage in conversion.stages if stage.stage not in ("original", "dropped")]
     measured = "loss" if "loss" in rows[0] else "cosine"
     original = conversion.last("original").to_dict()
@@ -143,5 +133,4 @@ def plot(conversion: Conversion, path: Path) -> None:
         )
     )
     line = alt.Chart(alt.Data(values=[original])).mark_rule(strokeDash=[4, 3]).encode(y=f"{measured}:Q")
-    with replacing(path) as temporary:
-        (lines + line).save(str(temporary), format=path.suffix[1:])
+    save_chart(lines + line, path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
-from sqa.records import read_json
+from sqa.records import differences, read_json
 from sqa.training.loop import Hooks
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
@@ -149,8 +148,7 @@ class _Run:
     def _begin(self) -> Conversion:
         """The state of this conversion: new, or what an earlier process left."""
         second = None if self.job.second is None else self.job.second.name
-        asked = {"calibration": self.job.calibration.name, "evaluate": second, **asdict(self.settings)}
-        settings: dict[str, Any] = json.loads(json.dumps(asked))
+        settings = {"calibration": self.job.calibration.name, "evaluate": second, **self.settings.to_dict()}
         if not self.state_path.is_file():
             return Conversion(settings=settings)
         state = Conversion.from_dict(read_json(self.state_path))
@@ -158,10 +156,7 @@ class _Run:
         return state
 
     def _compare(self, held: dict[str, Any], now: dict[str, Any]) -> None:
-        changed = [
-            f"{name}: {held.get(name)!r} there, {now[name]!r} now" for name in now if held.get(name) != now[name]
-        ]
-        if changed:
+        if changed := differences(held, now):
             raise InputError(
                 f"output: {self.job.work} holds an unfinished conversion with other settings ({'; '.join(changed)}); "
                 f"give those, or delete the folder"

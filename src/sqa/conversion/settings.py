@@ -18,11 +18,11 @@ from sqa.data import Corpus, open_corpus
 from sqa.errors import InputError
 from sqa.interop.hub import local_path
 from sqa.measure.machine import find_device
-from sqa.records import read_own_fields
+from sqa.records import Checked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Checked):
     """Everything that decides what a conversion gives.
 
     `query_heads` and `kv_heads` a layer (None: as surgery.plan_heads says). `allocation` says how query heads are
@@ -37,6 +37,7 @@ class Settings:
     Raises InputError, naming the field, for what cannot be run.
     """
 
+    _where = "convert"
     query_heads: int
     kv_heads: int | None = None
     allocation: Literal["uniform", "measured"] = "uniform"
@@ -59,7 +60,7 @@ class Settings:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        read_own_fields(self, "convert")
+        super().__post_init__()
         most = 4 * (os.cpu_count() or 1)
         for name, fits, wanted in (
             ("sequences", self.sequences >= 8, "at least 8"),

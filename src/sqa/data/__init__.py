@@ -34,18 +34,18 @@ def prepare(
     train_fraction: float = 0.95,
     validation_fraction: float = 0.05,
     cache_dir: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Prepared:
     """Open `source`, train its tokenizer and encode both splits, or take them from the cache.
 
-    `cache_dir` defaults to `default_cache_dir()`. `progress` gets lines of text to show while this lasts.
-    Raises ValueError as `open_corpus`, `load_or_train_tokenizer` and `load_or_encode` do.
+    `cache_dir` defaults to `default_cache_dir()`. `note` gets lines of text to show while this lasts.
+    Raises InputError as `open_corpus`, `load_or_train_tokenizer` and `load_or_encode` do.
     """
     check_vocab_size(vocab_size)
     corpus = open_corpus(source, train_fraction=train_fraction, validation_fraction=validation_fraction)
     cache_dir = cache_dir or default_cache_dir()
-    tokenizer = load_or_train_tokenizer(corpus, vocab_size=vocab_size, cache_dir=cache_dir, progress=progress)
+    tokenizer = load_or_train_tokenizer(corpus, vocab_size=vocab_size, cache_dir=cache_dir, note=note)
     # validation first: it is small, and the split more likely to be empty
-    validation = load_or_encode(corpus, tokenizer, split="validation", cache_dir=cache_dir, progress=progress)
-    train = load_or_encode(corpus, tokenizer, split="train", cache_dir=cache_dir, progress=progress)
+    validation = load_or_encode(corpus, tokenizer, split="validation", cache_dir=cache_dir, note=note)
+    train = load_or_encode(corpus, tokenizer, split="train", cache_dir=cache_dir, note=note)
     return Prepared(corpus=corpus, tokenizer=tokenizer, train=train, validation=validation)

@@ -54,7 +54,7 @@ class Batches:
 
     Epoch e visits all documents in a permutation of its own, drawn from (seed, e). It has `batches_per_epoch` whole
     batches; the rows left over at its end, fewer than a batch, are dropped. Only the order of the epoch in use is in
-    memory. Raises ValueError where the split does not fill one batch.
+    memory. Raises InputError where the split does not fill one batch.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, first_line
+from sqa.files import read_text
 from sqa.records import nearest
 
 Split = Literal["train", "validation"]
@@ -49,7 +50,7 @@ class Corpus:
     def documents(self, split: Split) -> Iterator[str]:
         """The documents of `split` that are not empty, one at a time: memory does not grow with the corpus.
 
-        Raises ValueError for a source that cannot be read as text, or a Hub out of reach.
+        Raises InputError for a source that cannot be read as text, or a Hub out of reach.
         """
         return (text for text in self.read(split) if text and not text.isspace())
 
@@ -64,7 +65,7 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
 
     Files are read when documents or the fingerprint are asked for, and the Hub is reached only for documents.
 
-    Raises ValueError for a fraction outside (0, 1], a path that is empty, missing or holds no data files, and a
+    Raises InputError for a fraction outside (0, 1], a path that is empty, missing or holds no data files, and a
     Parquet file without a string column `text`.
     """
     for name, fraction in (("train_fraction", train_fraction), ("validation_fraction", validation_fraction)):
@@ -201,9 +202,14 @@ def _file_digest(path: Path) -> str:
 
 
 def _read_files(files: Sequence[Path]) -> Iterator[str]:
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
     for file in files:
-        yield from readers.get(file.suffix, _read_text)(file)
+        match file.suffix:
+            case ".parquet":
+                yield from _read_parquet(file)
+            case ".jsonl":
+                yield from _read_jsonl(file)
+            case _:
+                yield read_text(file)
 
 
 @contextmanager
@@ -212,8 +218,7 @@ def _naming_parquet(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as Parquet ({reason})") from error
+        raise InputError(f"{path} cannot be read as Parquet ({first_line(error)})") from error
 
 
 def _check_parquet(path: Path) -> None:
@@ -246,10 +251,3 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(f"Line {number} of {path} must be a JSON object with a string field 'text'") from error
             yield text
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error

@@ -107,11 +107,11 @@ def load_or_encode(
     *,
     split: Split,
     cache_dir: Path,
-    progress: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> TokenShards:
     """The documents of one split, encoded in parallel as they stream by, or opened where that is done.
 
-    `progress` gets a line with the counts so far after every chunk of about a million characters. One process at a
+    `note` gets a line with the counts so far after every chunk of about a million characters. One process at a
     time encodes, and others wait for it. Of the processes that train together on a machine one checks the files.
 
     Raises InputError if the split has no documents or cached files are damaged.
@@ -126,9 +126,8 @@ def load_or_encode(
             yield documents
             num_documents += len(documents)
             num_tokens += sum(map(len, documents))
-            if progress:
-                counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
-                progress(f"Encoding {corpus.name} ({split}): {counts}")
+            counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
+            note(f"Encoding {corpus.name} ({split}): {counts}")
         if not num_documents:
             raise InputError(
                 f"The {split} split of {corpus.name} has no documents: give more text or a larger {split}_fraction"
@@ -136,7 +135,7 @@ def load_or_encode(
 
     if not folder.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with locked(cache_dir / LOCK, progress or (lambda text: None)):
+        with locked(cache_dir / LOCK, note):
             if not folder.exists():
                 origin = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "split": split}
                 write_shards(folder, encoded(), vocab_size=tokenizer.vocab_size, origin=origin)

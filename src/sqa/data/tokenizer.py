@@ -30,7 +30,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Wrap `backend`; ValueError if it lacks the two special tokens."""
+        """Wrap `backend`; InputError if it lacks the two special tokens."""
         end_id, pad_id = backend.token_to_id(END_TOKEN), backend.token_to_id(PAD_TOKEN)
         if end_id is None or pad_id is None:
             raise InputError(f"A tokenizer must have the special tokens {END_TOKEN} and {PAD_TOKEN}")
@@ -69,7 +69,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read what `save` wrote; ValueError if there is no such file or it holds no tokenizer."""
+        """Read what `save` wrote; InputError if there is no such file or it holds no tokenizer."""
         if not path.is_file():
             raise InputError(f"The tokenizer file {path} does not exist")
         try:
@@ -94,12 +94,12 @@ def load_or_train_tokenizer(
     *,
     vocab_size: int,
     cache_dir: Path,
-    progress: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Tokenizer:
     """A tokenizer of exactly `vocab_size` entries, trained on the train documents of `corpus` or cached.
 
     Training streams the documents and stops after MAX_TRAINING_CHARACTERS. End and pad are ids 0 and 1.
-    `progress` gets a line when training starts. Raises ValueError if `vocab_size` is too small to hold all
+    `note` gets a line when training starts. Raises InputError if `vocab_size` is too small to hold all
     bytes, or so large that the text does not fill it.
     """
     check_vocab_size(vocab_size)
@@ -107,8 +107,7 @@ def load_or_train_tokenizer(
     path = cache_dir / f"tokenizer-{key}.json"
     if path.exists():
         return Tokenizer.load(path)
-    if progress:
-        progress(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
+    note(f"Training a tokenizer of {vocab_size:,} entries on {corpus.name}")
     backend = _train(_first_characters(corpus.documents("train"), MAX_TRAINING_CHARACTERS), vocab_size)
     if backend.get_vocab_size() != vocab_size:
         if next(corpus.documents("train"), None) is None:

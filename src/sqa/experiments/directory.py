@@ -16,7 +16,7 @@ from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.files import LOCK, locked, write_json
 from sqa.progress import StepReport
-from sqa.records import read_lines
+from sqa.records import differences, read_lines
 from sqa.training.probes import Probe
 
 
@@ -96,8 +96,8 @@ class Directory:
     def resumed(self, changes: Mapping[str, Any]) -> Plan:
         """The plan that it was begun with. Raises InputError when `changes` (but of `data`) would make it another."""
         plan = self.record().plan
-        if differences := _differences(plan, plan.replace(**{**changes, "data": plan.data})):
-            raise InputError(f"resume: {self.path} was begun with another plan ({'; '.join(differences)})")
+        if changed := differences(plan.to_dict(), plan.replace(**{**changes, "data": plan.data}).to_dict()):
+            raise InputError(f"resume: {self.path} was begun with another plan ({'; '.join(changed)})")
         return plan
 
     def check_holds(self, plan: Plan) -> None:
@@ -106,9 +106,9 @@ class Directory:
             return
         if not self.begun:
             raise InputError(f"out: {self.path} already holds other files; give another --out")
-        if differences := _differences(self.record().plan, plan):
+        if changed := differences(self.record().plan.to_dict(), plan.to_dict()):
             raise InputError(
-                f"out: {self.path} already holds another comparison ({'; '.join(differences)}); give another --out"
+                f"out: {self.path} already holds another comparison ({'; '.join(changed)}); give another --out"
             )
 
     @contextmanager
@@ -133,9 +133,3 @@ class Directory:
     def writing(self, waiting: Callable[[str], None] = lambda text: None) -> AbstractContextManager[None]:
         """Be the only one to write plan.json or results.jsonl, after whoever does it now; `waiting` is told who."""
         return locked(self.path / LOCK, waiting)
-
-
-def _differences(held: Plan, given: Plan) -> list[str]:
-    """`field: held, given` for every field in which two plans differ."""
-    before, after = held.to_dict(), given.to_dict()
-    return [f"{name}: {before[name]!r} there, {after[name]!r} now" for name in before if before[name] != after[name]]

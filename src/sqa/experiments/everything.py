@@ -18,10 +18,11 @@ from sqa.bench.prefill import run_prefill
 from sqa.bench.report import BenchResult
 from sqa.bench.step import run_step
 from sqa.config import unknown
+from sqa.errors import first_line
 from sqa.experiments.compare import compare
 from sqa.experiments.plan import Plan
 from sqa.measure.machine import find_device
-from sqa.measure.timing import TimeLimit, first_line
+from sqa.measure.timing import TimeLimit
 from sqa.progress import Display
 
 logger = logging.getLogger(__name__)

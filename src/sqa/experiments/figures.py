@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import altair as alt
 import numpy as np
 
 from sqa.config import ModelConfig
 from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
+from sqa.experiments.curves import Row, difference_curves, probe_points, training_curves
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Cell, Plan
+from sqa.experiments.plan import Plan
 from sqa.experiments.statistics import Estimate
 from sqa.experiments.summary import Experiment, Summary
-from sqa.progress import StepReport
 from sqa.training.probes import Probe
 from sqa.variants import BASELINE
-
-CURVE_POINTS = 300
-
-Kept = TypeVar("Kept", StepReport, Probe)
-
-Row = dict[str, Any]
-"""A point of a chart."""
 
 INTERVALS = "Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
 
@@ -33,6 +26,8 @@ COLOURS = {
     "xsmqa": "#cf6ba9", "lsqa": "#3f9bd6", "rsqa": "#7f8c24", "wide-mha": "#b5754b", "wide-gqa": "#b08900",
 }  # fmt: skip
 """Of middle lightness: each has a contrast of 3 and more with white paper and with nearly black paper."""
+
+_GREY = "#808488"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,266 +47,32 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
 
     `held` are the experiment's directories; `front` the variants of the Pareto front, the fastest first.
     """
-    lines, plan, names = experiment.longest(), experiment.plan, experiment.names
-    colour = Colours(experiment)
+    lines, plan, colours = experiment.longest(), experiment.plan, Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
-    curves = _training_curves(experiment, held)
-    found = _horizon_figures(experiment, colour) if len(experiment.horizons) > 1 else _against_figure(lines, colour)
-    if curves:
-        note = (
-            "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first third is left out, "
-            "so that the rest can be told apart."
-        )
-        clock = (
-            " Seconds: steps times the step time of the timing phase."
-            if timed
-            else (" Seconds of training alone, on whatever else the machine did.")
-        )
-        found.append(
-            _curves_figure("loss-over-tokens", "Loss over tokens", note, curves, "tokens", "training tokens", colour)
-        )
-        if differences := difference_curves(curves, plan.label(BASELINE)):
-            found.append(_difference_figure(differences, colour))
-        found.append(
-            _curves_figure("loss-over-seconds", "Loss over time", note + clock, curves, "seconds", "seconds", colour)
-        )
+    megabytes = {name: kv_cache_bytes(plan.model_config(name), plan.context) / 2**20 for name in experiment.names}
+    found: list[Figure | None]
+    if len(experiment.horizons) > 1:
+        found = _horizon_figures(experiment.summaries(), colours)
+    else:
+        found = [_difference_by_variant(lines, colours)]
+    found += _curve_figures(training_curves(experiment, held), plan.label(BASELINE), colours, timed=bool(timed))
     if timed:
-        found.append(_pareto_figure(timed, colour, front))
+        found.append(_pareto_figure(timed, colours, front))
     if any(line.speed_vs_gqa for line in timed):
         found.append(_speed_figure(timed, plan))
-    if grid := _grid(experiment, lines):
-        found.append(grid)
-    found += _probe_figures(experiment, held, colour)
-    cache = {name: kv_cache_bytes(plan.model_config(name), plan.context) for name in names}
-    return [
-        *found,
+    found += [
+        _grid(experiment, lines),
+        *_probe_figures(experiment, held, colours),
         _bars_figure(
-            "parameters", "Parameters", "All of the model's, in millions.", lines, colour,
+            "parameters", "Parameters", "All of the model's, in millions.", lines, colours,
             {line.variant: line.parameters / 1e6 for line in lines}, "million parameters", ".2f",
         ),
         _bars_figure(
-            "kv-cache", "KV cache", f"Of one sequence of {plan.context:,} tokens in 16 bit.", lines, colour,
-            {name: size / 2**20 for name, size in cache.items()}, "MiB", ".3~g",
+            "kv-cache", "KV cache", f"Of one sequence of {plan.context:,} tokens in 16 bit.", lines, colours,
+            megabytes, "MiB", ".3~g",
         ),
     ]  # fmt: skip
-
-
-def _with_interval(value: Estimate) -> dict[str, Any]:
-    """The fields of a point that show a mean and its interval."""
-    half = value.half_width or 0.0
-    said = f"± {half:.4f}" if half else "one seed"
-    return {"mean": round(value.mean, 5), "low": value.mean - half, "high": value.mean + half, "interval": said}
-
-
-_TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
-
-
-def _against_figure(lines: Sequence[Summary], colour: Colours) -> list[Figure]:
-    """The differences of the table with their intervals, a row a variant."""
-    data = [{"variant": line.label, **_with_interval(line.difference)} for line in lines if line.difference is not None]
-    if not data:
-        return []
-    base = alt.Chart(alt.Data(values=data)).encode(
-        y=alt.Y("variant:N", title=None, sort=None), color=colour.encoding(data, legend=None)
-    )
-    mean = alt.X("mean:Q", title="nats a token above GQA's", scale=alt.Scale(padding=14), axis=alt.Axis(tickCount=5))
-    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
-    dots = base.mark_point(filled=True, size=80, opacity=1).encode(x=mean, tooltip=_TIPS)
-    return [Figure(
-        name="difference-by-variant", title="Final loss against GQA", height=_rows(data),
-        caption="Validation loss minus GQA's with the same seed, the mean of the seeds; left of the line is better. "
-        "Bars: 95 % intervals. A bar that crosses the line, or no bar (one seed), establishes nothing.",
-        chart=_zero("x") + bars + dots,
-    )]  # fmt: skip
-
-
-def _rows(data: Sequence[Row]) -> int:
-    """The height of a chart with a row a variant."""
-    return 30 * len(data)
-
-
-def _zero(axis: str) -> Any:
-    """The baseline's own line in a chart of differences from it."""
-    rule = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color="#808488")
-    return rule.encode(**{axis: alt.datum(0)})
-
-
-def _horizon_figures(experiment: Experiment, colour: Colours) -> list[Figure]:
-    """The final losses of complete trainings, over tokens and over time; and against the baseline's."""
-    lines = experiment.summaries()
-    points = [
-        {"variant": line.label, "tokens": line.tokens, "seconds": line.seconds, **_with_interval(line.loss)}
-        for line in lines
-    ]
-    against = [
-        {"variant": line.label, "tokens": line.tokens, **_with_interval(line.difference)}
-        for line in lines
-        if line.difference is not None
-    ]
-    note = "Each point is the end of complete trainings, the mean of the seeds."
-    found = []
-    for name, title, caption, data, x, axis in (
-        ("difference-over-tokens", "Final loss against GQA", f"{note} Below the line is better than GQA with the same "
-         "seeds. Bars are 95 % intervals; no bar: one seed. Points at one place are set side by side.",
-         against, "tokens", "training tokens"),
-        ("final-loss-over-tokens", "Final loss over tokens", note, points, "tokens", "training tokens"),
-        ("final-loss-over-time", "Final loss over time", f"{note} Seconds: steps times the step time of the timing "
-         "phase.", [point for point in points if point["seconds"]], "seconds", "seconds of training"),
-    ):  # fmt: skip
-        if not data:
-            continue
-        ends = sorted({point[x] for point in data}) if x == "tokens" else None
-        if data is against:
-            names = list(dict.fromkeys(point["variant"] for point in data))
-            for point in data:
-                point["beside"] = point["tokens"] * 1.03 ** (names.index(point["variant"]) - (len(names) - 1) / 2)
-        base = alt.Chart(alt.Data(values=data)).encode(
-            x=_log_axis("beside" if data is against else x, axis, ends), color=colour.encoding(data)
-        )
-        y = alt.Y("mean:Q", title="nats a token", scale=alt.Scale(zero=False, padding=10))
-        layers = [
-            base.mark_line(strokeWidth=1.6).encode(y=y, strokeDash=colour.dashes(data)),
-            base.mark_point(filled=True, size=50, opacity=1).encode(
-                y=y, tooltip=[*_TIPS, alt.Tooltip(f"{x}:Q", format=",.0f")]
-            ),
-        ]
-        if data is against:  # a seed moves all losses alike: only differences have intervals worth a bar
-            layers = [_zero("y"), base.mark_rule(strokeWidth=1.2).encode(y="low:Q", y2="high:Q"), *layers]
-        found.append(Figure(name=name, title=title, caption=caption, chart=alt.layer(*layers)))
-    return found
-
-
-def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
-    """An axis with ticks at `ends` alone, where the runs of all horizons end."""
-    scale = alt.Scale(type="log", nice=False, padding=20)
-    ticks = {"format": "~s", "tickCount": 4} if ends is None else {"format": ".2~s", "values": ends}
-    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**ticks))
-
-
-def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
-    """Loss by head counts, where the plan has all pairs of several counts at one head_dim and as many parameters."""
-    layers = {name: experiment.plan.model_config(name).layers[0] for name in experiment.plan.variants}
-    narrow = {name: layer for name, layer in layers.items() if layer.head_dim * layer.num_heads == layer.d_model}
-    pairs = {(layer.num_query_heads, layer.num_kv_heads): name for name, layer in narrow.items()}
-    counts = sorted({count for pair in pairs for count in pair}, reverse=True)
-    sizes = [parameters(experiment.plan.model_config(name)) for name in narrow]
-    whole = {(q, kv) for q in counts for kv in counts if kv <= q} <= set(pairs)
-    if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
-        return None
-    data = [
-        {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_with_interval(line.loss)}
-        for line in lines
-        if line.variant in narrow
-    ]
-    low, high = min(point["mean"] for point in data), max(point["mean"] for point in data)
-    base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("hkv:O", title="KV heads", sort=counts, axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("hq:O", title="query heads", sort=counts),
-    )
-    # both ends are light: the numbers are dark on the paper of either scheme
-    shade = alt.Color("mean:Q", scale=alt.Scale(range=["#7fbcf0", "#f6e6c8"], domain=[low, high]), legend=None)
-    cells = base.mark_rect(stroke="#808488").encode(
-        color=shade, tooltip=["variant:N", alt.Tooltip("mean:Q", format=".4f"), "interval:N"]
-    )
-    text = base.mark_text(fontSize=13, color="#1d1f21").encode(text=alt.Text("mean:Q", format=".3f"))
-    return Figure(
-        name="grid", title="Loss by head counts", chart=cells + text,
-        caption="Validation loss at equal parameters: the feed-forward has what heads give back. Bluer is better; the "
-        f"shades span {high - low:.3f} nats.",
-    )  # fmt: skip
-
-
-def _probe_figures(experiment: Experiment, held: Sequence[Directory], colour: Colours) -> list[Figure]:
-    """When the models of the longest horizon began to use their context, as far as they were asked."""
-    repeated, gains = [], []
-    for name in experiment.names:
-        for same in zip(*_kept(experiment, name, held, Directory.probes), strict=False):  # of the same step
-            point = {"variant": experiment.plan.label(name), "tokens": round(np.mean([probe.tokens for probe in same]))}
-            repeated.append({**point, "value": float(np.mean([probe.repeated_loss for probe in same]))})
-            late_minus_early = [probe.loss_by_position[-1] - probe.loss_by_position[0] for probe in same]
-            gains.append({**point, "value": float(np.mean(late_minus_early))})
-    if not repeated:
-        return []
-    found = []
-    for figure, title, axis, data, caption in (
-        ("repeated-sequence", "A random sequence, repeated", "nats a token", repeated,
-         "Loss on the second half of random tokens that repeat the first half: only attention can predict them."),
-        ("late-minus-early", "Loss late minus early", "nats a token", gains,
-         "Loss at the last positions of a document minus that at its first 16: what a model gains from its context."),
-    ):  # fmt: skip
-        chart = alt.Chart(alt.Data(values=data)).encode(
-            x=_log_axis("tokens", "training tokens"),
-            y=alt.Y("value:Q", title=axis, scale=alt.Scale(zero=False)),
-            color=colour.encoding(data),
-            strokeDash=colour.dashes(data),
-            tooltip=["variant:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("value:Q", format=".3f")],
-        )
-        lines = chart.mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=30))
-        found.append(Figure(name=figure, title=title, caption=f"{caption} The mean of the seeds.", chart=lines))
-    return found
-
-
-def _training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
-    """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
-    points = []
-    for name in experiment.names:
-        if runs := _kept(experiment, name, held, Directory.curve):
-            points += curve(experiment.plan.label(name), runs, experiment.step_seconds.get(name))
-    return points
-
-
-def _kept(
-    experiment: Experiment, name: str, held: Sequence[Directory], read: Callable[[Directory, Cell], list[Kept]]
-) -> list[list[Kept]]:
-    """What the longest runs of a variant left, a list a run: of those whose records go on to the last step."""
-    found = []
-    for result in experiment.runs(name):
-        records = (read(directory, result.cell) for directory in held)
-        found += [run for run in records if run and run[-1].step == result.steps][:1]
-    return found
-
-
-def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float | None = None) -> list[Row]:
-    """One line of a figure: the mean of a variant's runs step by step, smoothed and thinned.
-
-    With `step_seconds` its time is that of so many steps, else what the runs took.
-    """
-    steps = min(len(run) for run in runs)
-    values = [[(report.tokens, report.seconds, report.loss) for report in run[:steps]] for run in runs]
-    tokens, seconds, loss = np.array(values, dtype=float).mean(axis=0).T
-    if step_seconds is not None:
-        seconds = step_seconds * np.arange(1, steps + 1)
-    shown = np.unique(np.linspace(steps // 3, steps - 1, CURVE_POINTS).round().astype(int))
-    first, last = np.maximum(shown - steps // 50, 0), np.minimum(shown + steps // 50, steps - 1)
-    sums = np.concatenate([[0.0], loss.cumsum()])
-    smooth = (sums[last + 1] - sums[first]) / (last + 1 - first)
-    return [
-        {
-            "variant": label,
-            "step": int(i) + 1,
-            "tokens": int(tokens[i]),
-            "seconds": round(seconds[i], 2),
-            "loss": round(value, 4),
-        }
-        for i, value in zip(shown, smooth, strict=True)
-    ]
-
-
-def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
-    """What each line has above the baseline's at the same number of tokens, as far as both go."""
-    tokens, loss = (
-        np.array([(row["tokens"], row["loss"]) for row in curves if row["variant"] == baseline]).reshape(-1, 2).T
-    )
-    return [
-        {
-            "variant": row["variant"],
-            "step": row["step"],
-            "tokens": row["tokens"],
-            "difference": round(row["loss"] - float(np.interp(row["tokens"], tokens, loss)), 4),
-        }
-        for row in curves
-        if row["variant"] != baseline and len(tokens) and tokens[0] <= row["tokens"] <= tokens[-1]
-    ]
+    return [figure for figure in found if figure is not None]
 
 
 class Colours:
@@ -320,7 +81,7 @@ class Colours:
     def __init__(self, experiment: Experiment) -> None:
         self._labels = [experiment.plan.label(name) for name in experiment.names]
         spare = (colour for name, colour in COLOURS.items() if name not in experiment.names)
-        self._range = [COLOURS.get(name) or next(spare, "#808488") for name in experiment.names]
+        self._range = [COLOURS.get(name) or next(spare, _GREY) for name in experiment.names]
         configs = [experiment.plan.model_config(name).layers[0] for name in experiment.names]
         self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
 
@@ -339,34 +100,222 @@ class Colours:
         return alt.Scale(domain=[label for label, _ in pairs], range=[value for _, value in pairs])
 
 
-def _curves_figure(name: str, title: str, caption: str, data: list[Row], x: str, axis: str, colour: Colours) -> Figure:
-    base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X(f"{x}:Q", title=axis, axis=alt.Axis(format="~s", tickCount=5)),
-        y=alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False)),
-        color=colour.encoding(data),
-    )
-    return Figure(name=name, title=title, caption=caption, **_lines(base, colour.dashes(data)))
+def _chart(data: Sequence[Row], **encodings: Any) -> Any:
+    return alt.Chart(alt.Data(values=data)).encode(**encodings)
 
 
-def _difference_figure(data: list[Row], colour: Colours) -> Figure:
-    base = alt.Chart(alt.Data(values=data)).encode(
-        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=5)),
-        y=alt.Y("difference:Q", title="nats a token above GQA's"),
-        color=colour.encoding(data),
-    )
-    drawn = _lines(base, colour.dashes(data))
+def _dots(base: Any, size: int, **encodings: Any) -> Any:
+    return base.mark_point(filled=True, size=size, opacity=1).encode(**encodings)
+
+
+def _by_variant() -> Any:
+    """The axis of a chart with a row a variant."""
+    return alt.Y("variant:N", title=None, sort=None)
+
+
+def _height(data: Sequence[Row]) -> int:
+    """Of a chart with a row a variant."""
+    return 30 * len(data)
+
+
+def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
+    """An axis with ticks at `ends` alone, where the runs of all horizons end."""
+    scale = alt.Scale(type="log", nice=False, padding=20)
+    ticks = {"format": "~s", "tickCount": 4} if ends is None else {"format": ".2~s", "values": ends}
+    return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**ticks))
+
+
+def _zero(axis: str) -> Any:
+    """The baseline's own line in a chart of differences from it."""
+    rule = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color=_GREY)
+    return rule.encode(**{axis: alt.datum(0)})
+
+
+def _interval(value: Estimate) -> str:
+    return f"± {value.half_width:.4f}" if value.half_width else "one seed"
+
+
+def _with_interval(value: Estimate) -> Row:
+    """The fields of a point that show a mean and its interval."""
+    half = value.half_width or 0.0
+    bounds = {"low": value.mean - half, "high": value.mean + half}
+    return {"mean": round(value.mean, 5), **bounds, "interval": _interval(value)}
+
+
+_TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
+
+
+def _difference_by_variant(lines: Sequence[Summary], colours: Colours) -> Figure | None:
+    """The differences of the table with their intervals, a row a variant."""
+    data = [{"variant": line.label, **_with_interval(line.difference)} for line in lines if line.difference is not None]
+    if not data:
+        return None
+    base = _chart(data, y=_by_variant(), color=colours.encoding(data, legend=None))
+    mean = alt.X("mean:Q", title="nats a token above GQA's", scale=alt.Scale(padding=14), axis=alt.Axis(tickCount=5))
+    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
     return Figure(
-        name="loss-against-gqa",
-        title="Loss against GQA",
-        caption="The training curves minus GQA's. All variants see the same batches, so most of the noise "
-        "cancels. Below zero is better than GQA. Training loss: the table has validation loss and its intervals.",
-        chart=_zero("y") + drawn["chart"],
-        hover=drawn["hover"],
+        name="difference-by-variant", title="Final loss against GQA", height=_height(data),
+        caption="Validation loss minus GQA's with the same seed, the mean of the seeds; left of the line is better. "
+        "Bars: 95 % intervals. A bar that crosses the line, or no bar (one seed), establishes nothing.",
+        chart=_zero("x") + bars + _dots(base, 80, x=mean, tooltip=_TIPS),
+    )  # fmt: skip
+
+
+def _horizon_figures(lines: Sequence[Summary], colours: Colours) -> list[Figure | None]:
+    """The final losses of complete trainings: against the baseline's, over tokens and over time."""
+    note = "Each point is the end of complete trainings, the mean of the seeds."
+    losses = [
+        {"variant": line.label, "tokens": line.tokens, "seconds": line.seconds, **_with_interval(line.loss)}
+        for line in lines
+    ]
+    timed = [row for row in losses if row["seconds"]]
+    tokens, seconds = _log_axis("tokens", "training tokens", _ends(losses)), _log_axis("seconds", "seconds of training")
+    over_tokens, over_time = (
+        alt.layer(*_lines_with_points(_chart(data, x=x), data, colours, f"{name}:Q"))
+        for name, x, data in (("tokens", tokens, losses), ("seconds", seconds, timed))
     )
+    figures = [_difference_over_tokens(lines, colours, note)]
+    figures.append(
+        Figure(name="final-loss-over-tokens", title="Final loss over tokens", caption=note, chart=over_tokens)
+    )
+    if timed:
+        note += " Seconds: steps times the step time of the timing phase."
+        figures.append(Figure(name="final-loss-over-time", title="Final loss over time", caption=note, chart=over_time))
+    return figures
 
 
-def _lines(base: Any, dashes: Any) -> dict[str, Any]:
-    """A line a variant, and points that show their values under the pointer."""
+def _difference_over_tokens(lines: Sequence[Summary], colours: Colours, note: str) -> Figure | None:
+    data = [
+        {"variant": line.label, "tokens": line.tokens, **_with_interval(line.difference)}
+        for line in lines
+        if line.difference is not None
+    ]
+    if not data:
+        return None
+    names = list(dict.fromkeys(row["variant"] for row in data))
+    for row in data:
+        row["beside"] = row["tokens"] * 1.03 ** (names.index(row["variant"]) - (len(names) - 1) / 2)
+    base = _chart(data, x=_log_axis("beside", "training tokens", _ends(data)))
+    # a seed moves all losses alike: only differences have intervals worth a bar
+    bars = base.mark_rule(strokeWidth=1.2).encode(y="low:Q", y2="high:Q", color=colours.encoding(data))
+    return Figure(
+        name="difference-over-tokens", title="Final loss against GQA",
+        caption=f"{note} Below the line is better than GQA with the same seeds. Bars are 95 % intervals; no bar: one "
+        "seed. Points at one place are set side by side.",
+        chart=alt.layer(_zero("y"), bars, *_lines_with_points(base, data, colours, "tokens:Q")),
+    )  # fmt: skip
+
+
+def _ends(data: Sequence[Row]) -> list[int]:
+    """The tokens at which trainings end."""
+    return sorted({row["tokens"] for row in data})
+
+
+def _lines_with_points(base: Any, data: Sequence[Row], colours: Colours, x: str) -> tuple[Any, Any]:
+    """A line a variant through the means, and a point each that says what it is."""
+    y = alt.Y("mean:Q", title="nats a token", scale=alt.Scale(zero=False, padding=10))
+    drawn = base.encode(y=y, color=colours.encoding(data))
+    tips = [*_TIPS, alt.Tooltip(x, format=",.0f")]
+    lines = drawn.mark_line(strokeWidth=1.6).encode(strokeDash=colours.dashes(data))
+    return lines, _dots(drawn, 50, tooltip=tips)
+
+
+def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
+    """Loss by head counts, where the plan has all pairs of several counts at one head_dim and as many parameters."""
+    layers = {name: experiment.plan.model_config(name).layers[0] for name in experiment.plan.variants}
+    narrow = {name: layer for name, layer in layers.items() if layer.head_dim * layer.num_heads == layer.d_model}
+    pairs = {(layer.num_query_heads, layer.num_kv_heads): name for name, layer in narrow.items()}
+    counts = sorted({count for pair in pairs for count in pair}, reverse=True)
+    sizes = [parameters(experiment.plan.model_config(name)) for name in narrow]
+    whole = {(q, kv) for q in counts for kv in counts if kv <= q} <= set(pairs)
+    if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
+        return None
+    data = [
+        {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_with_interval(line.loss)}
+        for line in lines
+        if line.variant in narrow
+    ]
+    low, high = min(point["mean"] for point in data), max(point["mean"] for point in data)
+    base = _chart(
+        data,
+        x=alt.X("hkv:O", title="KV heads", sort=counts, axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("hq:O", title="query heads", sort=counts),
+    )
+    # both ends are light: the numbers are dark on the paper of either scheme
+    shade = alt.Color("mean:Q", scale=alt.Scale(range=["#7fbcf0", "#f6e6c8"], domain=[low, high]), legend=None)
+    cells = base.mark_rect(stroke=_GREY).encode(
+        color=shade, tooltip=["variant:N", alt.Tooltip("mean:Q", format=".4f"), "interval:N"]
+    )
+    text = base.mark_text(fontSize=13, color="#1d1f21").encode(text=alt.Text("mean:Q", format=".3f"))
+    return Figure(
+        name="grid", title="Loss by head counts", chart=cells + text,
+        caption="Validation loss at equal parameters: the feed-forward has what heads give back. Bluer is better; the "
+        f"shades span {high - low:.3f} nats.",
+    )  # fmt: skip
+
+
+def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: Colours) -> list[Figure]:
+    """When the models of the longest horizon began to use their context, as far as they were asked."""
+    values: list[tuple[str, str, str, Callable[[Probe], float]]] = [
+        (
+            "repeated-sequence", "A random sequence, repeated",
+            "Loss on the second half of random tokens that repeat the first half: only attention can predict them.",
+            lambda probe: probe.repeated_loss,
+        ),
+        (
+            "late-minus-early", "Loss late minus early",
+            "Loss at the last positions of a document minus that at its first 16: what a model gains from its context.",
+            lambda probe: probe.loss_by_position[-1] - probe.loss_by_position[0],
+        ),
+    ]  # fmt: skip
+    found = []
+    for name, title, caption, value in values:
+        if not (data := probe_points(experiment, held, value)):
+            continue
+        base = _chart(
+            data,
+            x=_log_axis("tokens", "training tokens"),
+            y=alt.Y("value:Q", title="nats a token", scale=alt.Scale(zero=False)),
+            color=colours.encoding(data),
+            strokeDash=colours.dashes(data),
+            tooltip=["variant:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("value:Q", format=".3f")],
+        )
+        lines = base.mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=30))
+        found.append(Figure(name=name, title=title, caption=f"{caption} The mean of the seeds.", chart=lines))
+    return found
+
+
+def _curve_figures(curves: Sequence[Row], baseline: str, colours: Colours, *, timed: bool) -> list[Figure]:
+    """The training curves over tokens and over time, and their differences from the baseline's."""
+    if not curves:
+        return []
+    note = (
+        "Training loss, the mean of the seeds, a moving average over 4 % of the run; its first third is left out, "
+        "so that the rest can be told apart."
+    )
+    minus = (
+        "The training curves minus GQA's. All variants see the same batches, so most of the noise cancels. Below "
+        "zero is better than GQA. Training loss: the table has validation loss and its intervals."
+    )
+    measured = "steps times the step time of the timing phase"
+    clock = f"Seconds: {measured}." if timed else "Seconds of training alone, on whatever else the machine did."
+    tokens, seconds = (
+        alt.X(f"{field}:Q", title=title, axis=alt.Axis(format="~s", tickCount=5))
+        for field, title in (("tokens", "training tokens"), ("seconds", "seconds"))
+    )
+    loss = alt.Y("loss:Q", title="nats a token", scale=alt.Scale(zero=False))
+    above = alt.Y("difference:Q", title="nats a token above GQA's")
+    found = [_curves(("loss-over-tokens", "Loss over tokens", note), curves, colours, x=tokens, y=loss)]
+    if differences := difference_curves(curves, baseline):
+        against = _curves(("loss-against-gqa", "Loss against GQA", minus), differences, colours, x=tokens, y=above)
+        found.append(replace(against, chart=_zero("y") + against.chart))
+    over_time = "loss-over-seconds", "Loss over time", f"{note} {clock}"
+    return [*found, _curves(over_time, curves, colours, x=seconds, y=loss)]
+
+
+def _curves(texts: tuple[str, str, str], data: Sequence[Row], colours: Colours, *, x: Any, y: Any) -> Figure:
+    """A line a variant, and points that show their values under the pointer; texts: name, title and caption."""
+    base = _chart(data, x=x, y=y, color=colours.encoding(data))
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
     )
@@ -374,11 +323,12 @@ def _lines(base: Any, dashes: Any) -> dict[str, Any]:
     points = base.mark_point(filled=True, size=70, tooltip=alt.TooltipContent("data")).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
     )
-    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=dashes)
-    return {"chart": lines, "hover": points.add_params(near)}
+    lines = base.mark_line(strokeWidth=1.6).encode(strokeDash=colours.dashes(data))
+    name, title, caption = texts
+    return Figure(name=name, title=title, caption=caption, chart=lines, hover=points.add_params(near))
 
 
-def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[str]) -> Figure:
+def _pareto_figure(timed: Sequence[Summary], colours: Colours, front: Sequence[str]) -> Figure:
     points = {line.variant: (1000 * float(line.step_s or 0), line.loss.mean) for line in timed}
     spread = np.ptp(list(points.values()), axis=0) + 1e-12
     data = []
@@ -389,18 +339,17 @@ def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[st
         right = not others or bool(min(others, key=np.linalg.norm)[0] <= 0)
         data.append({
             "variant": line.label, "ms": round(x, 2), "loss": round(y, 4), "low": y - half, "high": y + half,
-            "interval": f"± {half:.4f}" if half else "one seed", "front": line.variant in front, "right": right,
+            "interval": _interval(line.loss), "front": line.variant in front, "right": right,
         })  # fmt: skip
-    base = alt.Chart(alt.Data(values=data)).encode(
+    base = _chart(
+        data,
         x=alt.X("ms:Q", title="ms a step", axis=alt.Axis(tickCount=6), scale=alt.Scale(zero=False, padding=62)),
         y=alt.Y("loss:Q", title="validation loss", scale=alt.Scale(zero=False, padding=14)),
-        color=colour.encoding(data, legend=None),
+        color=colours.encoding(data, legend=None),
     )
     joined = base.transform_filter("datum.front").mark_line(strokeDash=[4, 4], strokeWidth=1.2)
     bars = base.mark_rule(strokeWidth=1.2).encode(y=alt.Y("low:Q"), y2="high:Q")
-    dots = base.mark_point(filled=True, size=80, opacity=1).encode(
-        tooltip=["variant:N", alt.Tooltip("loss:Q", format=".4f"), "interval:N", alt.Tooltip("ms:Q", format=",.1f")]
-    )
+    tips = ["variant:N", alt.Tooltip("loss:Q", format=".4f"), "interval:N", alt.Tooltip("ms:Q", format=",.1f")]
     names = [
         base.transform_filter(f"datum.right == {side}").mark_text(dx=dx, align=align, fontSize=12).encode(
             text="variant:N", color=alt.value("#222")
@@ -413,7 +362,7 @@ def _pareto_figure(timed: Sequence[Summary], colour: Colours, front: Sequence[st
         title="Loss against step time",
         caption="Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and "
         "better." + (f" {INTERVALS}" if several else ""),
-        chart=alt.layer(joined.encode(color=alt.value("#808488")), bars, dots, *names),
+        chart=alt.layer(joined.encode(color=alt.value(_GREY)), bars, _dots(base, 80, tooltip=tips), *names),
     )
 
 
@@ -433,14 +382,16 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
         )
     ]
     kinds = ["step, measured", "step, in theory", "attention, in theory"]
-    colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", "#808488"])
+    colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", _GREY])
     shapes = alt.Scale(domain=kinds, range=["circle", "triangle-up", "diamond"])
-    base = alt.Chart(alt.Data(values=data)).encode(y=alt.Y("variant:N", title=None, sort=None))
-    span = base.mark_rule(strokeWidth=1, color="#808488", opacity=0.5).encode(
+    base = _chart(data, y=_by_variant())
+    span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(
         x="min(ratio):Q",
         x2="max(ratio):Q",
     )
-    dots = base.mark_point(filled=True, size=90, opacity=1).encode(
+    dots = _dots(
+        base,
+        90,
         x=alt.X("ratio:Q", title="times as fast as GQA", scale=alt.Scale(zero=False, padding=14)),
         color=alt.Color("what:N", scale=colours, legend=alt.Legend(symbolType="circle", symbolSize=100, columns=2)),
         shape=alt.Shape("what:N", scale=shapes),
@@ -461,20 +412,21 @@ def _step_flops(config: ModelConfig, plan: Plan) -> int:
 
 
 def _bars_figure(
-    name: str, title: str, caption: str, lines: Sequence[Summary], colour: Colours,
+    name: str, title: str, caption: str, lines: Sequence[Summary], colours: Colours,
     values: Mapping[str, float], axis: str, number: str,
 ) -> Figure:  # fmt: skip
     data = [{"variant": line.label, "value": values[line.variant]} for line in lines]
-    base = alt.Chart(alt.Data(values=data)).encode(
+    base = _chart(
+        data,
         x=alt.X(
             "value:Q", title=axis, scale=alt.Scale(domainMax=1.2 * max(values.values())), axis=alt.Axis(tickCount=5)
         ),
-        y=alt.Y("variant:N", title=None, sort=None),
+        y=_by_variant(),
         tooltip=["variant:N", alt.Tooltip("value:Q", format=number)],
     )
-    bars = base.mark_bar().encode(color=colour.encoding(data, legend=None))
+    bars = base.mark_bar().encode(color=colours.encoding(data, legend=None))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("value:Q", format=number))
-    return Figure(name=name, title=title, caption=caption, chart=bars + text, height=_rows(data))
+    return Figure(name=name, title=title, caption=caption, chart=bars + text, height=_height(data))
 
 
 def laid_out(figure: Figure, width: int | str, *, hover: bool = False) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sqa.config import ModelConfig, reject_unknown
+from sqa.config import ModelConfig
 from sqa.cost import train_step_flops
 from sqa.errors import InputError, shown
-from sqa.records import nearest, read_own_fields, read_value
+from sqa.records import Checked, nearest, read_value
 from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config, shape
 
 Cell = tuple[str, int]
@@ -36,7 +35,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises ValueError for anything else."""
+        """`steps=1000`, `tokens=5M`, `epochs=1`, `flops=1e15` or `time=20m`. Raises InputError for anything else."""
         kind, _, amount = text.partition("=")
         if kind not in BUDGETS:
             raise InputError(
@@ -58,7 +57,7 @@ def _list(units: Mapping[str, float]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Checked):
     """Every field of a comparison; a TOML file gives some, the command line may override single ones.
 
     `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
@@ -75,9 +74,10 @@ class Plan:
     each of several processes its part of the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own
     number. `timing_rounds` 0 skips the phase that times all variants in turns.
 
-    Raises ValueError, naming the field, for anything that cannot be run.
+    Raises InputError, naming the field, for anything that cannot be run.
     """
 
+    _where = "plan"
     name: str
     data: str = "builtin"
     variants: tuple[str, ...] = DEFAULT_VARIANTS
@@ -111,7 +111,7 @@ class Plan:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        read_own_fields(self, "plan")
+        super().__post_init__()
         for name, (least, most) in _LIMITS.items():
             if (value := getattr(self, name)) < least:
                 raise InputError(f"plan: {name} must be at least {least}, got {value}")
@@ -187,7 +187,7 @@ class Plan:
         return str(self.shapes.get(name, {}).get("label", known))
 
     def model_config(self, name: str) -> ModelConfig:
-        """The model of a variant, or of a shape of the plan's own. Raises ValueError for what does not fit."""
+        """The model of a variant, or of a shape of the plan's own. Raises InputError for what does not fit."""
         own = {key: value for key, value in self.shapes.get(name, {}).items() if key not in ("variant", "label")}
         base = self.base(name)
         if base is None:
@@ -206,7 +206,7 @@ class Plan:
         return [(name, seed) for seed in self.seeds for name in self.variants]
 
     def find_cells(self, names: Sequence[str]) -> list[Cell]:
-        """The runs called `variant:seed`, in the plan's order. Raises ValueError for one that is not in the plan."""
+        """The runs called `variant:seed`, in the plan's order. Raises InputError for one that is not in the plan."""
         known = {f"{name}:{seed}": (name, seed) for name, seed in self.cells}
         for name in names:
             if name.lower() not in known:
@@ -235,22 +235,6 @@ class Plan:
             if count < 1:
                 raise InputError(f"plan: budget {self.budget} is less than one step of {name}")
         return counts
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back equal."""
-        return {**dataclasses.asdict(self), "variants": list(self.variants), "seeds": list(self.seeds)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises ValueError for an unknown field, naming the nearest real one."""
-        reject_unknown(values, [f.name for f in dataclasses.fields(cls)], "plan")
-        if "name" not in values:
-            raise InputError("plan lacks name")
-        return cls(**values)
 
     @classmethod
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:

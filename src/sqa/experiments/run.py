@@ -64,14 +64,14 @@ class Session:
         return self.record.plan
 
 
-def prepare_data(plan: Plan, source: str, progress: Callable[[str], None] | None = None) -> Prepared:
+def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda text: None) -> Prepared:
     """The text of `source` with the plan's tokenizer and splits. Raises InputError when it cannot be evaluated on."""
     data = prepare(
         source,
         vocab_size=plan.model_config(plan.variants[0]).vocab_size,
         train_fraction=plan.train_fraction,
         validation_fraction=plan.validation_fraction,
-        progress=progress,
+        note=note,
     )
     if int(np.max(data.validation.lengths)) < 2:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")

@@ -67,7 +67,7 @@ NEVER = "never reached"
 """The baseline's longest run ends above the loss."""
 
 EXTRAPOLATED = "above GQA's runs"
-"""The baseline's shortest run ends below the loss: when it passed there, its complete schedules do not say."""
+"""The baseline's shortest run ends below the loss, so that no complete training tells when it would be reached."""
 
 Curve = Sequence[tuple[float, float]]
 """(seconds, final loss) of complete runs, the shortest first."""

@@ -81,7 +81,7 @@ def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> 
 
 @contextmanager
 def _plain_errors(directory: Path) -> Iterator[None]:
-    """ValueError for what transformers raises on a config that it cannot build, which is of any kind."""
+    """InputError for what transformers raises on a config that it cannot build, which is of any kind."""
     try:
         yield
     except InputError:

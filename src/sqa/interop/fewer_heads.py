@@ -42,10 +42,7 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
     """
     config = _model_config(source)
     layer = config.layers[0]
-    if any(
-        (each.num_query_heads, each.num_kv_heads) != (layer.num_query_heads, layer.num_kv_heads)
-        for each in config.layers
-    ):
+    if len(config.head_counts) > 1:
         raise InputError("source: its layers have different head counts; choose counts for each kind of layer")
     return [
         FewerHeads(
@@ -85,7 +82,7 @@ def _counts(layer: AttentionConfig) -> list[tuple[int, int]]:
 def _with_heads(source: Any, config: ModelConfig, query: int, kv: int) -> Any:
     if isinstance(source, ModelConfig | str | Path):
         layers = tuple(each.replace(num_query_heads=query, num_kv_heads=kv) for each in config.layers)
-        return config.replace(attention=layers[0] if len(set(layers)) == 1 else layers)
+        return config.replace(attention=layers)
     changed = copy.deepcopy(source)
     changed.head_dim = config.layers[0].head_dim  # else width and heads would decide it
     changed.num_attention_heads, changed.num_key_value_heads = query, kv

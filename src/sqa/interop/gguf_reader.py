@@ -208,7 +208,7 @@ def model_config(file: GgufFile) -> ModelConfig:
     max_seq_len = file.count(f"{arch}.context_length")
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"model: {file.path} has no tensor token_embd.weight")
-    shared = AttentionConfig(
+    attention = AttentionConfig(
         d_model=d_model,
         # the nominal count of a layer with fewer query heads
         num_heads=max(*query_heads, d_model // head_dim),
@@ -217,15 +217,15 @@ def model_config(file: GgufFile) -> ModelConfig:
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         rope=_read_rope(file, arch, head_dim, max_seq_len),
     )
-    layers = tuple(
-        shared.replace(num_query_heads=query, num_kv_heads=kv) for query, kv in zip(query_heads, kv_heads, strict=True)
-    )
     return ModelConfig(
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         num_layers=num_layers,
         d_ff=file.count(f"{arch}.feed_forward_length"),
         max_seq_len=max_seq_len,
-        attention=layers[0] if len(set(layers)) == 1 else layers,
+        attention=tuple(
+            attention.replace(num_query_heads=query, num_kv_heads=kv)
+            for query, kv in zip(query_heads, kv_heads, strict=True)
+        ),
         bias=any(map(_OUTER_BIAS.fullmatch, file.tensors)),
         tie_embeddings="output.weight" not in file.tensors,
         norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5),

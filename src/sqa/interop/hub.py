@@ -11,7 +11,7 @@ from typing import Any
 
 from sqa import cost
 from sqa.config import ModelConfig
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, first_line
 from sqa.variants import VARIANTS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -34,9 +34,8 @@ def local_path(source: str | Path) -> Path:
     try:
         return Path(hub.snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:  # network, missing name and missing permission have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"model: {source} is no local directory and could not be had from the Hub: {reason}"
+            f"model: {source} is no local directory and could not be had from the Hub: {first_line(error)}"
         ) from error
 
 
@@ -58,8 +57,7 @@ def model_card(
 ) -> str:
     """A README.md: shape and cost; from a row of results.jsonl what training reached, on which data; the plan."""
     layer, n = config.layers[0], config.max_seq_len
-    uniform = len({(each.num_query_heads, each.num_kv_heads) for each in config.layers}) == 1
-    heads = f"{layer.num_query_heads} / {layer.num_kv_heads}" if uniform else "differ by layer"
+    heads = f"{layer.num_query_heads} / {layer.num_kv_heads}" if len(config.head_counts) == 1 else "differ by layer"
     rows: dict[str, Any] = {
         "query / KV heads": heads,
         "nominal heads, head_dim": f"{layer.num_heads}, {layer.head_dim}",
@@ -71,7 +69,7 @@ def model_card(
     }
     title = "Language model"
     if result is not None:
-        title = VARIANTS[result["variant"]].label
+        title = VARIANTS[result["variant"]].label if result["variant"] in VARIANTS else result["variant"]
         rows |= {f"validation {name.replace('_', ' ')}": value for name, value in result["val"].items()}
         rows |= {name.replace("_", " "): result[name] for name in ("seed", "steps", "tokens", "data_fingerprint")}
     table = "\n".join(f"| {name} | {_shown(value)} |" for name, value in rows.items() if value is not None)

@@ -62,11 +62,9 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
         qk_norm=kind == "qwen3",
         rope=_read_rope(values),
     )
-    windows = _windows(values)
-    layers = tuple(attention.replace(window=window) for window in windows)
     return ModelConfig(
         **{ours: values[theirs] for theirs, ours in _SIZES.items()},
-        attention=layers[0] if len(set(windows)) == 1 else layers,
+        attention=tuple(attention.replace(window=window) for window in _windows(values)),
         bias=attention_bias or (kind == "llama" and bool(values.get("mlp_bias"))),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         norm_eps=values.get("rms_norm_eps", 1e-6),

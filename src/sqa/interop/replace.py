@@ -140,7 +140,7 @@ def replace_attention(
             module.use_nested_tensor = False  # part of the fused path
         if isinstance(module, Transformer):
             attentions = tuple(block.self_attn.config for block in module.model.layers)  # type: ignore[union-attr]
-            module.config = module.config.replace(attention=attentions[0] if len(set(attentions)) == 1 else attentions)
+            module.config = module.config.replace(attention=attentions)
     return Replacement(
         before=before,
         after={name: module.config for name, module in new.items()},

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 from sqa.errors import InputError, shown
-from sqa.files import write_text
+from sqa.files import read_text, write_text
 from sqa.records import read_json
 from sqa.storage import regular_file
 
@@ -147,14 +147,6 @@ def read_text_side(
     if special != SpecialIds():
         files[GENERATION] = _as_json({**parsed.get(GENERATION, {}), **special.to_dict()})
     return TextSide(tokenizer=tokenizer, special=special, chat_template=template, files=files)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises InputError for another one."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"model: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _as_json(value: Mapping[str, Any]) -> str:

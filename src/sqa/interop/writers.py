@@ -61,17 +61,12 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
 
 def check_like(config: ModelConfig, source: Path) -> None:
     """Raise InputError when `write_like` could not write a model of this config."""
-    if open_source(source).stock and _uniform(config):
+    if open_source(source).stock and len(config.head_counts) == 1:
         llama.stock_config(config)
 
 
 _REMOTE = llama.WRITTEN | {"bias", "final_norm", "num_sink_tokens", "logit_softcap"}
 """The fields of our configs that modeling_sqa.py reads. Any other must have its default."""
-
-
-def _uniform(config: ModelConfig) -> bool:
-    """Whether all layers have as many heads."""
-    return len({(layer.num_query_heads, layer.num_kv_heads) for layer in config.layers}) == 1
 
 
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
@@ -82,7 +77,7 @@ def write_like(model: Transformer, folder: Path, source: Path) -> None:
     opened = open_source(source)
     text = opened.read_text_side()
     if opened.stock:
-        _write_hugging_face(model, folder, text, stock=_uniform(model.config))
+        _write_hugging_face(model, folder, text, stock=len(model.config.head_counts) == 1)
     else:
         model.save(folder)
         text.write(folder)

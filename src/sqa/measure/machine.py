@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sqa.errors import InputError
+from sqa.errors import InputError, first_line
 
 _PACKAGES = ("torch", "numpy", "tokenizers", "accelerate", "transformers", "x-transformers")
 
@@ -58,12 +58,12 @@ def machine(device: str = "cpu") -> Machine:
 
 
 def find_device(name: str) -> torch.device:
-    """The device. Raises ValueError when PyTorch does not know it or there is none here."""
+    """The device. Raises InputError when PyTorch does not know it or there is none here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise InputError(f"device: {name!r} cannot be used here ({first_line(error)})") from None
     return device
 
 

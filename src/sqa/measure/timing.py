@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from sqa.errors import InputError
+from sqa.errors import InputError, first_line
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -96,11 +96,6 @@ def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> st
     except RuntimeError as error:
         return first_line(error)
     return None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or its name where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def take_turns(

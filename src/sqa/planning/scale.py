@@ -133,7 +133,7 @@ def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
 def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_384) -> StepEstimate:
     """A step of a named shape on so many H100s, each with rows of `n` tokens, `tokens` in all or one row.
 
-    Raises ValueError for a shape or variant that is unknown or numbers that are not at least 1.
+    Raises InputError for a shape or variant that is unknown or numbers that are not at least 1.
     """
     for name, value in (("n", n), ("gpus", gpus), ("tokens", tokens)):
         if value < 1:

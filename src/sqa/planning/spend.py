@@ -32,7 +32,7 @@ _GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A variant, a model shape and rows of `context` tokens; `share` is its cost over that of the variant to be like.
+    """A variant, a model shape and rows of `context` tokens; `share` is its cost over that of the first proposal.
 
     `model` holds the fields that differ from the preset's. `step_s`, for equal-time alone, is measured, in seconds;
     `share` is then of the other's time in the same turns.
@@ -50,7 +50,7 @@ class Proposal:
 
     @property
     def config(self) -> ModelConfig:
-        """The model. Raises ValueError when the variant's rule does not fit the shape."""
+        """The model. Raises InputError when the variant's rule does not fit the shape."""
         fields = {**shape(self.preset), **self.model}
         return model_config(self.variant, **{**fields, "max_seq_len": max(fields["max_seq_len"], self.context)})
 
@@ -78,7 +78,7 @@ def propose(
 
     `batch` rows of `n` tokens are a training step; with a longer context there are fewer rows. Layers and width come
     in large steps, so what they leave over goes to the feed-forward. A way in which nothing fits is left out. For
-    equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises ValueError for bad options.
+    equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises InputError for bad options.
     """
     if budget not in BUDGETS:
         raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {shown(repr(budget))}")

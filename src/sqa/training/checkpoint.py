@@ -33,7 +33,7 @@ from sqa.config import ModelConfig
 from sqa.errors import InputError
 from sqa.files import naming, sha256, sync_directory, write_json, write_safetensors
 from sqa.model import Transformer
-from sqa.records import read_json, read_record
+from sqa.records import differences, read_json, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +99,9 @@ class Checkpoints:
         found = of_main(_last_whole(self._folder, at_most) if _is_main() else None)  # all must go on from one step
         if found is None:
             return Progress(step=0, tokens=0, wall_s=0.0)
-        if isinstance(model, Transformer) and found.model is not None:
-            there, here = found.model.to_dict(), model.config.to_dict()
-            if differences := [
-                f"{name}: {there[name]} there, {here[name]} now" for name in here if there[name] != here[name]
-            ]:
-                raise InputError(f"resume: {found.path} is a checkpoint of another model ({'; '.join(differences)})")
+        if isinstance(model, Transformer) and found.model is not None and found.model != model.config:
+            changed = "; ".join(differences(found.model.to_dict(), model.config.to_dict()))
+            raise InputError(f"resume: {found.path} is a checkpoint of another model ({changed})")
         held = HuggingFaceStorageReader(str(found.path)).read_metadata().state_dict_metadata
         for name, parameter in model.named_parameters():
             if f"{name}.exp_avg" in held:  # otherwise it never had a gradient

@@ -142,7 +142,7 @@ class _Accelerator(Accelerator):
 def make_accelerator(device: str, dtype: str) -> Accelerator:
     """An Accelerator for `device` ("auto", "cpu", "cuda") with autocast for dtype bfloat16.
 
-    It joins the processes that torchrun or `accelerate launch` started. Raises ValueError when the device is not there
+    It joins the processes that torchrun or `accelerate launch` started. Raises InputError when the device is not there
     and when the launcher asks accelerate to shard.
     """
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,99 @@
+"""What runs left of their training, as points of figures: curves, differences of curves, and probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sqa.experiments.directory import Directory
+from sqa.experiments.plan import Cell
+from sqa.experiments.summary import Experiment
+from sqa.progress import StepReport
+from sqa.training.probes import Probe
+
+CURVE_POINTS = 300
+
+Row = dict[str, Any]
+"""A point of a figure."""
+
+Kept = TypeVar("Kept", StepReport, Probe)
+
+
+def kept(
+    experiment: Experiment, name: str, held: Sequence[Directory], read: Callable[[Directory, Cell], list[Kept]]
+) -> list[list[Kept]]:
+    """What the longest runs of a variant left in the directories `held`, a list a run.
+
+    Runs whose records do not go on to the last step are left out.
+    """
+    found = []
+    for result in experiment.runs(name):
+        records = (read(directory, result.cell) for directory in held)
+        found += [run for run in records if run and run[-1].step == result.steps][:1]
+    return found
+
+
+def training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
+    """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
+    points = []
+    for name in experiment.names:
+        if runs := kept(experiment, name, held, Directory.curve):
+            points += curve(experiment.plan.label(name), runs, experiment.step_seconds.get(name))
+    return points
+
+
+def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float | None = None) -> list[Row]:
+    """One line of a figure: the mean of a variant's runs step by step, smoothed and thinned.
+
+    With `step_seconds` its time is that of so many steps, else what the runs took.
+    """
+    steps = min(len(run) for run in runs)
+    values = [[(report.tokens, report.seconds, report.loss) for report in run[:steps]] for run in runs]
+    tokens, seconds, loss = np.array(values, dtype=float).mean(axis=0).T
+    if step_seconds is not None:
+        seconds = step_seconds * np.arange(1, steps + 1)
+    shown = np.unique(np.linspace(steps // 3, steps - 1, CURVE_POINTS).round().astype(int))
+    first, last = np.maximum(shown - steps // 50, 0), np.minimum(shown + steps // 50, steps - 1)
+    sums = np.concatenate([[0.0], loss.cumsum()])
+    smooth = (sums[last + 1] - sums[first]) / (last + 1 - first)
+    return [
+        {
+            "variant": label,
+            "step": int(i) + 1,
+            "tokens": int(tokens[i]),
+            "seconds": round(seconds[i], 2),
+            "loss": round(value, 4),
+        }
+        for i, value in zip(shown, smooth, strict=True)
+    ]
+
+
+def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
+    """How far each line is above the baseline's at the same number of tokens, as far as both go."""
+    own = np.array([(row["tokens"], row["loss"]) for row in curves if row["variant"] == baseline]).reshape(-1, 2)
+    tokens, loss = own.T
+    return [
+        {
+            "variant": row["variant"],
+            "step": row["step"],
+            "tokens": row["tokens"],
+            "difference": round(row["loss"] - float(np.interp(row["tokens"], tokens, loss)), 4),
+        }
+        for row in curves
+        if row["variant"] != baseline and len(tokens) and tokens[0] <= row["tokens"] <= tokens[-1]
+    ]
+
+
+def probe_points(experiment: Experiment, held: Sequence[Directory], value: Callable[[Probe], float]) -> list[Row]:
+    """A value of the probes of the longest horizon's runs, the mean of the seeds."""
+    points = []
+    for name in experiment.names:
+        for same in zip(*kept(experiment, name, held, Directory.probes), strict=False):  # of the same step
+            points.append({
+                "variant": experiment.plan.label(name),
+                "tokens": round(np.mean([probe.tokens for probe in same])),
+                "value": float(np.mean([value(probe) for probe in same])),
+            })  # fmt: skip
+    return points
