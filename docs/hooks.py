@@ -92,11 +92,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     pages = {"README.md": "index.md"} | {file: page for page, file in PAGES.items()}
 
     def replace(match: re.Match[str]) -> str:
-        text, target = match[1], posixpath.normpath(posixpath.join("docs", here, match[2].split("#")[0]))
+        text, (path, hash_sign, anchor) = match[1], match[2].partition("#")
+        target = posixpath.normpath(posixpath.join("docs", here, path))
         if target.startswith("docs/"):
             return match[0]
         if target in pages:
-            return f"[{text}]({posixpath.relpath(pages[target], here or '.')})"
+            return f"[{text}]({posixpath.relpath(pages[target], here or '.')}{hash_sign}{anchor})"
         if not (ROOT / target).exists():
             raise PluginError(f"{page.file.src_uri}: no {target} in the repository")
         return text if text.strip("`") == target else f"{text} (`{target}`)"
