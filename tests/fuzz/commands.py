@@ -208,6 +208,8 @@ def bad_file(random: Random, folder: Path) -> None:
     how = random.choice(("cut", "flip", "random", "utf-8", "empty", "gone", "folder", "link"))
     path.unlink()
     match how:
+        case "cut" if name == "tiny.toml":  # a shorter plan is a plan too, and trains for minutes
+            path.write_bytes(content[:at] + b'"')
         case "cut":
             path.write_bytes(content[:at])
         case "flip":
