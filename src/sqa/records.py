@@ -66,6 +66,13 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
     raise InputError(f"{name} must be {_wanted(kind)}, got {shown(repr(value))}{hint}")
 
 
+def check_least(record: Any, least: int, *names: str) -> None:
+    """Raise InputError for the first of these fields, of those that are not None, that is below `least`."""
+    for name in names:
+        if (value := getattr(record, name)) is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
     close = difflib.get_close_matches(name[:100].lower(), known, n=1)

@@ -1,5 +1,6 @@
 """Every kernel against the fp32 oracle, forward and gradients; the choice of a kernel and its reasons."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -584,6 +585,9 @@ def test_shapes_that_do_not_fit(shapes: tuple, mask: Mask, message: str) -> None
         (lambda: Mask(num_sink_tokens="1", window=2), "num_sink_tokens must be a whole number .*, got '1'"),
         (lambda: Mask(padding_mask=[True]), r"padding_mask must be a tensor or None, got \[True\]"),
         (lambda: Mask(document_ids=3), "document_ids must be a tensor or None, got 3"),
+        (lambda: Mask(causal="no"), "causal must be true or false, got 'no'"),
+        (lambda: Mask(window=True), "window must be a whole number .*, got True"),
+        (lambda: Mask(padding_mask=torch.ones(2, 9, dtype=torch.bool).to_sparse()), "padding_mask must be dense, got"),
         (lambda: Mask(padding_mask=torch.ones(2, 9)), "padding_mask must be bool"),
         (lambda: Mask(document_ids=torch.ones(2, 9)), "document_ids must be integers, got torch.float32"),
     ],
@@ -593,13 +597,29 @@ def test_masks_that_mean_nothing(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf"), "1", True, [1.0]])
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_scales_and_soft_caps_that_mean_nothing(kernel: str, name: str, number: float) -> None:
     x = torch.zeros(2, 9, 4, 4)
-    with pytest.raises(InputError, match=f"{name} must be above 0 and finite, or None .*, got {number}"):
+    with pytest.raises(
+        InputError, match=f"{name} must be above 0 and finite, or None .*, got {re.escape(repr(number))}"
+    ):
         attend(x, x, x, Mask(), kernel=kernel, **{name: number})
+
+
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+def test_what_is_no_dense_tensor_is_refused(which: int) -> None:
+    x = torch.zeros(2, 9, 4, 4)
+    for wrong, message in (
+        (None, "must be a tensor, got None"),
+        ("x", "must be a tensor, got 'x'"),
+        (x.to_sparse(), "must be dense, got layout torch.sparse_coo"),
+    ):
+        with pytest.raises(InputError, match=f"attention: {'qkv'[which]} {message}"):
+            attend(*(wrong if i == which else x for i in range(3)), Mask())
+    with pytest.raises(InputError, match="attention: mask must be a Mask, got None"):
+        attend(x, x, x, None)
 
 
 def test_documents_of_fewer_queries_than_keys_are_refused() -> None:

@@ -305,6 +305,12 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
         ("config", [], "config must be a table, got"),
         ("config.d_ff", -1, "d_ff must be a positive whole number, got -1"),
         ("versions", {"torch": 2}, r"versions\.torch must be text, got 2"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+        ("kernel", "fast", r"kernel must be of reference, .*, got 'fast'"),
+        ("kernel", "", r"kernel must be of reference, .*, got ''"),
+        ("device", "tpu9", "device must be a type of device that PyTorch knows, got 'tpu9'"),
+        ("device", "cpu:0", "device must be a type of device that PyTorch knows, got 'cpu:0'"),
+        ("dtype", "int8", r"dtype must be one of 'float32', 'bfloat16', got 'int8'"),
     ],
 )
 def test_a_row_that_is_wrong_is_named(
@@ -337,6 +343,9 @@ def test_a_row_that_is_wrong_is_named(
         ("data", {"name": "x"}, r"plan\.json\.data lacks fingerprint"),
         ("versions", [], r"plan\.json\.versions must be a table"),
         ("git", 3, r"plan\.json\.git must be text, got 3"),
+        ("data.train_tokens", -5, r"plan\.json\.data\.train_tokens must be at least 1, got -5"),
+        ("data.unigram_entropy", -1.0, r"plan\.json\.data\.unigram_entropy must be at least 0, got -1"),
+        ("kernel", dict.fromkeys(DEFAULT_VARIANTS, "fast"), r"kernel\.mha must be of reference, .*, got 'fast'"),
         ("machine", None, r"plan\.json\.machine must be a table, got None"),
         ("plan", {"name": "p", "batch_size": {}}, "batch_size must be a whole number, got {}"),
     ],
@@ -346,6 +355,8 @@ def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, me
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(record.to_dict()))
     assert Record.read(path) == record
+    field, _, inner = field.partition(".")
+    value = {**record.to_dict()[field], inner: value} if inner else value
     path.write_text(json.dumps(record.to_dict() | {field: value}))
     with pytest.raises(InputError, match=rf"plan\.json is damaged: .*{message}"):
         Record.read(path)
@@ -354,6 +365,28 @@ def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, me
     path.write_text(json.dumps(without))
     with pytest.raises(InputError, match=rf"plan\.json is damaged: plan\.json lacks {field}"):
         Record.read(path)
+
+
+def test_processes_of_a_record_are_counted_from_1(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(comparison(PUBLISHED, {}).record.to_dict() | {"processes": -2}))
+    with pytest.raises(InputError, match=r"plan\.json is damaged: plan\.json\.processes must be at least 1, got -2"):
+        Record.read(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "line"),
+    [
+        ("curve", Directory.curve, {"step": -3, "loss": 1.0, "tokens": 1, "seconds": 1.0}),
+        ("curve", Directory.curve, {"step": 1, "loss": 1.0, "tokens": -1, "seconds": 1.0}),
+        ("probes", Directory.probes, {"step": 0, "tokens": 1, "positions": [], "loss_by_position": [],
+                                      "repeated_loss": 1.0, "unrepeated_loss": 1.0}),
+    ],
+)  # fmt: skip
+def test_counts_below_zero_in_a_curve_are_named(tmp_path: Path, name: str, read: Any, line: dict[str, object]) -> None:
+    (tmp_path / "sqa-0").mkdir()
+    (tmp_path / "sqa-0" / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=rf"line 1 of .*{name}\.jsonl\.(step|tokens) must be at least [01], got -?\d"):
+        read(Directory(tmp_path), ("sqa", 0))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"a": NaN, "b"}', "[" * 200_000, "\xff"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sqa.attention.masks import CachedKeys, Mask
 from sqa.config import AttentionConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,12 @@ class Call:
             raise InputError(
                 f"attention: q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
             )
-        if not 0 < self.scale < math.inf:
-            raise InputError(f"attention: scale must be above 0 and finite, or None for D ** -0.5, got {self.scale}")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise InputError(f"attention: softcap must be above 0 and finite, or None for none, got {self.softcap}")
+        for name, number, none in (("scale", self.scale, "D ** -0.5"), ("softcap", self.softcap, "none")):
+            if number is None and name == "softcap":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                wanted = f"above 0 and finite, or None for {none}"
+                raise InputError(f"attention: {name} must be {wanted}, got {shown(repr(number))}")
         if mask.cached is None and q.shape[1] != k.shape[1] and (mask.causal or mask.document_ids is not None):
             what = "a causal mask without a cache needs" if mask.causal else "document_ids need"
             raise InputError(f"attention: {what} as many queries as keys, got {q.shape[1]} and {k.shape[1]}")

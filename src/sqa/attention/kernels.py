@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sqa.attention import blocks, pytorch, ranges
 from sqa.attention.call import Call
-from sqa.attention.masks import KINDS, Mask, Prepared
+from sqa.attention.masks import KINDS, Mask, Prepared, check_tensor
 from sqa.attention.reference import reference_attention
 from sqa.config import unknown
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,10 @@ def attend(
 
     Raises InputError for shapes, dtypes and devices that do not fit, and for a kernel that cannot do the call.
     """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+    if not isinstance(mask, Mask):
+        raise InputError(f"attention: mask must be a Mask, got {shown(repr(mask))}")
     q, k, v = _autocast(q, k, v)
     if q.ndim == k.ndim == 4 and 0 < q.shape[2] < k.shape[2] and k.shape[2] % q.shape[2] == 0:
         q = q.repeat_interleave(k.shape[2] // q.shape[2], dim=2)

@@ -59,6 +59,8 @@ class Mask:
     prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.causal, bool):
+            raise InputError(f"attention: causal must be true or false, got {shown(repr(self.causal))}")
         if self.window is not None and not _whole(self.window, 1):
             wanted = f"a whole number from 1 to {LONGEST:,}, or None for no window"
             raise InputError(f"attention: window must be {wanted}, got {shown(repr(self.window))}")
@@ -68,8 +70,8 @@ class Mask:
             wanted, given = f"a whole number from 0 to {LONGEST:,}", shown(repr(self.num_sink_tokens))
             raise InputError(f"attention: num_sink_tokens must be {wanted}, got {given}")
         for name, tensor in (("padding_mask", self.padding_mask), ("document_ids", self.document_ids)):
-            if tensor is not None and not isinstance(tensor, Tensor):
-                raise InputError(f"attention: {name} must be a tensor or None, got {shown(repr(tensor))}")
+            if tensor is not None:
+                check_tensor(name, tensor, or_none=True)
         if self.padding_mask is not None and self.padding_mask.dtype != torch.bool:
             raise InputError(f"attention: padding_mask must be bool (True = real), got {self.padding_mask.dtype}")
         if self.cached is not None and (self.padding_mask is not None or self.document_ids is not None):
@@ -105,8 +107,17 @@ class Mask:
         return frozenset(kind for kind, needed in zip(KINDS, has, strict=True) if needed)
 
 
+def check_tensor(name: str, value: object, *, or_none: bool = False) -> None:
+    """Raise InputError unless it is a dense tensor."""
+    if not isinstance(value, Tensor):
+        wanted = "a tensor or None" if or_none else "a tensor"
+        raise InputError(f"attention: {name} must be {wanted}, got {shown(repr(value))}")
+    if value.layout != torch.strided:
+        raise InputError(f"attention: {name} must be dense, got layout {value.layout}")
+
+
 def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and least <= value <= LONGEST
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LONGEST
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import torch
+
+from sqa.attention.kernels import KERNELS
 from sqa.config import ModelConfig
 from sqa.errors import InputError, shown
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.measure.timing import Timing
-from sqa.records import read_json, read_record
+from sqa.records import check_least, read_json, read_record
 from sqa.training.loop import Evaluation
+
+
+def _check_kernels(field: str, names: str) -> None:
+    """Raise InputError unless it is one kernel, or several with ", " between."""
+    if not names or any(name not in KERNELS for name in names.split(", ")):
+        raise InputError(f"{field} must be of {', '.join(KERNELS)}, got {shown(repr(names))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +43,21 @@ class RunResult:
     val: Evaluation
     kernel: str
     device: str
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     versions: dict[str, str]
     git: str | None
     data_fingerprint: str
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "steps", "tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.wall_s < 0:
-            raise InputError(f"wall_s must be at least 0, got {self.wall_s}")
+        check_least(self, 1, "parameters", "steps", "tokens")
+        check_least(self, 0, "seed", "wall_s")
+        _check_kernels("kernel", self.kernel)
+        try:
+            known = torch.device(self.device).type == self.device
+        except RuntimeError:
+            known = False
+        if not known:
+            raise InputError(f"device must be a type of device that PyTorch knows, got {shown(repr(self.device))}")
 
     @property
     def cell(self) -> Cell:
@@ -68,6 +81,10 @@ class DataFacts:
     validation_tokens: int
     unigram_entropy: float
 
+    def __post_init__(self) -> None:
+        check_least(self, 1, "train_documents", "train_tokens", "validation_documents", "validation_tokens")
+        check_least(self, 0, "unigram_entropy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -87,11 +104,14 @@ class Record:
     data: DataFacts
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "processes")
         for name in ("steps", "kernel", "step_s"):
             table = getattr(self, name)
             if set(table) != set(self.plan.variants) and (table or name != "step_s"):
                 given = shown(repr(list(table)))
                 raise InputError(f"{name} must be of the variants {list(self.plan.variants)}, got {given}")
+        for variant, names in self.kernel.items():
+            _check_kernels(f"kernel.{variant}", names)
         if Budget.parse(self.plan.budget).kind != "epochs":
             self.check_steps(1)
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from sqa.data.shards import TokenShards
 from sqa.errors import InputError
 from sqa.model import Transformer
+from sqa.records import check_least
 
 ROWS = 32
 _FIRST_BOUND = 16
@@ -36,6 +37,10 @@ class Probe:
     loss_by_position: tuple[float, ...]
     repeated_loss: float
     unrepeated_loss: float
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "step")
+        check_least(self, 0, "tokens")
 
 
 def probe_steps(steps: int, count: int) -> frozenset[int]:
