@@ -195,6 +195,12 @@ def test_window_pattern() -> None:
     assert [layer.num_sink_tokens for layer in layers] == [2, 2, 0, 2, 2, 0]
     with pytest.raises(ValueError, match="full_every must be a positive whole number, got 0"):
         window_pattern(AttentionConfig(**GOOD), num_layers=6, window=8, full_every=0)
+    with pytest.raises(ValueError, match="num_layers must be at most 10,000, got 1000"):  # it would fill the memory
+        window_pattern(AttentionConfig(**GOOD), num_layers=10**30, window=8)
+    with pytest.raises(ValueError, match="num_layers must be a positive whole number, got '6'"):
+        window_pattern(AttentionConfig(**GOOD), num_layers="6", window=8)
+    with pytest.raises(ValueError, match="attention must be an AttentionConfig, got None"):
+        window_pattern(None, num_layers=6, window=8)
 
 
 def test_no_torch_needed() -> None:

@@ -80,6 +80,7 @@ def test_names_in_any_case_and_free_kv_heads() -> None:
     ("name", "changes", "message"),
     [
         ("sqaa", {}, "variant: 'sqaa' is unknown; did you mean 'sqa'"),
+        (None, {}, "variant: None is unknown"),
         (
             "lsqa",
             {"d_model": 96, "num_heads": 6},

@@ -13,7 +13,7 @@ from sqa.records import Checked, nearest
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
-def unknown(field: str, name: str, known: Collection[str]) -> InputError:
+def unknown(field: str, name: object, known: Collection[str]) -> InputError:
     """The error for a name that is none of `known`."""
     return InputError(
         f"{field}: {shown(repr(name))} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})"
@@ -26,18 +26,23 @@ MOST_LAYERS, LONGEST, LARGEST = 10_000, 2**40, 2**24
 _LIMITS = {"num_layers": MOST_LAYERS, "max_seq_len": LONGEST, "original_max_seq_len": LONGEST, "window": LONGEST}
 
 
+def _check_count(where: str, name: str, value: object, least: int = 1) -> None:
+    """Raise InputError unless it is a whole number from `least` to the limit of its name."""
+    limit = _LIMITS.get(name, LARGEST)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        wanted = "a positive whole number" if least else "0 or more"
+        raise InputError(f"{where}: {name} must be {wanted}, got {shown(repr(value))}")
+    if value > limit:
+        raise InputError(f"{where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Config(Checked):
     """What all configs share."""
 
     def _check_counts(self, *names: str, least: int = 1) -> None:
         for name in names:
-            value, limit = getattr(self, name), _LIMITS.get(name, LARGEST)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                wanted = "a positive whole number" if least else "0 or more"
-                raise InputError(f"{self._where}: {name} must be {wanted}, got {shown(repr(value))}")
-            if value > limit:
-                raise InputError(f"{self._where}: {name} must be at most {limit:,}, got {shown(repr(value))}")
+            _check_count(self._where, name, getattr(self, name), least)
 
     def unusual(self, known: Collection[str]) -> Iterator[str]:
         """`field=value (field=default)` for each field that is not in `known` and does not have its default.
@@ -218,8 +223,10 @@ def window_pattern(
     attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
 ) -> tuple[AttentionConfig, ...]:
     """One config a layer: every `full_every`-th layer (the last of each stretch) full, the others windowed."""
-    if full_every < 1:
-        raise InputError(f"window pattern: full_every must be a positive whole number, got {full_every}")
+    if not isinstance(attention, AttentionConfig):
+        raise InputError(f"window pattern: attention must be an AttentionConfig, got {shown(repr(attention))}")
+    _check_count("window pattern", "num_layers", num_layers)
+    _check_count("window pattern", "full_every", full_every)
     windowed = attention.replace(window=window, num_sink_tokens=num_sink_tokens)
     full = attention.replace(window=None, num_sink_tokens=0)
     return tuple(full if (i + 1) % full_every == 0 else windowed for i in range(num_layers))

@@ -73,9 +73,9 @@ def check_least(record: Any, least: int, *names: str) -> None:
             raise InputError(f"{name} must be at least {least}, got {value}")
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: object, known: list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
-    close = difflib.get_close_matches(name[:100].lower(), known, n=1)
+    close = difflib.get_close_matches(str(name)[:100].lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -86,8 +86,7 @@ _LAYER_FIELDS = [f.name for f in fields(AttentionConfig) if f.name not in ("num_
 
 def find_variant(name: str) -> tuple[str, Variant]:
     """The key and row of a variant, whatever its case. Raises InputError with the nearest name."""
-    key = name.lower()
-    if key not in VARIANTS:
+    if not isinstance(name, str) or (key := name.lower()) not in VARIANTS:
         raise unknown("variant", name, VARIANTS)
     return key, VARIANTS[key]
 
@@ -144,7 +143,7 @@ def preset(name: str, variant_name: str, **changes: Any) -> ModelConfig:
 
 def shape(name: str) -> dict[str, Any]:
     """The fields of a named shape, as `model_config` takes them."""
-    if name not in _SHAPES:
+    if not isinstance(name, str) or name not in _SHAPES:
         raise unknown("preset", name, PRESETS)
     return dict(_SHAPES[name])
 

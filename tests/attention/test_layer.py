@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqa import AttentionConfig, KVCache, ModelConfig, Rope, SparseQueryAttention, Transformer, variant
+from sqa import AttentionConfig, InputError, KVCache, ModelConfig, Rope, SparseQueryAttention, Transformer, variant
 from sqa.attention import kernels
 from sqa.attention.reference import reference_attention
 from sqa.variants import VARIANTS
@@ -250,3 +250,15 @@ def test_repr_shows_the_heads() -> None:
     layer = SparseQueryAttention(variant("sqa", d_model=64, num_heads=8, window=9), kernel="sdpa")
     assert "4 query and 2 KV heads of 8 (nominal 8), causal, window 9, kernel sdpa" in repr(layer)
     assert "both ways" in repr(SparseQueryAttention(variant("sqa", d_model=64, num_heads=8, causal=False)))
+
+
+@pytest.mark.parametrize("wrong", [None, "x", [[1.0]]], ids=repr)
+def test_an_input_that_is_no_tensor_is_named(wrong: object) -> None:
+    layer = SparseQueryAttention(variant("sqa", d_model=32, num_heads=4, causal=False))
+    with pytest.raises(InputError, match="attention: x must be a tensor, got"):
+        layer(wrong)
+    if wrong is not None:
+        with pytest.raises(InputError, match="attention: context must be a tensor or None, got"):
+            layer(torch.zeros(1, 5, 32), context=wrong)
+    with pytest.raises(InputError, match="kernel: 3 is unknown"):
+        SparseQueryAttention(layer.config, kernel=3)

@@ -94,7 +94,7 @@ _logged: set[Choice] = set()
 
 def check_kernel(kernel: str) -> None:
     """Raise InputError unless `kernel` is "auto" or in the table."""
-    if kernel != "auto" and kernel not in KERNELS:
+    if not isinstance(kernel, str) or kernel not in ("auto", *KERNELS):
         raise unknown("kernel", kernel, ("auto", *KERNELS))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sqa.attention.cache import KVCache, Step
 from sqa.attention.call import Call
 from sqa.attention.kernels import attend, check_kernel, prepare
-from sqa.attention.masks import Mask
+from sqa.attention.masks import Mask, check_tensor
 from sqa.attention.rope import RotaryEmbedding
 from sqa.config import AttentionConfig
 from sqa.errors import InputError
@@ -144,8 +144,9 @@ class SparseQueryAttention(nn.Module):
 
     def _check(self, x: Tensor, context: Tensor | None, document_ids: Tensor | None, cache: KVCache | None) -> None:
         d_model = self.config.d_model
-        for name, tensor in (("x", x), ("context", context)):
-            if tensor is not None and (tensor.ndim != 3 or tensor.shape[-1] != d_model):
+        for name, tensor in {"x": x, **({} if context is None else {"context": context})}.items():
+            check_tensor(name, tensor, or_none=name == "context")
+            if tensor.ndim != 3 or tensor.shape[-1] != d_model:
                 raise InputError(f"attention: {name} must be (B, T, {d_model}), got {tuple(tensor.shape)}")
         if context is not None and context.shape[0] != x.shape[0]:
             raise InputError(
