@@ -240,7 +240,7 @@ def test_their_directories_load_with_their_logits(theirs, ids: torch.Tensor, tmp
     ids = ids % 120
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    assert import_model(tmp_path / "theirs", tmp_path / "ours")
+    assert import_model(str(tmp_path / "theirs"), str(tmp_path / "ours"))
     assert load_config(tmp_path / "ours") == model.config
     again = load_model(tmp_path / "ours")
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())

@@ -20,11 +20,12 @@ from sqa.interop.text import TextSide
 from sqa.model import Transformer
 
 
-def import_model(source: str | Path, out: Path) -> list[str]:
+def import_model(source: str | Path, out: str | Path) -> list[str]:
     """Read a model of any kind and write it as our own directory, with its tokenizer; returns notes to print.
 
     Raises InputError for whatever `load_model` refuses, for a tokenizer that is damaged, and when `out` exists.
     """
+    out = Path(out)
     storage.refuse_existing(out)
     opened = open_source(source)
     storage.refuse_inside(out, opened.path)
@@ -36,7 +37,7 @@ def import_model(source: str | Path, out: Path) -> list[str]:
     return _notes(opened, text)
 
 
-def export(source: str | Path, out: Path, *, format: str, dtype: str | None = None) -> list[str]:
+def export(source: str | Path, out: str | Path, *, format: str, dtype: str | None = None) -> list[str]:
     """Write a model for other software; returns notes to print.
 
     format is a row of FORMATS. "hf": a stock transformers class, loaded with no code of ours; "hf-remote": our class as
@@ -48,6 +49,7 @@ def export(source: str | Path, out: Path, *, format: str, dtype: str | None = No
     """
     if format not in FORMATS:
         raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {shown(format)!r}")
+    out = Path(out)
     storage.refuse_existing(out)
     opened = open_source(source)
     storage.refuse_inside(out, opened.path)
