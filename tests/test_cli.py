@@ -302,6 +302,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("scale --gpus 8,-1", "--gpus must be numbers of at least 1, got '8,-1'"),
         ("variants --n 0", "--n must be at least 1, got 0"),
         ("compare tiny.toml --seeds 999999999", "--seeds must be from 1 to 1000 seeds, got '999999999'"),
+        ("scale --gpus 8 --n=,", "--n must be numbers of at least 1, got ','"),
         ("convert model out --query-heads 2 --calibration builtin --speed-at=-1", "--speed-at must be numbers of at"),
         ("scale --preset 9b", "preset: '9b' is unknown (presets: "),
         ("compare tiny.toml --only sqa:7", "only: 'sqa:7' is not a run of the plan (variants gqa, sqa; seeds 0)"),

@@ -52,7 +52,7 @@ def convert(
     batch_size: BatchSize[int] = 8,
     control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
     evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens of each domain.")] = 16_384,
-    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between.")] = None,
+    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between; none.")] = None,
     dtype: Dtype[str] = "float32",
     compile: Compile[bool] = False,
     device: Device[str] = "cpu",
@@ -72,11 +72,14 @@ def convert(
     if heal is not None and not heal.startswith("tokens="):
         raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
     given = {item.name: ctx.params[item.name] for item in fields(Settings) if item.name in ctx.params}
+    lengths: tuple[int, ...] | None = None  # as the kind of model has them
+    if speed_at is not None:
+        lengths = () if speed_at == "none" else numbers(speed_at, "--speed-at")
     settings = Settings(
         **given
         | {
             "heal_tokens": 0 if heal is None else round(Budget.parse(heal).amount),
-            "speed_at": None if speed_at is None else numbers(speed_at, "--speed-at"),
+            "speed_at": lengths,
             "dtype": long_dtype(dtype),
         }
     )

@@ -93,12 +93,12 @@ def names(text: str | None) -> tuple[str, ...]:
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers between the commas, each at least 1; `option` is named when they are not."""
+    """The whole numbers between the commas, one or more, each at least 1; `option` is named when they are not."""
     try:
         found = tuple(int(name) for name in names(text))
     except ValueError:
         raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
-    if any(number < 1 for number in found):
+    if min(found, default=0) < 1:
         raise InputError(f"{option} must be numbers of at least 1, got {text!r}")
     return found
 
