@@ -103,7 +103,7 @@ def test_scores_and_flops_are_counted_under_the_mask() -> None:
     assert causal.measurement(PEAK).flops == 3 * flops
     assert replace(causal, what="forward").measurement(PEAK).limit_seconds == flops / 1e11
     packed = replace(setting(mask="documents"), n=101)  # 50, 50 and 1
-    ids = packed.visible.document_ids
+    ids = packed.layer_mask.document_ids
     assert ids is not None
     same = ids[:, :, None] == ids[:, None, :]
     assert packed.scores == 4 * int(same.tril().sum())
