@@ -1,7 +1,5 @@
 """Plots of altair, which is in the extra `report`, written to files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

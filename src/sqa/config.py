@@ -1,7 +1,5 @@
 """Shapes of attention layers and models: frozen, keyword-only, validated before any tensor exists. No torch here."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Iterator
 from dataclasses import MISSING, dataclass, field

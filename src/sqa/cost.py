@@ -5,8 +5,6 @@ N * N; its softmax and every element-wise operation are left out. A training ste
 is two), with nothing recomputed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 A plain shared library called through ctypes: it compiles in seconds where PyTorch's headers take a minute.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """Values from a JSON or TOML file, checked against type annotations: one way for plans, results and records."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

@@ -1,7 +1,5 @@
 """Tables for a terminal of 80 columns, in one look."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from rich.table import Table

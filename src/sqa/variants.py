@@ -1,7 +1,5 @@
 """The variants, one row each, and the named model shapes. A variant is a rule for head counts, never a class."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any

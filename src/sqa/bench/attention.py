@@ -3,8 +3,6 @@
 FLOPs are those of cost.attention_flops: visible pairs only, backward twice the forward.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Decoding one token at a time from a filled cache: bound by reading the cache and the weights, so SQA wins little."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The models that take part in a benchmark, and their times in turns."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """llama.cpp as a peer: our weights in a GGUF file, forward passes only."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """A benchmark's measurement: what was timed, how long it took, and how that compares with others."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Who takes part: our model, and models of other libraries that compute the same function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

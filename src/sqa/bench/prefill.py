@@ -1,7 +1,5 @@
 """The preprint's table: one forward pass over a prompt of N tokens, with the logits of the last position only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial

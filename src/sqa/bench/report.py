@@ -1,7 +1,5 @@
 """What every benchmark returns: measurements under one header, as JSON lines, as tables for 80 columns and as plots."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whole training steps: forward, loss, backward and AdamW; variants against each other and against peers."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing

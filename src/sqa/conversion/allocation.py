@@ -3,8 +3,6 @@
 Shapes: d = d_model, F = Hq * D features of an output projection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

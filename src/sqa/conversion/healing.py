@@ -1,7 +1,5 @@
 """Training after surgery, against the original: each layer on its own, then the whole model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which query heads stay: scores or an elimination, the same number in every pool of heads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Shapes: N tokens, d = d_model, F = Hq * head_dim features that the output projection reads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A layer is fitted to give what the original's gives, on the original's inputs. F
 before it give was measured and did not help (docs/conversion.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any

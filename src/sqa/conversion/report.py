@@ -1,7 +1,5 @@
 """What a conversion cost, as people read it: a table for 80 columns and a figure of quality over healing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

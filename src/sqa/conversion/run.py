@@ -1,7 +1,5 @@
 """A conversion from beginning to end: heads chosen, cut and refitted, the rest healed, every stage measured."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """What is asked of a conversion, checked before a weight is read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: B rows, T tokens a row, N real tokens, d = d_model, F = what a projection reads.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Shapes: D = head_dim, d = d_model, F = Hq * D.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What runs left of their training, as points of figures: curves, differences of curves, and probes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

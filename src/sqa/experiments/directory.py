@@ -1,7 +1,5 @@
 """The directory of a comparison: what is in it, who writes it, and whether it holds what is asked for."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

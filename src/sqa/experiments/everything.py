@@ -1,7 +1,5 @@
 """Everything worth knowing about one machine within a few minutes, in one file: benchmarks, and GQA and SQA trained."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Callable, Iterator

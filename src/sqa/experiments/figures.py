@@ -1,7 +1,5 @@
 """The figures of a report. Needs altair, of the extra `report`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

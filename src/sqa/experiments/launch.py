@@ -4,8 +4,6 @@ All machines of a cluster see the run directory, the text and this package under
 is the process that called `compare`, writes plan.json and results.jsonl.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -1,7 +1,5 @@
 """A comparison as a file: what is trained, on what, for how long. Read from TOML, validated before anything runs."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Mapping, Sequence

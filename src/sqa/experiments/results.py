@@ -1,7 +1,5 @@
 """What a comparison leaves: a record of how it was begun, and a result a finished run. Each has a JSON form."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Means with 95 % intervals, and differences paired by seed (Student's t). One run gives no interval."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

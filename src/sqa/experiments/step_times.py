@@ -1,7 +1,5 @@
 """The timing phase: a training step of every variant, in turns, with the memory of one model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """What comparisons say: a line a variant, at one horizon or at several of one experiment, and the table of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """The curves of a run as TensorBoard event files, readable while it trains. Needs the extra `track`."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

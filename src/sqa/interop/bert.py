@@ -1,7 +1,5 @@
 """BERT encoders, stock ones and ours with fewer heads: read strictly, cut to fewer heads, written for transformers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How many query heads an existing shape could have instead, and the config to train such a model from."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from pathlib import Path

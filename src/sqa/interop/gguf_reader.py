@@ -4,8 +4,6 @@ The format is that of docs/gguf.md in ggml, versions 2 and 3, little-endian. The
 any length that a damaged file states and takes seconds for a vocabulary; here every length is checked against the file.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import re

@@ -3,8 +3,6 @@
 How text is split before merging is named by `tokenizer.ggml.pre`; the table follows llama.cpp's src/llama-vocab.cpp.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One GGUF file for llama.cpp: weights, tokenizer and metadata, through the `gguf` package."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

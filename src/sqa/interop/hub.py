@@ -1,7 +1,5 @@
 """The Hugging Face Hub: models by name, and publishing with a generated card."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -3,8 +3,6 @@
 A layer with fewer query heads is a plain Llama layer with num_attention_heads = Hq and an explicit head_dim.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Their rotary pairs are (2j, 2j+1), kept as such; `fc1` holds the up projection above the gate.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from typing import Any

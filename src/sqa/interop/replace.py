@@ -1,7 +1,5 @@
 """Put freshly initialised Sparse Query Attention into a model that exists."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

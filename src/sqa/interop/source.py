@@ -1,7 +1,5 @@
 """A model on disk, whatever its kind: ours, one of transformers, one of the SQA authors, or a GGUF file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

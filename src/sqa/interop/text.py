@@ -1,7 +1,5 @@
 """The text side of a model: its tokenizer, the ids that begin, end and pad a text, and its chat template."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

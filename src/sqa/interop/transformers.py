@@ -1,7 +1,5 @@
 """Our attention inside transformers: `attn_implementation="sqa"`, and the Auto classes for hf-remote models."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Models written for other software, and other software's models written as ours."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass

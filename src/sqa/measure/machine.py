@@ -1,7 +1,5 @@
 """What a figure was measured on: machine, versions, revision. No host name, no path."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """What rates of multiply-adds a machine reaches, so that others can be shares of them."""
 
-from __future__ import annotations
-
 import ctypes
 import time
 from dataclasses import dataclass

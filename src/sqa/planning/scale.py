@@ -4,8 +4,6 @@ A step is the slower of computing and communicating, since FSDP does both at onc
 published rate, and everything else at one share of the peak. What all that assumes is in ASSUMPTIONS.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Sequence

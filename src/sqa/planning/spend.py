@@ -1,7 +1,5 @@
 """Spend what a variant saves: shapes that cost what another variant costs, and plans that compare them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 What is minimised is a `Task`, so that training on next tokens and distillation share this loop.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -5,8 +5,6 @@ repeated sequence (arXiv 2209.11895, induction heads): random tokens repeated on
 makes the second predictable.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
