@@ -68,15 +68,6 @@ def prefill_flops(config: ModelConfig, n: int) -> int:
     return matrix + sum(attention_flops(layer, n) for layer in config.layers)
 
 
-def decode_flops(config: ModelConfig, n: int) -> int:
-    """One new token after `n` cached ones."""
-    matrix = 2 * (_matrix_parameters(config) + config.vocab_size * config.d_model)
-    for layer in config.layers:
-        seen = n + 1 if layer.window is None else min(n + 1, layer.window + layer.num_sink_tokens)
-        matrix += 4 * layer.num_output_heads * layer.head_dim * seen
-    return matrix
-
-
 def kv_cache_bytes(config: ModelConfig, n: int = 1, *, bytes_per_element: int = 2) -> int:
     """Bytes of keys and values kept for one sequence of `n` tokens; window layers keep the window and the sinks."""
     total = 0
@@ -109,7 +100,6 @@ class VariantCost:
     attention_saving: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As `sqa variants --json` writes it."""
         return asdict(self)
 
 

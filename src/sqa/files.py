@@ -161,11 +161,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, whole or not at all."""
+    """Write tensors, wherever they are, whole or not at all."""
     from safetensors.torch import save_file
 
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def sha256(path: Path) -> str:

@@ -137,7 +137,6 @@ class Task:
     device: torch.device
 
     def measurement(self, implementation: str, variant: str, config: ModelConfig) -> Measurement:
-        """What is known of a contestant before it is timed."""
         layer = config.layers[0]
         call = Call.of_layer(
             layer,

@@ -27,11 +27,9 @@ class Passages:
     real: Tensor
 
     def __len__(self) -> int:
-        """How many there are."""
         return len(self.input_ids)
 
     def take(self, rows: slice, device: torch.device) -> Passages:
-        """Some of them, on `device`."""
         return Passages(self.input_ids[rows].to(device), self.real[rows].to(device))
 
 
@@ -87,7 +85,6 @@ class Encoder(Subject):
         return x[batch.real]
 
     def hidden(self, batch: Passages) -> Tensor:
-        """The last hidden state."""
         return self.model(input_ids=batch.input_ids, attention_mask=batch.real.long()).last_hidden_state
 
     @property

@@ -47,7 +47,6 @@ def _features(
 
 
 def _inputs(subject: Subject, batches: Sequence[Any], reads: Sequence[Tensor]) -> Moments:
-    """Moments of what a layer reads."""
     moments = Moments(reads[0].shape[-1], 0, constant=True)
     for batch, read in zip(batches, reads, strict=True):
         moments.add(subject.tokens(read, batch))

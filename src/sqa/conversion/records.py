@@ -60,7 +60,6 @@ class Stage:
     elsewhere: Quality | None = None
 
     def __str__(self) -> str:
-        """One line: what a display tells when it is measured."""
         after = f" ({self.tokens:,} tokens of healing)" if self.tokens else ""
         beside = f"; second domain: {self.elsewhere}" if self.elsewhere else ""
         return f"{self.stage}{after}: {self.quality}{beside}"

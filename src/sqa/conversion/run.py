@@ -113,7 +113,6 @@ class _Run:
         self.state = self._begin()
 
     def finish(self) -> Conversion:
-        """Everything that is still to be done."""
         job, settings = self.job, self.settings
         self.display.note(f"reading the model {job.source}")
         self.original = self._load(job.source)

@@ -90,7 +90,6 @@ class Settings(Checked):
 
     @property
     def layerwise_steps(self) -> int:
-        """Those of them that heal layer by layer."""
         return round(self.layerwise * self.steps)
 
 

@@ -36,7 +36,6 @@ class Batch:
     document_ids: torch.Tensor | None
 
     def __len__(self) -> int:
-        """How many rows it has."""
         return len(self.labels)
 
     def take(self, rows: slice | Sequence[int], device: torch.device | str = "cpu") -> "Batch":

@@ -169,17 +169,10 @@ def _data_files(path: Path) -> list[Path]:
     kinds = ", ".join(_SUFFIXES)
     if path.is_file() and path.suffix not in _SUFFIXES:
         raise InputError(f"The data file {path} must be one of {kinds}")
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix in _SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-    )
+    files = [path]
+    if not path.is_file():
+        visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
+        files = sorted(file for file in visible if file.suffix in _SUFFIXES and file.is_file())
     if not files:
         raise InputError(f"The data folder {path} holds no data files ({kinds})")
     for file in files:

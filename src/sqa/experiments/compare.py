@@ -149,7 +149,6 @@ class _Left:
         return bool(self._work)
 
     def text(self, *, of: int) -> str:
-        """What a display says of them."""
         runs = f"{len(self._work)} of {of} runs left"
         return runs if self._seconds is None else f"{runs}, about {lasting(self._seconds)}"
 

@@ -84,11 +84,9 @@ class Colours:
         self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
 
     def encoding(self, data: Sequence[Row], **options: Any) -> Any:
-        """Of a chart's colour, by the field `variant` of its rows."""
         return alt.Color("variant:N", scale=self._scale(data, self._range), **options)
 
     def dashes(self, data: Sequence[Row]) -> Any:
-        """Of a chart's lines."""
         return alt.StrokeDash("variant:N", scale=self._scale(data, self._dashes))
 
     def _scale(self, data: Sequence[Row], values: Sequence[Any]) -> Any:
@@ -112,7 +110,6 @@ def _by_variant() -> Any:
 
 
 def _height(data: Sequence[Row]) -> int:
-    """Of a chart with a row a variant."""
     return 30 * len(data)
 
 

@@ -42,16 +42,13 @@ class Budget:
         units = _SECONDS if kind == "time" else _UNITS
         found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
         if found is None or found[2] not in units or not float(found[1]) > 0:
+            known = ", ".join(filter(None, units))
             raise InputError(
-                f"budget: {kind} needs a number above 0 with unit {_list(units)}, got {shown(repr(amount))}"
+                f"budget: {kind} needs a number above 0 with unit none or {known}, got {shown(repr(amount))}"
             )
         if (count := float(found[1]) * units[found[2]]) > BUDGETS[kind]:
             raise InputError(f"budget: {kind} must be at most {BUDGETS[kind]:.0e}, got {shown(repr(amount))}")
         return cls(kind, count)
-
-
-def _list(units: Mapping[str, float]) -> str:
-    return "none or " + ", ".join(unit for unit in units if unit)
 
 
 @dataclass(frozen=True, kw_only=True)

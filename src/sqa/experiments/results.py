@@ -59,11 +59,9 @@ class RunResult:
 
     @property
     def cell(self) -> Cell:
-        """Which run of the plan this is."""
         return self.variant, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return asdict(self) | {"step_s": None if self.step_s is None else self.step_s.to_dict()}
 
 
@@ -128,7 +126,6 @@ class Record:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         step_s = {name: timing.to_dict() for name, timing in self.step_s.items()}
         return asdict(self) | {"plan": self.plan.to_dict(), "step_s": step_s}
 
@@ -168,7 +165,6 @@ class Comparison:
 
     @property
     def plan(self) -> Plan:
-        """What was asked for."""
         return self.record.plan
 
     @property

@@ -60,7 +60,6 @@ class Session:
 
     @property
     def plan(self) -> Plan:
-        """What was asked for."""
         return self.record.plan
 
 

@@ -59,7 +59,6 @@ class _Held:
 
     @contextmanager
     def in_memory(self) -> Iterator[None]:
-        """For a turn."""
         with torch.no_grad():
             for tensor, size in self._sizes.items():
                 tensor.untyped_storage().resize_(size)

@@ -49,7 +49,6 @@ class Summary:
     effective_speedup: Speedup | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         return asdict(self)
 
 

@@ -31,7 +31,6 @@ class TensorBoard:
         self._write(Event(file_version="brain.Event:2"))
 
     def step(self, report: StepReport) -> None:
-        """What the training loop says of each step."""
         values = {"loss": report.loss, "learning_rate": learning_rate(self._recipe, report.step - 1)}
         if self._last is None:
             self._write(Event(step=report.step, session_log=SessionLog(status=SessionLog.START)))
@@ -42,7 +41,6 @@ class TensorBoard:
         self._add(report.step, values)
 
     def finish(self, validation_loss: float) -> None:
-        """The run is trained and evaluated."""
         self._add(self._recipe.steps, {"validation_loss": validation_loss})
 
     def _add(self, step: int, values: dict[str, float]) -> None:

@@ -153,10 +153,7 @@ def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
     values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
     values["dtype"] = dtype_name(model.dtype)
     values |= own_code(folder, "modeling_sqa_bert", AutoConfig="SqaBertConfig", AutoModel="SqaBertModel")
-    write_safetensors(
-        folder / "model.safetensors",
-        {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()},
-    )
+    write_safetensors(folder / "model.safetensors", model.state_dict())
     write_json(folder / "config.json", values)
     for name, content in _side_files(source, storage.read_config(source), model.config.vocab_size).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,6 @@ class TextSide:
         return next(iter(self.special.eos), None) if named is None else named
 
     def write(self, folder: Path) -> None:
-        """Write the files into `folder`."""
         for name, text in self.files.items():
             write_text(folder / name, text)
 

@@ -36,12 +36,10 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        """Summary of at least one measurement."""
         p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
         return cls(p20=p20, median=median, p80=p80, rounds=len(seconds))
 
     def to_dict(self) -> dict[str, float]:
-        """As result files hold it."""
         return {"p20": self.p20, "median": self.median, "p80": self.p80}
 
 

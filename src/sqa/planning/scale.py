@@ -90,7 +90,6 @@ class StepEstimate:
         return self.step_s / (self.rows * self.n) * 1e9 / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """As `sqa scale --json` writes it."""
         return asdict(self) | {"step_s": self.step_s, "gpu_hours_per_billion": self.gpu_hours_per_billion}
 
 

@@ -121,9 +121,7 @@ class Checkpoints:
                     shutil.rmtree(abandoned)
                 temporary.mkdir(parents=True)
             if self._group is None:
-                write_safetensors(
-                    temporary / "tensors.safetensors", {k: v.cpu().contiguous() for k, v in tensors.items()}
-                )
+                write_safetensors(temporary / "tensors.safetensors", tensors)
             else:
                 writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
                 with naming(temporary), _plain_errors():

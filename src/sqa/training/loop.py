@@ -92,7 +92,6 @@ class NextToken:
         return labels
 
     def count(self, batch: Batch) -> int:
-        """The targets."""
         return int((self._labels(batch) != IGNORE).sum())
 
     def loss_sum(self, model: nn.Module, part: Batch) -> Tensor:
