@@ -6,15 +6,13 @@ quarter. A model answers with the choice of the highest log-likelihood a charact
 lm-evaluation-harness does. Each article gives at most one item, so that items are independent.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.table import Table
@@ -167,7 +165,7 @@ class Score:
         half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
         return middle - half, middle + half
 
-    def minus(self, other: Score) -> tuple[float, float, float]:
+    def minus(self, other: Self) -> tuple[float, float, float]:
         """Accuracy above the other's on the same items, and its 95 % interval (low, high).
 
         Agresti and Min 2005 (doi 10.1002/sim.1781): Wald's interval of paired shares, half an item added to each of the
@@ -191,7 +189,7 @@ class Score:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Score:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         return cls(model=values["model"], right=tuple(map(bool, values["right"])))
 
 

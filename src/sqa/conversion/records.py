@@ -1,7 +1,5 @@
 """What a conversion found, as records with a JSON form: the contents of conversion.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
@@ -131,7 +129,7 @@ class Conversion:
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
 
-    def with_stage(self, stage: Stage) -> Conversion:
+    def with_stage(self, stage: Stage) -> Self:
         """With this stage measured, for the first time or again."""
         others = (old for old in self.stages if (old.stage, old.tokens) != (stage.stage, stage.tokens))
         return replace(self, stages=(*others, stage))

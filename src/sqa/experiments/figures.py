@@ -26,6 +26,7 @@ COLOURS = {
 """Of middle lightness: each has a contrast of 3 and more with white paper and with nearly black paper."""
 
 _GREY = "#808488"
+_ROW_HEIGHT = 30  # pixels, of charts with a row a variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +110,6 @@ def _by_variant() -> Any:
     return alt.Y("variant:N", title=None, sort=None)
 
 
-def _height(data: Sequence[Row]) -> int:
-    return 30 * len(data)
-
-
 def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
     """An axis with ticks at `ends` alone, where the runs of all horizons end."""
     scale = alt.Scale(type="log", nice=False, padding=20)
@@ -149,7 +146,7 @@ def _difference_by_variant(lines: Sequence[Summary], colours: Colours) -> Figure
     mean = alt.X("mean:Q", title="nats a token above GQA's", scale=alt.Scale(padding=14), axis=alt.Axis(tickCount=5))
     bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
     return Figure(
-        name="difference-by-variant", title="Final loss against GQA", height=_height(data),
+        name="difference-by-variant", title="Final loss against GQA", height=_ROW_HEIGHT * len(data),
         caption="Validation loss minus GQA's with the same seed, the mean of the seeds; left of the line is better. "
         "Bars: 95 % intervals. A bar that crosses the line, or no bar (one seed), establishes nothing.",
         chart=_zero("x") + bars + _dots(base, 80, x=mean, tooltip=_TIPS),
@@ -421,7 +418,7 @@ def _bars_figure(
     )
     bars = base.mark_bar().encode(color=colours.encoding(data, legend=None))
     text = base.mark_text(align="left", dx=4, fontSize=12).encode(text=alt.Text("value:Q", format=number))
-    return Figure(name=name, title=title, caption=caption, chart=bars + text, height=_height(data))
+    return Figure(name=name, title=title, caption=caption, chart=bars + text, height=_ROW_HEIGHT * len(data))
 
 
 def laid_out(figure: Figure, width: int | str, *, hover: bool = False) -> Any:

@@ -1,14 +1,12 @@
 """A comparison to look at: one HTML file that needs no network, and every figure as PNG and SVG beside it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
@@ -116,7 +114,7 @@ class _Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str | tuple[str, str]]]
 
-    def without_empty_columns(self) -> _Table:
+    def without_empty_columns(self) -> Self:
         """What was not measured has no column."""
         filled = [any(column) for column in zip(*self.rows, strict=True)]
         rows = [tuple(compress(row, filled)) for row in self.rows]

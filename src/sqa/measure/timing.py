@@ -1,13 +1,11 @@
 """Timing, one way for everything: warm every contestant first, take turns, report median with p20 and p80."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +33,7 @@ class Timing:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
+    def of(cls, seconds: list[float]) -> Self:
         p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
         return cls(p20=p20, median=median, p80=p80, rounds=len(seconds))
 

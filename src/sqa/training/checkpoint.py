@@ -4,8 +4,6 @@ A checkpoint is a folder `step-N`, written under a temporary name, synced and re
 the parts that it holds (torch.distributed.checkpoint's safetensors format); any number of processes read them back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -17,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -156,7 +154,7 @@ class _Checkpoint:
         write_json(path / _RECORD, record | {"checksum": _checksum(record)})
 
     @classmethod
-    def read(cls, path: Path) -> _Checkpoint:
+    def read(cls, path: Path) -> Self:
         """Check everything. Raises InputError for what is missing or was changed."""
         record = read_json(path / _RECORD)
         if record.pop("checksum", None) != _checksum(record):
