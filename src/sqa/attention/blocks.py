@@ -4,8 +4,6 @@ PyTorch's fused CPU attention runs on slices: one per document, and within a win
 they can reach, all blocks of a document as one batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

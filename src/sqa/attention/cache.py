@@ -4,8 +4,6 @@ What belongs to tokens (which are real, where they stand) is kept once for all l
 are kept layer by layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 A kernel table that is wrong shows in no result: PyTorch falls back to its unfused math without a word.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Our own attention on CPU, forward and backward: fused.cpp, compiled on first use."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache

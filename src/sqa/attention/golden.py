@@ -6,8 +6,6 @@ and `CASE.output` (2, 9, 32). The header's `cases` is JSON: {case: {"config": fi
 names of what the layer is given besides x}}.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

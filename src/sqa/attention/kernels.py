@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, H heads, D head_dim; tensors are (B, T, H, D) everywhere, and only the kernels transpose.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """SparseQueryAttention: project, rotate, cache, attend, project."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Which keys a query sees, described without an N x N tensor; the dense form is made only for kernels that need it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 

@@ -1,7 +1,5 @@
 """Attention in C++ or in loops that depend on data, as operators: torch.compile treats each as one node."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """Our own CPU kernel. It takes one range of keys for each query, which says every mask but one with sinks."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

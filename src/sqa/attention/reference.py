@@ -1,7 +1,5 @@
 """The oracle: attention in fp32, written to be checked by eye. Every kernel is tested against it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
