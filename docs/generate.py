@@ -223,12 +223,12 @@ def conversion(part: Callable[[Conversion], RenderableType], name: str) -> str:
     return text_of(part(_conversion(name)))
 
 
-def pretrained() -> str:
+def pretrained(*names: str) -> str:
     """SmolLM2 at every stage of its conversions, on articles and on Python."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("heads", "spread", "stage", "tokens", "loss", "added", "kl", "agree", "Python"):
-        table.add_column(heading, justify="left" if heading in ("heads", "spread", "stage") else "right")
-    for at, name in enumerate(("smollm2-6", "smollm2-6-measured", "smollm2-3")):
+    for heading in ("heads", "allocation", "stage", "tokens", "loss", "added", "kl", "agree", "Python"):
+        table.add_column(heading, justify="left" if heading in ("heads", "allocation", "stage") else "right")
+    for at, name in enumerate(names):
         found = _conversion(name)
         original = _losses(name)["original"]
         for stage in found.stages:
@@ -248,8 +248,12 @@ def pretrained() -> str:
                 f"{quality.agreement:.4f}",
                 f"{elsewhere.loss:.4f}" if isinstance(elsewhere, LanguageQuality) else "",
             )
-    kept_heads = ", ".join(str(len(layer.kept)) for layer in _conversion("smollm2-6-measured").layers)
-    return f"{text_of(table)}\n\nMeasured spread, query heads of the layers in order: {kept_heads}."
+    return text_of(table)
+
+
+def kept_heads(name: str) -> str:
+    """How many query heads each layer of a conversion has."""
+    return ", ".join(str(len(layer.kept)) for layer in _conversion(name).layers)
 
 
 def trials() -> str:
@@ -345,8 +349,10 @@ SECTIONS = {
     "encoder": lambda: conversion(quality_table, "minilm"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "surgeries": surgeries,
-    "pretrained": pretrained,
-    "pretrained continues": lambda: conversion(samples, "smollm2-6-measured"),
+    "pretrained": lambda: pretrained("smollm2-6-attention"),
+    "pretrained all": lambda: pretrained("smollm2-6", "smollm2-6-measured", "smollm2-3"),
+    "pretrained heads": lambda: f"Query heads of the layers, in order: {kept_heads('smollm2-6-attention')}.",
+    "pretrained continues": lambda: conversion(samples, "smollm2-6-attention"),
     "trials": trials,
     "choice": choice,
     "imported": imported,
