@@ -357,7 +357,7 @@ def test_prefill_lists_every_variant_at_every_length() -> None:
 
 def test_a_spent_budget_leaves_out_longer_prompts() -> None:
     result = run_prefill(demo("sqa"), lengths=(1024, 4096, 100_000), compile=False, budget=0.2, rounds=2)
-    assert max(row.n or 0 for row in result.rows) < 100_000
+    assert all((row.n or 0) < 100_000 for row in result.rows)  # on a slow machine there are none
     assert any("budget was spent before N" in note for note in result.notes)
 
 
