@@ -137,6 +137,31 @@ def benchmark(name: str) -> str:
     return text_of(BenchResult.read(RESULTS / f"{name}.jsonl"))
 
 
+def beside_sdpa(name: str) -> str:
+    """GFLOP/s of our attention and of PyTorch's on the same tensors, and PyTorch's time over ours."""
+    result = BenchResult.read(RESULTS / f"{name}.jsonl")
+    timed = {(row.dtype, row.what, row.head_dim, row.n, row.kernel): row for row in result.rows}
+    cases = list(dict.fromkeys(key[1:4] for key in timed))
+    dtypes = list(dict.fromkeys(key[0] for key in timed))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("head_dim", "N", "pass"):
+        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    for dtype in dtypes:
+        for heading in ("ours", "SDPA", "ratio"):
+            table.add_column(f"{dtype}\n{heading}", justify="right")
+    for what, head_dim, n in sorted(cases, key=lambda case: (case[1], case[2], case[0])):
+        cells: list[str] = []
+        for dtype in dtypes:
+            ours, theirs = timed[dtype, what, head_dim, n, "fused"], timed[dtype, what, head_dim, n, "sdpa"]
+            cells += [f"{row.flops_per_s / 1e9:,.0f}" for row in (ours, theirs)] + [f"{ours.ratio_to_sdpa:.2f}x"]
+        table.add_row(str(head_dim), f"{n:,}", what.replace("+", " + "), *cells)
+    where = f"{result.machine.processor}, {result.machine.threads} threads, git {str(result.git)[:10]}"
+    heads = next(iter(timed.values()))
+    notes = "\n".join(result.notes)
+    shape = f"GFLOP/s; causal, one sequence, {heads.num_query_heads} query and {heads.num_kv_heads} KV heads"
+    return f"{text_of(table)}\n\n{shape}; {where}. {notes}"
+
+
 def on_paper() -> str:
     """What `sqa scale` prints, of each large shape for one number of GPUs."""
     tables: list[RenderableType] = []
@@ -336,6 +361,7 @@ SECTIONS = {
     "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
     "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
     "output rates": lambda: output_rates("output-rate-0.5", "output-rate-1", "output-rate-2"),
+    "output rates long": lambda: output_rates("output-rate-16M", "horizon-16M"),
     "probes": lambda: probes("horizon-16M", "gqa", "sqa"),
     "steps": lambda: "\n\n".join(benchmark(name) for name in ("step-bf16", "step-fp32")),
     "prefill": lambda: benchmark("prefill"),
@@ -344,6 +370,7 @@ SECTIONS = {
     "step larger": lambda: benchmark("step-larger"),
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
+    "beside sdpa": lambda: beside_sdpa("attention"),
     "on paper": on_paper,
     "conversion": conversions,
     "encoder": lambda: conversion(quality_table, "minilm"),

@@ -210,7 +210,7 @@ def test_steps_of_peers_are_timed_eager_and_compared() -> None:
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qk_norm": True}, {"qkv_bias": True}], ids=str)
 def test_a_model_from_a_directory_is_measured_with_its_own_weights(changes, config_of, model_of, saved) -> None:  # type: ignore[no-untyped-def]
     model = model_of(config_of(**changes))
-    models = Models.of_source(saved(model))
+    models = Models.of_sources(saved(model))
     (name,) = models.configs
     built = models.fitted(512, ("hf-llama",)).build(name)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), built.parameters(), strict=True))
@@ -219,6 +219,27 @@ def test_a_model_from_a_directory_is_measured_with_its_own_weights(changes, conf
     assert rows["hf-llama", name].checked is True
     assert rows["sqa", name].ratio_to_peer == rows["hf-llama", name].median / rows["sqa", name].median
     assert rows["sqa", name].limit is None
+
+
+def test_models_from_directories_take_turns(config_of, model_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    config = config_of()
+    layer = config.layers[0]
+    fewer = config.replace(attention=(layer, layer.replace(num_query_heads=2)), vocab_size=config.vocab_size - 5)
+    for name, shape in (("original-1.5", config), ("converted", fewer)):
+        model_of(shape).save(tmp_path / name)
+    models = Models.of_sources(tmp_path / "original-1.5", tmp_path / "converted")
+    assert list(models.configs) == ["original-1.5", "converted"]
+    assert models.vocab_size == fewer.vocab_size
+    result = run_prefill(models, peers=("hf-llama",), lengths=(16,), dtype="fp32", compile=False, rounds=1)
+    rows = by_name(result)
+    assert [rows["hf-llama", name].checked for name in models.configs] == [True, True]  # layers that differ as well
+    assert rows["sqa", "converted"].ratio == rows["sqa", "original-1.5"].median / rows["sqa", "converted"].median
+    flops = [cost.prefill_flops(models.configs[name], 16) for name in ("original-1.5", "converted")]
+    assert rows["sqa", "converted"].limit == flops[0] / flops[1]
+    stepped = run_step(models, peers=("hf-llama",), dtypes=("fp32",), batch_size=1, length=16, compile=False, rounds=2)
+    assert [row.checked for row in stepped.rows] == [None, True, None, True]
+    with pytest.raises(ValueError, match="have one name; rename a directory"):
+        Models.of_sources(tmp_path / "converted", tmp_path / "x" / "converted")
 
 
 def test_a_step_changes_the_weights() -> None:
@@ -288,7 +309,7 @@ def test_without_llama_cpp_its_line_says_how_to_build_it(monkeypatch: pytest.Mon
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="data: llama-cpp-python is not installed")
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"tie_embeddings": True}], ids=str)
 def test_llama_cpp_computes_what_we_do_and_its_best_type_counts(changes, config_of, model_of, saved) -> None:  # type: ignore[no-untyped-def]
-    models = Models.of_source(saved(model_of(config_of(**changes))))
+    models = Models.of_sources(saved(model_of(config_of(**changes))))
     (name,) = models.configs
     result = run_prefill(models, peers=("llama-cpp",), lengths=(16, 32), compile=False, rounds=1)
     theirs = [row for row in result.rows if row.implementation == "llama-cpp"]
@@ -330,7 +351,7 @@ def test_models_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="variants must be at least 1"):
         demo()
     with pytest.raises((ValueError, OSError)):
-        Models.of_source(tmp_path)
+        Models.of_sources(tmp_path)
 
 
 def test_peak_memory_grows_with_the_batch() -> None:

@@ -35,6 +35,36 @@ def per_layer(config: ModelConfig) -> ModelConfig:
     return config.replace(attention=(layer, layer.replace(num_query_heads=2, num_kv_heads=1, window=9)))
 
 
+def test_pytorch_gets_a_mask_only_where_one_is_needed(
+    config_of: Make, model_of, saved, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(saved(model_of(config_of())), tmp_path / "out", format="hf-remote")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    given: list[tuple[bool, bool]] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, is_causal=False, **options):  # type: ignore[no-untyped-def]
+        given.append((attn_mask is not None, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    padding = torch.ones_like(ids)
+    with torch.no_grad():
+        whole = theirs(ids, attention_mask=padding).logits
+        assert set(given) == {(False, True)}
+        given.clear()
+        first = theirs(ids[:, :7], use_cache=True)
+        rest = theirs(ids[:, 7:-1], past_key_values=first.past_key_values)  # needs one: not causal from the first key
+        last = theirs(ids[:, -1:], past_key_values=rest.past_key_values)
+        assert set(given) == {(False, True), (True, False), (False, False)}
+        chunks = torch.cat([part.logits for part in (first, rest, last)], dim=1)
+        torch.testing.assert_close(chunks, whole, atol=1e-5, rtol=1e-5)
+        given.clear()
+        padding[0, :5] = 0
+        theirs(ids, attention_mask=padding)
+        assert set(given) == {(True, False)}
+
+
 @pytest.mark.parametrize("name", [*CASES, "per layer"])
 def test_logits_and_generation_are_ours(
     name: str, config_of: Make, model_of, saved, ids: torch.Tensor, tmp_path: Path

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -16,6 +16,7 @@ from sqa.bench.measurement import Contestant, Measurement, choose_baseline, time
 from sqa.bench.peers import OURS, Entrant, Unavailable, build, difference, ours
 from sqa.config import ModelConfig
 from sqa.dtypes import find_dtype
+from sqa.errors import InputError
 from sqa.interop import load_config, load_model
 from sqa.losses import IGNORE
 from sqa.measure.timing import TimeLimit, at_least_one
@@ -28,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The models that are measured: a config for each variant; weights from `source`, or initial ones without it."""
+    """The models that are measured: a config for each variant; weights from its source, or initial ones without it."""
 
     name: str
     configs: Mapping[str, ModelConfig]
-    source: str | Path | None = None
+    sources: Mapping[str, str | Path] = field(default_factory=dict)
 
     @classmethod
     def of_preset(cls, preset: str, variants: Sequence[str] = MEASURED_VARIANTS) -> Self:
@@ -41,13 +42,24 @@ class Models:
         return cls(name=preset, configs={name: model_preset(preset, name) for name in variants})
 
     @classmethod
-    def of_source(cls, source: str | Path) -> Self:
-        """Whatever `sqa.load_model` reads. Raises InputError for anything else."""
-        return cls(name=Path(source).stem, configs={"as it is": load_config(source)}, source=source)
+    def of_sources(cls, *sources: str | Path) -> Self:
+        """Whatever `sqa.load_model` reads, each under its file name, which stands for a variant.
+
+        Raises InputError for anything else, and for two of one name.
+        """
+        named = {Path(source).name.removesuffix(".gguf"): source for source in sources}
+        if len(named) < len(sources):
+            raise InputError(f"models: two of {', '.join(map(str, sources))} have one name; rename a directory")
+        return cls(name=next(iter(named)), configs={n: load_config(s) for n, s in named.items()}, sources=named)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids that all of them know."""
+        return min(config.vocab_size for config in self.configs.values())
 
     def fitted(self, length: int, peers: Sequence[str]) -> Self:
         """For sequences of `length`; a preset takes the shape that peers can have, without biases, with a last norm."""
-        changes = {"bias": False, "final_norm": True} if peers and self.source is None else {}
+        changes = {"bias": False, "final_norm": True} if peers and not self.sources else {}
         configs = {
             name: config.replace(max_seq_len=max(config.max_seq_len, length), **changes)
             for name, config in self.configs.items()
@@ -57,8 +69,8 @@ class Models:
     def build(self, variant: str) -> Transformer:
         """The model of a variant, in fp32."""
         model = Transformer(self.configs[variant])
-        if self.source is not None:
-            model.load_state_dict(load_model(self.source).float().state_dict())
+        if variant in self.sources:
+            model.load_state_dict(load_model(self.sources[variant]).float().state_dict())
         return model
 
 

@@ -50,10 +50,16 @@ def ours(model: Transformer) -> Entrant:
 def _hf_llama(own: Transformer) -> dict[str, Entrant]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = llama.stock_config(own.config)
-    config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
-    module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    module.load_state_dict(llama.stock_state(own.state_dict(), own.config))
+    if len(own.config.head_counts) > 1:  # no stock class has that: what transformers runs then is the one we export
+        from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
+
+        module = SqaForCausalLM(SqaConfig(**own.config.to_dict(), use_cache=False))
+        module.load_state_dict(own.state_dict())
+    else:
+        values = llama.stock_config(own.config)
+        config = AutoConfig.for_model(values.pop("model_type"), **values, use_cache=False)
+        module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        module.load_state_dict(llama.stock_state(own.state_dict(), own.config))
     entrant = Entrant(
         module=module,
         logits=lambda module, ids: module(ids).logits,

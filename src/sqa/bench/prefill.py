@@ -68,7 +68,7 @@ def run_prefill(
         )
     rows: list[Measurement] = []
     for n in limit.fitting(sorted(lengths), notes):
-        input_ids = torch.randint(configs[baseline].vocab_size, (1, n), device=where)
+        input_ids = torch.randint(models.vocab_size, (1, n), device=where)
         task = Task(kind="prefill", preset=models.name, dtype=dtype, batch_size=1, n=n, device=where)
         taking_part = lineup if n == min(lengths) else LineUp(lineup.runners, {})
         best = measure(taking_part, task, partial(_forward, input_ids), configs, rounds=rounds, limit=limit)

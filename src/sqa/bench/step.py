@@ -73,7 +73,7 @@ def run_step(
     models = models.fitted(length, peers)
     configs = models.configs
     variant, first = next(iter(configs.items()))
-    batch = torch.randint(first.vocab_size, (2, batch_size, length), device=where)
+    batch = torch.randint(models.vocab_size, (2, batch_size, length), device=where)
     rows: list[Measurement] = []
     notes = [f"{cost.parameters(first):,} parameters ({variant})"]
     for dtype, torch_dtype in torch_dtypes.items():
@@ -90,7 +90,7 @@ def run_step(
         if memory:
             rows += _memory(best, task, configs)
     if peers:
-        if models.source is None:
+        if not models.sources:
             notes.append("Shape without biases and with a final norm, as peers have it.")
         notes.append("same: our weights, equal logits and loss. vs peer: the fastest peer's time over ours.")
         notes.append("run: the faster of eager and compiled.")

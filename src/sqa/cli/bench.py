@@ -23,7 +23,8 @@ app = typer.Typer(help="Measure side by side, in turns; correctness before speed
 Dtypes = Annotated[str, typer.Option(help="bf16, fp32 or fp16, several with commas between.")]
 Peers = Annotated[str, typer.Option(help="hf-llama, x-transformers, and llama-cpp in prefill, with commas between.")]
 Model = Annotated[
-    str | None, typer.Option(help="Measure this model, as it is: a directory, a GGUF file or a name on the Hub.")
+    list[str] | None,
+    typer.Option(help="Measure this model: a directory, a GGUF file or a name on the Hub. Give it again for a second."),
 ]
 Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.")]
 TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop early: 90s, 8m.")]
@@ -37,15 +38,15 @@ def _speak(ctx: typer.Context) -> None:
     ctx.with_resource(speaker.pulse)
 
 
-def _models(preset: str | None, variants: str | None, model: str | None) -> Models:
-    """What is measured: a preset in some variants, or one model."""
+def _models(preset: str | None, variants: str | None, model: list[str] | None) -> Models:
+    """What is measured: a preset in some variants, or models as they are."""
     from sqa.bench.lineup import Models
 
-    if model is None:
+    if not model:
         return Models.of_preset(preset or "published", options.names(variants) or MEASURED_VARIANTS)
     if preset is not None or variants is not None:
         raise InputError("--model is measured as it is; leave out --preset and --variants")
-    return Models.of_source(model)
+    return Models.of_sources(*model)
 
 
 def _show(result: BenchResult, json_path: Path | None, plot_path: Path | None) -> None:
@@ -178,7 +179,7 @@ def decode(
     """New tokens on a filled cache, where SQA wins little."""
     from sqa.bench.decode import DECODED_VARIANTS, run_decode
 
-    if model is None:
+    if not model:
         variants = variants or ",".join(DECODED_VARIANTS)
     result = run_decode(
         _models(preset, variants, model),

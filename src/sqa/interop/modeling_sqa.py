@@ -103,8 +103,13 @@ def rotate(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
     return turned.to(x.dtype)
 
 
-def visible(layer: dict[str, Any], start: int, length: int, padding: Tensor | None, like: Tensor) -> Tensor:
-    """bool (1 or B, 1, T, S): the keys each query sees. padding: (B, S), nonzero = real."""
+def visible(layer: dict[str, Any], start: int, length: int, padding: Tensor | None, like: Tensor) -> Tensor | None:
+    """bool (1 or B, 1, T, S): the keys each query sees. padding: (B, S), nonzero = real.
+
+    None where each query sees all keys up to its own and PyTorch need not be given a mask: it then skips hidden keys.
+    """
+    if layer["window"] is None and layer["logit_softcap"] is None and padding is None and (start == 0 or length == 1):
+        return None
     keys = torch.arange(start + length, device=like.device)
     distance = keys[start:, None] - keys
     real = torch.ones_like(keys, dtype=torch.bool)[None] if padding is None else padding.bool()
@@ -131,25 +136,24 @@ class SqaAttention(nn.Module):
         self.q_norm = nn.RMSNorm(dim, eps=config.norm_eps) if norm else nn.Identity()
         self.k_norm = nn.RMSNorm(dim, eps=config.norm_eps) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None, cache: DynamicCache | None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.layer["head_dim"])
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q = self.q_norm(self.q_proj(x).view(heads)).to(v.dtype).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(heads)).to(v.dtype).transpose(1, 2)
         if self.layer["rope"] is not None:
             q, k = rotate(q, positions, self.layer["rope"]), rotate(k, positions, self.layer["rope"])
-        start = 0
         if cache is not None:
-            start = cache.get_seq_length(self.index)
             k, v = cache.update(k, v, self.index)
         repeats = max(q.shape[1], k.shape[1])
         q = q.repeat_interleave(repeats // q.shape[1], dim=1)  # reverse SQA: one query head, several KV heads
         k, v = (t.repeat_interleave(repeats // t.shape[1], dim=1) for t in (k, v))
-        mask = visible(self.layer, start, x.shape[1], padding, x)
         scale, cap = self.layer["scale"] or self.layer["head_dim"] ** -0.5, self.layer["logit_softcap"]
         if cap is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            causal = mask is None and x.shape[1] > 1
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         else:
+            assert mask is not None, "visible() makes one under a soft cap"
             scores = cap * torch.tanh((q @ k.transpose(-1, -2)).float() * scale / cap)
             out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
         return self.o_proj(out.transpose(1, 2).flatten(2))
@@ -174,8 +178,8 @@ class SqaBlock(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None, cache: DynamicCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, padding, cache)
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -197,8 +201,15 @@ class SqaModel(SqaPreTrainedModel):
         self.post_init()
 
     def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None, cache: DynamicCache | None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, positions, padding, cache)
+        if padding is not None and not torch.compiler.is_compiling() and padding.all():
+            padding = None
+        start = 0 if cache is None else cache.get_seq_length()
+        masks: dict[str, Tensor | None] = {}  # layers that see the same keys share a mask
+        for layer, attention in zip(self.layers, self.config.layers, strict=True):
+            sees = str([attention[field] for field in ("window", "num_sink_tokens", "logit_softcap")])
+            if sees not in masks:
+                masks[sees] = visible(attention, start, x.shape[1], padding, x)
+            x = layer(x, positions, masks[sees], cache)
         return self.norm(x)
 
 
