@@ -12,6 +12,7 @@ from sqa import AttentionConfig, ModelConfig, Transformer
 from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 
 VOCAB = 300
+NOT_BUILT = ("built on Linux only", "no C++ compiler")  # why a machine has no library of our C++
 TEXT = "def attend(q, k, v):\n    return softmax(q @ k.T) @ v  # größer als ß, 42 times\n" * 20
 
 

@@ -234,10 +234,9 @@ def window_pattern(
 class ModelConfig(_Config):
     """A Transformer: pre-norm blocks of attention and SwiGLU, a decoder (`causal`) or an encoder.
 
-    `attention` is one AttentionConfig for all layers or a sequence with one per layer, which becomes one where all are
-    alike. `bias` adds a bias to the
-    attention output projection, the feed-forward projections and the output head, and `final_norm=False` leaves
-    out the last RMSNorm: the published shape has both (10,655,504 parameters for SQA).
+    `attention` is one AttentionConfig for all layers, or a sequence with one per layer, which becomes one where all
+    are alike. `bias` adds a bias to the attention output projection, the feed-forward projections and the output head.
+    `final_norm=False` leaves out the last RMSNorm. The published shape has both (10,655,504 parameters for SQA).
     """
 
     _where = "model"
@@ -284,8 +283,10 @@ class ModelConfig(_Config):
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream, the same in every layer."""
         return self.layers[0].d_model
 
     @property
     def causal(self) -> bool:
+        """Whether the model is a decoder; False for an encoder."""
         return self.layers[0].causal

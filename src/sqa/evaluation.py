@@ -155,6 +155,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """Share of the items answered right, 0 to 1."""
         return sum(self.right) / len(self.right)
 
     @property
@@ -190,6 +191,7 @@ class Score:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict`'s output."""
         return cls(model=values["model"], right=tuple(map(bool, values["right"])))
 
 

@@ -35,6 +35,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -51,6 +52,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, x: Tensor, shared: Shared, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, d) -> (B, T, d); shared: of a layer with the same config, by `SparseQueryAttention.share`."""
         x = x + self.self_attn(self.input_layernorm(x), cache=cache, shared=shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -76,6 +78,7 @@ class Backbone(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
+        """input_ids int64 (B, T) -> hidden states (B, T, d); the other arguments are those of Transformer.forward."""
         x = self.embed_tokens(input_ids)
         again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         made: dict[tuple[AttentionConfig, str], Shared] = {}

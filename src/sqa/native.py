@@ -17,10 +17,6 @@ from sqa.files import default_cache_dir, locked, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-NOT_LINUX, NO_COMPILER = "built on Linux only", "no C++ compiler"
-ABSENT = (NOT_LINUX, NO_COMPILER)
-"""Why there is no library on a machine that has nothing to build it with."""
-
 # no -ffast-math: it would reorder sums, and linked into a library it flushes denormals in the whole process
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 
@@ -28,10 +24,10 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fop
 def load(source: Path) -> ctypes.CDLL | str:
     """The library of a C++ file, compiled where it is not in the cache; or in words why there is none."""
     if platform.system() != "Linux":
-        return NOT_LINUX
+        return "built on Linux only"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return NO_COMPILER
+        return "no C++ compiler"
     try:
         return ctypes.CDLL(str(_compiled(source, compiler)))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqa import native
+from models import NOT_BUILT
 from sqa.attention import fused
 from sqa.attention.fused import fused_backward, fused_forward, fused_need
 from sqa.attention.kernels import attend
@@ -20,7 +20,7 @@ FUZZ = Path(__file__).resolve().parents[1] / "fuzz"
 
 @pytest.fixture(autouse=True)
 def _compiler() -> None:
-    if fused.lacks() in native.ABSENT:
+    if fused.lacks() in NOT_BUILT:
         pytest.skip(f"data: {fused.lacks()}")
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sqa import AttentionConfig, InputError, native, variant
+from models import NOT_BUILT
+from sqa import AttentionConfig, InputError, variant
 from sqa.attention import blocks, fused, kernels, operators, pytorch
 from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend, explain, resolve
@@ -79,7 +80,7 @@ def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def needs(kernel: str) -> None:
     """Skip where there is no compiler for our own kernel."""
-    if kernel == "fused" and fused.lacks() in native.ABSENT:
+    if kernel == "fused" and fused.lacks() in NOT_BUILT:
         pytest.skip(f"data: {fused.lacks()}")
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sqa import cost, native
+from models import NOT_BUILT
+from sqa import cost
 from sqa.attention import fused
 from sqa.attention.kernels import attend
 from sqa.bench import lineup, peers, step
@@ -148,7 +149,7 @@ def test_a_window_runs_beside_full_attention_and_the_layer_takes_part() -> None:
     )
     windowed = [row for row in result.rows if row.mask == "window"]
     assert {row.what for row in windowed} == {"forward", "forward+backward", "layer step"}
-    assert {row.kernel for row in windowed} == {"blocks" if fused.lacks() in native.ABSENT else "fused"}
+    assert {row.kernel for row in windowed} == {"blocks" if fused.lacks() in NOT_BUILT else "fused"}
     full = next(row for row in result.rows if row.mask == "causal" and row.what == "layer step")
     layer = next(row for row in windowed if row.what == "layer step")
     assert layer.ratio_to_full == full.median / layer.median

@@ -120,18 +120,22 @@ class Call:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of q, k and v."""
         return self.q.dtype
 
     @property
     def num_queries(self) -> int:
+        """Tq, the tokens of q."""
         return self.q.shape[1]
 
     @property
     def num_keys(self) -> int:
+        """Tk, the tokens of k and v."""
         return self.k.shape[1]
 
     @property
     def head_dim(self) -> int:
+        """D, the width of one head."""
         return self.q.shape[3]
 
     @property
@@ -146,14 +150,17 @@ class Call:
 
     @property
     def cached(self) -> bool:
+        """Whether the keys come from a cache."""
         return self.mask.cached is not None
 
     @property
     def documents(self) -> bool:
+        """Whether rows hold several documents."""
         return self.mask.document_ids is not None
 
     @property
     def padding(self) -> bool:
+        """Whether some keys are padding."""
         return self.mask.hides_padding
 
     @property

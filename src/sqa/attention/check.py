@@ -59,6 +59,7 @@ class Checked:
 
     @property
     def ok(self) -> bool:
+        """Whether the table told what ran."""
         # PyTorch differentiates its math kernel operator by operator
         backward = {*self.expected, *(("unfused",) if "math" in self.expected else ()), None}
         return self.error is None and self.forward in self.expected and self.backward in backward

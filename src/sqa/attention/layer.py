@@ -55,6 +55,7 @@ class SparseQueryAttention(nn.Module):
         self.rotary = None if config.rope is None else RotaryEmbedding(config.rope, config.head_dim)
 
     def extra_repr(self) -> str:
+        """What `print(layer)` shows in brackets."""
         c = self.config
         parts = [f"{c.num_query_heads} query and {c.num_kv_heads} KV heads of {c.head_dim} (nominal {c.num_heads})"]
         parts += ["causal"] if c.causal else ["both ways"]

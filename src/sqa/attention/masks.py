@@ -85,6 +85,7 @@ class Mask:
 
     @property
     def hides_padding(self) -> bool:
+        """Whether some keys are padding, or slots of a cache that hold nothing."""
         return self.padding_mask is not None or (self.cached is not None and self.cached.holes)
 
     def window_over(self, num_keys: int) -> int | None:

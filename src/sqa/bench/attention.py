@@ -118,6 +118,7 @@ class Setting:
         return [x.requires_grad_(self.what != "forward") for x in qkv], grad
 
     def contestant(self) -> Callable[[], object]:
+        """What is timed: one call, on inputs made once."""
         mask = self.layer_mask
         if self.what == "layer step":
             layer = SparseQueryAttention(self.config).to(self.device, find_dtype(self.dtype))
@@ -129,6 +130,7 @@ class Setting:
         return lambda: _run(partial(attend, mask=mask), inputs, grad, self.kernel)
 
     def measurement(self, peak: Peak) -> Measurement:
+        """All that is known before timing; the limit in seconds is by the rate of `peak`."""
         config, kernel = self.config, f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
         if kernel == "auto":
             call = Call.of_layer(

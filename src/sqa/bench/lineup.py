@@ -149,6 +149,7 @@ class Task:
     device: torch.device
 
     def measurement(self, implementation: str, variant: str, config: ModelConfig) -> Measurement:
+        """All that is known of a contestant before timing."""
         layer = config.layers[0]
         call = Call.of_layer(
             layer,

@@ -59,6 +59,7 @@ class LlamaCpp(nn.Module):
             )
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids int64 (B, T) -> logits of the last position (B, 1, V), fp32."""
         return torch.stack([self._last(row.tolist()) for row in input_ids])
 
     def _last(self, tokens: list[int]) -> Tensor:

@@ -18,16 +18,23 @@ if TYPE_CHECKING:
     from sqa.bench.lineup import Models
     from sqa.bench.report import BenchResult
 
-app = typer.Typer(help="Measure side by side, in turns; correctness before speed.", no_args_is_help=True)
+app = typer.Typer(
+    help="Time models and kernels side by side, in turns, after checking that they are right.", no_args_is_help=True
+)
 
-Dtypes = Annotated[str, typer.Option(help="bf16, fp32 or fp16, several with commas between.")]
-Peers = Annotated[str, typer.Option(help="hf-llama, x-transformers, and llama-cpp in prefill, with commas between.")]
+Dtypes = Annotated[str, typer.Option(help="bf16, fp32 or fp16; several, separated by commas.")]
+Peers = Annotated[
+    str,
+    typer.Option(
+        help="Libraries to time beside ours, separated by commas: hf-llama, x-transformers; in prefill also llama-cpp."
+    ),
+]
 Model = Annotated[
     list[str] | None,
     typer.Option(help="Measure this model: a directory, a GGUF file or a name on the Hub. Give it again for a second."),
 ]
-Rounds = Annotated[int, typer.Option(help="Turns that each contestant takes.")]
-TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop early: 90s, 8m.")]
+Rounds = Annotated[int, typer.Option(help="Timed rounds.")]
+TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop after this time: 90s, 8m.")]
 
 
 @app.callback()
@@ -60,13 +67,18 @@ def _show(result: BenchResult, json_path: Path | None, plot_path: Path | None) -
 @app.command()
 def attention(
     variants: Annotated[
-        str | None, typer.Option(help="Variants, or heads such as 8/4x32, with commas between.")
+        str | None,
+        typer.Option(help="Variants, or query heads/KV heads x head width (8/4x32), separated by commas."),
     ] = None,
     n: options.Lengths = "1024,4096",
-    head_dims: Annotated[str, typer.Option(help="Widths of a head, with commas between.")] = "16",
+    head_dims: Annotated[str, typer.Option(help="Widths of a head, separated by commas.")] = "16",
     mask: Annotated[str, typer.Option(help="causal, none, window or documents.")] = "causal",
-    window: Annotated[int, typer.Option(help="For --mask window, which times a layer with and without it.")] = 512,
-    kernels: Annotated[str, typer.Option(help="auto, or names from sqa kernels, with commas between.")] = "auto",
+    window: Annotated[
+        int, typer.Option(help="Tokens of the window with --mask window, which times full attention too.")
+    ] = 512,
+    kernels: Annotated[
+        str, typer.Option(help="auto, or kernels that sqa kernels lists, separated by commas.")
+    ] = "auto",
     num_heads: options.NumHeads = 16,
     batch_size: options.BatchSize[int] = 1,
     dtypes: Dtypes = "bf16",
@@ -106,7 +118,9 @@ def step(
     batch_size: options.BatchSize[int] = 4,
     length: options.Length = 1024,
     compile: options.Compile[bool] = True,
-    memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each in its own process.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure peak memory too, of each model in a process of its own.")
+    ] = False,
     rounds: Rounds = 10,
     device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,
@@ -197,7 +211,7 @@ def decode(
 def everything(
     device: options.Device[str] = "cuda",
     budget: TimeLimit[str] = "8m",
-    size: Annotated[str, typer.Option(help="full, or tiny to try the command.")] = "full",
+    size: Annotated[str, typer.Option(help="full, or tiny to try the command out.")] = "full",
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:

@@ -30,25 +30,39 @@ app = typer.Typer()
 MAX_SEEDS = 1000
 """More runs of one variant than anybody trains: a larger number is a slip."""
 
-PlanSource = Annotated[str | None, typer.Argument(metavar="PLAN", help="demo, published or a TOML file; default demo.")]
-Resume = Annotated[Path | None, typer.Option(help="Go on with what was begun in this directory.")]
-AnyKernel = Annotated[
-    bool, typer.Option("--any-kernel", help="Go on though attention is computed by another kernel here.")
+PlanSource = Annotated[
+    str | None, typer.Argument(metavar="PLAN", help="A plan: demo, published or a TOML file. Default: demo.")
 ]
-Track = Annotated[str | None, typer.Option(help="tensorboard: stream the curves to OUT/tensorboard.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue what is in this directory.")]
+AnyKernel = Annotated[
+    bool,
+    typer.Option("--any-kernel", help="Continue even if this machine computes attention with another kernel."),
+]
+Track = Annotated[str | None, typer.Option(help="tensorboard writes the training curves to OUT/tensorboard.")]
 # these replace fields of the plan
-Data = Annotated[str | None, typer.Option(help="builtin, wikipedia, or a file or folder of text.")]
-Seeds = Annotated[str | None, typer.Option(help="How many (3), or which (0,7,9).")]
-Budget = Annotated[str | None, typer.Option(help="Of each run: steps=, tokens=, epochs=, flops= or time=20m.")]
-MaxSteps = Annotated[int | None, typer.Option(help="Short for --budget steps=.")]
-MaxTokens = Annotated[str | None, typer.Option(help="Short for --budget tokens=.")]
-MicroBatchSize = Annotated[int | None, typer.Option(help="Sequences at a time; less memory.")]
-Context = Annotated[int | None, typer.Option(help="Tokens a sequence.")]
+Data = Annotated[str | None, typer.Option(help="Text to train on: builtin, wikipedia, or a file or folder.")]
+Seeds = Annotated[str | None, typer.Option(help="How many seeds (3), or which ones (0,7,9).")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="How long each run trains: steps=1000, tokens=5M, epochs=1, flops=1e15 or time=20m."),
+]
+MaxSteps = Annotated[int | None, typer.Option(help="The same as --budget steps=N.")]
+MaxTokens = Annotated[str | None, typer.Option(help="The same as --budget tokens=N.")]
+MicroBatchSize = Annotated[
+    int | None, typer.Option(help="Sequences that go through the model at a time; fewer take less memory.")
+]
+Context = Annotated[int | None, typer.Option(help="Tokens in a training sequence.")]
 Checkpointing = Annotated[
     bool | None,
-    typer.Option("--activation-checkpointing/--no-activation-checkpointing", help="Less memory, slower."),
+    typer.Option(
+        "--activation-checkpointing/--no-activation-checkpointing",
+        help="Compute each block again in the backward pass: less memory, slower.",
+    ),
 ]
-Sharding = Annotated[str | None, typer.Option(help="Of several processes: none (DDP) or full (FSDP2).")]
+Sharding = Annotated[
+    str | None,
+    typer.Option(help="With several processes: none (each holds the whole model, DDP) or full (a part, FSDP2)."),
+]
 
 _PLAN_OPTIONS = (
     "data", "variants", "seeds", "budget", "max_steps", "max_tokens", "batch_size", "micro_batch_size", "context",
@@ -104,12 +118,14 @@ def compare(
     compile: Compile[bool | None] = None,
     device: Device[str | None] = None,
     threads: Threads[int | None] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PLAN.")] = None,
     resume: Resume = None,
     any_kernel: AnyKernel = False,
-    only: Annotated[str | None, typer.Option(help="Runs for this process: sqa:0,gqa:0; others take the rest.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Run only these, as VARIANT:SEED, separated by commas: sqa:0,gqa:0.")
+    ] = None,
     launcher: Annotated[
-        str, typer.Option(help="local (one after another) or ray (all machines of a cluster).")
+        str, typer.Option(help="local (one run after another) or ray (on all machines of a Ray cluster).")
     ] = "local",
     track: Track = None,
     json_path: JsonPath = None,
@@ -221,7 +237,7 @@ def train(
     sharding: Sharding = None,
     device: Device[str | None] = None,
     threads: Threads[int | None] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<plan>-<variant>.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PLAN-VARIANT.")] = None,
     resume: Resume = None,
     any_kernel: AnyKernel = False,
     track: Track = None,
@@ -235,11 +251,14 @@ def train(
 @app.command()
 def report(
     directories: Annotated[
-        list[Path], typer.Argument(help="A comparison, finished or not; several are horizons of one experiment.")
+        list[Path],
+        typer.Argument(help="Run directories of one experiment, finished or not; different budgets are its horizons."),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; default report/ in the last one.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report. Default: report/ in the last directory.")
+    ] = None,
     step_times: Annotated[
-        Path | None, typer.Option(help="A comparison whose timing phase gives the times of all steps.")
+        Path | None, typer.Option(help="Take the step times from the timing phase of this run directory.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:

@@ -32,33 +32,63 @@ app = typer.Typer()
 @app.command()
 def convert(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A Hugging Face directory, a .gguf file, a run of ours, or a Hub name.")],
-    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; of the same kind as MODEL.")],
-    query_heads: Annotated[int, typer.Option(help="Query heads a layer keeps.")],
-    calibration: Annotated[str, typer.Option(help="builtin, wikipedia, or a file or folder of text.")],
-    evaluate: Annotated[str, typer.Option(help="A second domain to measure on: as --calibration; none.")] = "builtin",
-    kv_heads: Annotated[int | None, typer.Option(help="KV heads a layer keeps; default: as many as it has.")] = None,
+    model: Annotated[
+        str, typer.Argument(help="The model to convert: a directory, a .gguf file, a run, or a name on the Hub.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; it gets MODEL's format.")],
+    query_heads: Annotated[int, typer.Option(help="Query heads to keep in each layer.")],
+    calibration: Annotated[
+        str, typer.Option(help="Text to choose, refit and heal with: builtin, wikipedia, or a file or folder.")
+    ],
+    evaluate: Annotated[
+        str, typer.Option(help="A second text to measure quality on, named as for --calibration; or none.")
+    ] = "builtin",
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="KV heads to keep in each layer. Default: all; in multi-head attention as many as query heads."
+        ),
+    ] = None,
     allocation: Annotated[
-        str, typer.Option(help="uniform, or measured: as many query heads in all, to the layers that need them.")
+        str,
+        typer.Option(
+            help="uniform: the same number of query heads in every layer; measured: the same total, more of them in "
+            "the layers that need them most."
+        ),
     ] = "uniform",
-    method: Annotated[str, typer.Option(help="Which heads stay: random, weight, l2, taylor or greedy.")] = "l2",
-    pooling: Annotated[str, typer.Option(help="How KV heads are joined: aligned or mean.")] = "aligned",
-    sequences: Annotated[int, typer.Option(help="Rows of calibration text.")] = 128,
+    method: Annotated[
+        str, typer.Option(help="How to choose the heads that stay: random, weight, l2, taylor or greedy.")
+    ] = "l2",
+    pooling: Annotated[
+        str, typer.Option(help="How to merge KV heads: mean, or aligned, which rotates them to agree first.")
+    ] = "aligned",
+    sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 128,
     length: Length = 512,
-    heal: Annotated[str | None, typer.Option(help="tokens=2M trains afterwards against the original.")] = None,
-    layerwise: Annotated[float, typer.Option(help="Share of these that heals layer by layer.")] = 0.2,
-    train: Annotated[str, typer.Option(help="What healing trains: attention or all.")] = "attention",
-    learning_rate: Annotated[float, typer.Option(help="Of healing.")] = 3e-4,
+    heal: Annotated[
+        str | None, typer.Option(help="Then train the model to match the original, on this many tokens: tokens=2M.")
+    ] = None,
+    layerwise: Annotated[
+        float,
+        typer.Option(help="Share of the healing tokens, 0 to 1, that trains each layer alone, before the whole model."),
+    ] = 0.2,
+    train: Annotated[str, typer.Option(help="Weights that healing trains: attention or all.")] = "attention",
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of healing.")] = 3e-4,
     batch_size: BatchSize[int] = 8,
-    control: Annotated[bool, typer.Option("--control", help="Train the original on the same tokens too.")] = False,
-    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens of each domain.")] = 16_384,
-    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, with commas between; none.")] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the original on the healing tokens, to compare with.")
+    ] = False,
+    evaluation_tokens: Annotated[
+        int, typer.Option(help="Validation tokens of each text to measure quality on.")
+    ] = 16_384,
+    speed_at: Annotated[
+        str | None, typer.Option(help="Sequence lengths to time before and after, separated by commas; or none.")
+    ] = None,
     dtype: Dtype[str] = "float32",
     compile: Compile[bool] = False,
     device: Device[str] = "cpu",
     seed: Seed[int] = 0,
     threads: Threads[int] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     json_path: JsonPath = None,
     plot_path: PlotPath = None,
 ) -> None:

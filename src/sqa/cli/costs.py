@@ -19,7 +19,9 @@ app = typer.Typer()
 def variants(
     preset: options.Preset[str] = "published",
     n: options.Length = 1024,
-    all_variants: Annotated[bool, typer.Option("--all", help="Beyond the published seven too.")] = False,
+    all_variants: Annotated[
+        bool, typer.Option("--all", help="Show all variants, not only the seven published ones.")
+    ] = False,
     json_path: options.JsonPath = None,
 ) -> None:
     """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
@@ -53,15 +55,17 @@ def variants(
 
 @app.command(name="plan")
 def plan_spending(
-    like: Annotated[str, typer.Option(help="The variant whose cost may be spent.")] = "gqa",
+    like: Annotated[str, typer.Option(help="The variant whose cost is the budget.")] = "gqa",
     preset: options.Preset[str] = "published",
     budget: Annotated[
-        str, typer.Option(help="equal-flops, equal-parameters or equal-time (measured).")
+        str, typer.Option(help="What stays equal: equal-flops, equal-parameters or equal-time (measured).")
     ] = "equal-flops",
     variants: options.Variants = None,
     n: options.Length = 1024,
     batch_size: options.BatchSize[int] = 8,
-    out: Annotated[Path | None, typer.Option(help="Write a plan for sqa compare here for each way.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for plans that sqa compare runs, one for each way of spending.")
+    ] = None,
 ) -> None:
     """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
     from sqa.planning import spend
@@ -76,7 +80,7 @@ def plan_spending(
 @app.command()
 def scale(
     preset: options.Preset[str] = "8b",
-    gpus: Annotated[str, typer.Option(help="Numbers of H100s, with commas between.")] = "8,512",
+    gpus: Annotated[str, typer.Option(help="Numbers of H100s, separated by commas.")] = "8,512",
     n: options.Lengths = "4096,32768,131072",
     variants: options.Variants = None,
     json_path: options.JsonPath = None,
@@ -105,12 +109,14 @@ def kernels(
     n: options.Length = 1024,
     dtype: options.Dtype[str] = "float32",
     device: options.Device[str] = "cpu",
-    window: Annotated[int | None, typer.Option(help="Sliding window.")] = None,
-    documents: Annotated[bool, typer.Option("--documents", help="Packed documents.")] = False,
-    padding: Annotated[bool, typer.Option("--padding", help="A padding mask.")] = False,
-    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
-    training: Annotated[bool, typer.Option("--training/--inference")] = True,
-    check: Annotated[bool, typer.Option("--check", help="Run each kernel on small shapes: is the table true?")] = False,
+    window: Annotated[int | None, typer.Option(help="Tokens of a sliding window.")] = None,
+    documents: Annotated[bool, typer.Option("--documents", help="Several documents in a row.")] = False,
+    padding: Annotated[bool, typer.Option("--padding", help="With a padding mask.")] = False,
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Whether later tokens are hidden.")] = True,
+    training: Annotated[bool, typer.Option("--training/--inference", help="Whether gradients are needed.")] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run every kernel on small inputs and compare what runs with the table.")
+    ] = False,
 ) -> None:
     """The attention kernels, and which one a shape gets and why."""
     from sqa.variants import variant as variant_config

@@ -18,8 +18,10 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Runs, model directories, .gguf files or Hub names; the first is the baseline.")
     ],
-    data: Annotated[str, typer.Option(help="Articles: builtin, wikipedia, or a file or folder; its validation split.")],
-    items: Annotated[int, typer.Option(help="Four-way choices, each from an article of its own.")] = 500,
+    data: Annotated[
+        str, typer.Option(help="Articles, of which the validation split is used: builtin, wikipedia, a file or folder.")
+    ],
+    items: Annotated[int, typer.Option(help="Number of questions, each from an article of its own.")] = 500,
     items_file: ItemsPath = None,
     dtype: Dtype[str] = "float32",
     device: Device[str] = "cpu",

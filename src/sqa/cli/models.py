@@ -19,12 +19,16 @@ app = typer.Typer()
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run, a model directory, a .gguf file, or a name on the Hub.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat what the user says.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; with --chat the user's message.")],
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest that hold this probability.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; the higher, the more random the choice.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose only among the likeliest tokens that together have probability P.")
+    ] = None,
     seed: Seed[int] = 0,
 ) -> None:
     """Continue a prompt with cached decoding, up to the token that ends a text; with --chat print the answer alone."""
@@ -64,9 +68,15 @@ def export(
         str, typer.Argument(help="A run, finished or not, a model directory, a .gguf file or a Hub name.")
     ],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; for gguf a new .gguf file.")],
-    format: Annotated[str, typer.Option(help="hf (no code of ours), hf-remote (our own class) or gguf.")] = "hf",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf: a class that transformers has; hf-remote: our own class, in a file beside the weights; gguf: for "
+            "llama.cpp."
+        ),
+    ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(help="hf: float32, bfloat16, float16; gguf: f32, bf16, f16, q8_0.")
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; for gguf f32, bf16, f16 or q8_0.")
     ] = None,
 ) -> None:
     """Write a model for transformers or llama.cpp."""

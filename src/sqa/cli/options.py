@@ -49,33 +49,44 @@ def _complete_preset(incomplete: str) -> Iterator[str]:
 
 # the model
 Preset = Annotated[T, typer.Option(help=f"Model shape: {', '.join(PRESETS)}.", autocompletion=_complete_preset)]
-Variants = Annotated[str | None, typer.Option(help="Variants, with commas between.", autocompletion=_complete_variants)]
-VariantName = Annotated[T, typer.Option(help="A variant.", autocompletion=_complete_variants)]
-DModel = Annotated[int, typer.Option(help="Model width.")]
-NumHeads = Annotated[int, typer.Option(help="Nominal heads.")]
+Variants = Annotated[
+    str | None,
+    typer.Option(
+        help="Variants, separated by commas; sqa variants --all lists them.", autocompletion=_complete_variants
+    ),
+]
+VariantName = Annotated[
+    T, typer.Option(help="A variant; sqa variants --all lists them.", autocompletion=_complete_variants)
+]
+DModel = Annotated[int, typer.Option(help="Width of the model (d_model).")]
+NumHeads = Annotated[int, typer.Option(help="Nominal number of heads, of which a variant takes its share.")]
 
 # the work
-Length = Annotated[int, typer.Option("--n", "--length", help="Tokens a sequence.")]
-Lengths = Annotated[str, typer.Option("--n", help="Tokens a sequence, several with commas between.")]
-BatchSize = Annotated[T, typer.Option(help="Sequences a step.")]
-Seed = Annotated[T, typer.Option(help="Of initialisation, data order and drawing.", min=0, max=2**63 - 1)]
+Length = Annotated[int, typer.Option("--n", "--length", help="Tokens in a sequence.")]
+Lengths = Annotated[str, typer.Option("--n", help="Tokens in a sequence; several, separated by commas.")]
+BatchSize = Annotated[T, typer.Option(help="Sequences in a step.")]
+Seed = Annotated[T, typer.Option(help="Seed of all random choices.", min=0, max=2**63 - 1)]
 
 # the machine
-Device = Annotated[T, typer.Option(help="cpu or cuda; a plan also takes auto.")]
-Threads = Annotated[T, typer.Option(help="CPU threads; 0 is PyTorch's choice.", min=0, max=1024)]
-Dtype = Annotated[T, typer.Option(help="float32 or bfloat16; training in bfloat16 is autocast.")]
-Compile = Annotated[T, typer.Option("--compile/--no-compile", help="torch.compile the blocks.")]
+Device = Annotated[T, typer.Option(help="cpu or cuda; compare and train also take auto.")]
+Threads = Annotated[T, typer.Option(help="CPU threads; 0 leaves the number to PyTorch.", min=0, max=1024)]
+Dtype = Annotated[T, typer.Option(help="float32 or bfloat16; training in bfloat16 uses autocast.")]
+Compile = Annotated[T, typer.Option("--compile/--no-compile", help="Compile the model's blocks with torch.compile.")]
 
 # what is written
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here.", callback=_file_path)]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures to this file, as JSON.", callback=_file_path)
+]
 ItemsPath = Annotated[
     Path | None,
     typer.Option(
-        "--items-file", help="Write the items here, as JSON Lines for lm-evaluation-harness.", callback=_file_path
+        "--items-file",
+        help="Write the questions to this file, as JSON Lines for lm-evaluation-harness.",
+        callback=_file_path,
     ),
 ]
 PlotPath = Annotated[
-    Path | None, typer.Option("--plot", help="Write a plot here: .svg, .png or .html.", callback=_plot_path)
+    Path | None, typer.Option("--plot", help="Write a plot to this file: .svg, .png or .html.", callback=_plot_path)
 ]
 
 

@@ -30,6 +30,7 @@ class Passages:
         return len(self.input_ids)
 
     def take(self, rows: slice, device: torch.device) -> Passages:
+        """Some of the rows, on `device`."""
         return Passages(self.input_ids[rows].to(device), self.real[rows].to(device))
 
 

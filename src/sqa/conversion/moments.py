@@ -21,6 +21,7 @@ class Moments:
         self.energy = 0.0
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
+        """Count N more tokens: features (N, F), targets (N, d) where there are any."""
         x = features.detach().cpu().double()
         if self.constant:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)

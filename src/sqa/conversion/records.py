@@ -96,6 +96,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
+        """How many times faster it is after the conversion, by medians."""
         return self.before["median"] / self.after["median"]
 
 

@@ -81,6 +81,7 @@ class Settings(Checked):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one step of healing."""
         return self.batch_size * self.length
 
     @property
@@ -90,6 +91,7 @@ class Settings(Checked):
 
     @property
     def layerwise_steps(self) -> int:
+        """Those of the steps that heal layer by layer; they come first."""
         return round(self.layerwise * self.steps)
 
 

@@ -48,6 +48,7 @@ class AttentionView:
 
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
+        """q, k, v and o, in this order."""
         return self.q, self.k, self.v, self.o
 
     @torch.no_grad()
@@ -113,6 +114,7 @@ class Subject(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
 

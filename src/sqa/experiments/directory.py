@@ -83,6 +83,7 @@ class Directory:
         return Record.read(path)
 
     def write_record(self, record: Record) -> None:
+        """Write plan.json, whole or not at all."""
         write_json(self.path / "plan.json", record.to_dict())
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:

@@ -85,9 +85,11 @@ class Colours:
         self._dashes = [[5, 2] if c.query_width >= c.d_model else [1, 0] for c in configs]
 
     def encoding(self, data: Sequence[Row], **options: Any) -> Any:
+        """The colour channel of a chart of `data`; `options` are those of altair.Color."""
         return alt.Color("variant:N", scale=self._scale(data, self._range), **options)
 
     def dashes(self, data: Sequence[Row]) -> Any:
+        """The dash channel of a chart of `data`."""
         return alt.StrokeDash("variant:N", scale=self._scale(data, self._dashes))
 
     def _scale(self, data: Sequence[Row], values: Sequence[Any]) -> Any:

@@ -59,6 +59,7 @@ class RunResult:
 
     @property
     def cell(self) -> Cell:
+        """Its place in the plan: variant and seed."""
         return self.variant, self.seed
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,6 +166,7 @@ class Comparison:
 
     @property
     def plan(self) -> Plan:
+        """The plan it was begun with."""
         return self.record.plan
 
     @property

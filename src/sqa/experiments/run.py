@@ -60,6 +60,7 @@ class Session:
 
     @property
     def plan(self) -> Plan:
+        """The plan of the comparison."""
         return self.record.plan
 
 

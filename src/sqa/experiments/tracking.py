@@ -31,6 +31,7 @@ class TensorBoard:
         self._write(Event(file_version="brain.Event:2"))
 
     def step(self, report: StepReport) -> None:
+        """Write the figures of a step."""
         values = {"loss": report.loss, "learning_rate": learning_rate(self._recipe, report.step - 1)}
         if self._last is None:
             self._write(Event(step=report.step, session_log=SessionLog(status=SessionLog.START)))
@@ -41,6 +42,7 @@ class TensorBoard:
         self._add(report.step, values)
 
     def finish(self, validation_loss: float) -> None:
+        """Write the loss of the validation text, nats a token, at the last step."""
         self._add(self._recipe.steps, {"validation_loss": validation_loss})
 
     def _add(self, step: int, values: dict[str, float]) -> None:

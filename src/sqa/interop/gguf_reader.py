@@ -77,6 +77,7 @@ class GgufFile:
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
+        """The value of a key that counts something. Raises InputError unless it is a whole number above 0."""
         value: int | None = self.get(key, int, default)
         if value is None or value < 1:
             raise InputError(f"model: {key} in {self.path} must be a whole number above 0, got {value}")

@@ -82,7 +82,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def state_from_reactive(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors from theirs; names that are not theirs are kept, for `build` to refuse.
+    """Our tensors from theirs; other names are kept, for `Transformer.from_tensors` to refuse.
 
     Raises InputError for a rotary table or a height of `fc1` that is not expected.
     """

@@ -51,6 +51,7 @@ class TextSide:
         return next(iter(self.special.eos), None) if named is None else named
 
     def write(self, folder: Path) -> None:
+        """Write `files` into a folder."""
         for name, text in self.files.items():
             write_text(folder / name, text)
 

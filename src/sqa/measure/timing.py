@@ -34,10 +34,12 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Self:
+        """Of the seconds of each turn."""
         p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
         return cls(p20=p20, median=median, p80=p80, rounds=len(seconds))
 
     def to_dict(self) -> dict[str, float]:
+        """The seconds, as result files hold them."""
         return {"p20": self.p20, "median": self.median, "p80": self.p80}
 
 

@@ -92,6 +92,7 @@ class NextToken:
         return labels
 
     def count(self, batch: Batch) -> int:
+        """Targets of the batch."""
         return int((self._labels(batch) != IGNORE).sum())
 
     def loss_sum(self, model: nn.Module, part: Batch) -> Tensor:
