@@ -184,6 +184,13 @@ def test_encoder_with_padding(name: str) -> None:
     ("call", "message"),
     [
         (lambda m, ids: m(ids[0]), r"input_ids must be \(B, T\), got \(9,\)"),
+        (lambda m, ids: m(ids.float()), "input_ids must be a tensor of int64 or int32, got torch.float32"),
+        (lambda m, ids: m(ids.byte()), "input_ids must be a tensor of int64 or int32, got torch.uint8"),
+        (
+            lambda m, ids: m.generate(ids.tolist(), max_new_tokens=2),
+            "input_ids must be a tensor of int64 or int32, got",
+        ),
+        (lambda m, ids: Transformer(None), "model: config must be a ModelConfig, got None"),
         (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels must be \(2, 9\) as input_ids, got \(2, 8\)"),
         (lambda m, ids: m(ids.repeat(1, 5)), "45 tokens, but the model's max_seq_len is 40"),
         (lambda m, ids: m(ids, padding_mask=torch.ones(2, 8) > 0), r"padding_mask must be \(2, 9\), got \(2, 8\)"),
@@ -257,6 +264,12 @@ def test_generation_is_repeatable_and_ignores_the_mode() -> None:
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
+        ({"temperature": "x"}, "temperature must be a finite number, got 'x'"),
+        ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ({"end_id": 1.5}, "end_id must be a whole number or a list or null, got 1.5"),
+        ({"end_id": [1, True]}, r"end_id\[1\] must be a whole number, got True"),
+        ({"generator": 5}, "generator must be a torch.Generator or None, got 5"),
         ({"max_new_tokens": 35}, "6 prompt tokens and 35 new ones exceed max_seq_len=40"),
     ],
 )

@@ -21,8 +21,9 @@ from sqa import storage
 from sqa.attention import KVCache, SparseQueryAttention
 from sqa.attention.layer import Shared
 from sqa.config import AttentionConfig, ModelConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
 from sqa.losses import IGNORE, linear_cross_entropy, token_losses
+from sqa.records import read_value
 
 
 class SwiGLU(nn.Module):
@@ -115,6 +116,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, kernel: str = "auto") -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"model: config must be a ModelConfig, got {shown(repr(config))}")
         self.config = config
         self._compiled = False
         self.model = Backbone(config, kernel)
@@ -174,8 +177,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """What the output head reads: (B, T, d)."""
-        if input_ids.ndim != 2:
-            raise InputError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+        _check_ids(input_ids)
         held = 0 if cache is None else cache.length
         if held + input_ids.shape[1] > self.config.max_seq_len:
             raise InputError(
@@ -217,15 +219,25 @@ class Transformer(nn.Module):
 
         Raises InputError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
+        for name, given, kind in (
+            ("max_new_tokens", max_new_tokens, int),
+            ("temperature", temperature, float),
+            ("top_k", top_k, int | None),
+            ("top_p", top_p, float | None),
+            ("end_id", end_id, int | tuple[int, ...] | None),
+        ):
+            read_value(kind, given, f"generate: {name}")
         for name, value, wanted, good in (
             ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
             ("temperature", temperature, "0 or more", temperature >= 0),
             ("top_k", top_k, "at least 1", top_k is None or top_k >= 1),
             ("top_p", top_p, "above 0 and at most 1", top_p is None or 0 < top_p <= 1),
+            ("generator", generator, "a torch.Generator or None", isinstance(generator, torch.Generator | None)),
         ):
             if not good:
                 raise InputError(f"generate: {name} must be {wanted}, got {value}")
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        _check_ids(input_ids)
+        if input_ids.shape[1] == 0:
             raise InputError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
         if padding_mask is not None and not bool(padding_mask[:, -1].all()):
             raise InputError("generate: prompts must be padded on the left, but the last token of some row is padding")
@@ -321,6 +333,15 @@ class Transformer(nn.Module):
                 f"sqa.load_model reads every kind"
             )
         return cls.from_tensors(storage.model_config(values), storage.read_tensors(directory), str(directory))
+
+
+def _check_ids(input_ids: object) -> None:
+    """Raise InputError unless it is a tensor (B, T) of int64 or int32, which are what an embedding looks up."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        given = input_ids.dtype if isinstance(input_ids, Tensor) else shown(repr(input_ids))
+        raise InputError(f"input_ids must be a tensor of int64 or int32, got {given}")
+    if input_ids.ndim != 2:
+        raise InputError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
 
 
 def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

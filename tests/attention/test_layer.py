@@ -241,6 +241,21 @@ def test_errors(causal: bool, given: dict, message: str) -> None:
         SparseQueryAttention(config)(**given)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_eps": "x"}, "norm_eps must be a finite number, got 'x'"),
+        ({"norm_eps": -1.0}, "norm_eps must be above 0, got -1.0"),
+        ({"layer_index": 1.5}, "layer_index must be a whole number, got 1.5"),
+        ({"layer_index": -1}, "layer_index must be 0 or more, got -1"),
+        ({"config": None}, "config must be an AttentionConfig, got None"),
+    ],
+)
+def test_a_layer_of_wrong_settings_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SparseQueryAttention(**{"config": AttentionConfig(d_model=16, num_heads=4), **options})
+
+
 def test_unknown_kernel() -> None:
     with pytest.raises(ValueError, match="kernel: 'flash' is unknown"):
         SparseQueryAttention(variant("sqa", d_model=64, num_heads=8), kernel="flash")

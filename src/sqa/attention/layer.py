@@ -11,7 +11,8 @@ from sqa.attention.kernels import attend, check_kernel, prepare
 from sqa.attention.masks import Mask, check_tensor
 from sqa.attention.rope import RotaryEmbedding
 from sqa.config import AttentionConfig
-from sqa.errors import InputError
+from sqa.errors import InputError, shown
+from sqa.records import read_value
 
 
 class Shared(NamedTuple):
@@ -45,6 +46,12 @@ class SparseQueryAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_kernel(kernel)
+        if not isinstance(config, AttentionConfig):
+            raise InputError(f"attention: config must be an AttentionConfig, got {shown(repr(config))}")
+        if not read_value(float, norm_eps, "attention: norm_eps") > 0:
+            raise InputError(f"attention: norm_eps must be above 0, got {norm_eps}")
+        if read_value(int, layer_index, "attention: layer_index") < 0:
+            raise InputError(f"attention: layer_index must be 0 or more, got {layer_index}")
         self.config, self.layer_index, self.kernel = config, layer_index, kernel
         self.q_proj = nn.Linear(config.d_model, config.query_width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.d_model, config.kv_width, bias=config.qkv_bias)
