@@ -1,5 +1,6 @@
 """Long work speaks: bars and lines of progress, and reminders where nothing happens for long."""
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sqa.cli import display
-from sqa.cli.display import LiveDisplay, OutputClosed, PlainDisplay, Pulse
+from sqa.cli.display import LiveDisplay, OutputClosed, PlainDisplay, Pulse, speak_of
 from sqa.progress import StepReport, lasting
 
 
@@ -81,6 +82,40 @@ def test_a_bar_speaks_for_itself_and_a_note_without_one_is_repeated(monkeypatch:
         assert not shown._progress.tasks
         shown.start("three", 3)
     assert terminal.file.getvalue().rindex("\x1b[?25h") > terminal.file.getvalue().rindex("\x1b[?25l")  # the cursor
+
+
+def test_a_terminal_breaks_notes_between_words_and_a_file_keeps_them_whole(console: Console) -> None:
+    text = " ".join(["figure 0.1234,"] * 12)
+    terminal = Console(file=StringIO(), width=80, force_terminal=True, markup=False, highlight=False)
+    LiveDisplay(terminal).note(text)
+    PlainDisplay(console).note(text)
+    broken = lines(terminal)
+    assert max(map(len, broken)) <= 80
+    assert " ".join(line.strip() for line in broken) == text
+    assert lines(console) == [text]
+
+
+def test_a_phase_that_ends_without_a_word_says_nothing(console: Console) -> None:
+    with PlainDisplay(console) as shown:
+        shown.start("measuring", 1)
+        shown.finish("")
+    assert lines(console) == ["measuring: 1 step"]
+
+
+def test_a_logger_is_spoken_of_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display, "SILENCE", 0.2)
+    said = ""
+
+    def spoken() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "drawing a figure, 0 s so far" in said
+
+    with speak_of("sqa.test"):
+        logging.getLogger("sqa.test").info("drawing a figure")
+        wait_for(spoken)
 
 
 def test_a_reminder_to_a_closed_pipe_ends_the_work(

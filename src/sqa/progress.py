@@ -42,7 +42,7 @@ class Display(Protocol):
         """A step of the phase is done; no report where nothing is trained."""
 
     def finish(self, text: str) -> None:
-        """The phase is over."""
+        """The phase is over. An empty text says nothing."""
 
     def beside(self) -> Display:
         """A display for another phase at the same time, in the same view."""

@@ -401,6 +401,6 @@ def test_long_work_is_not_silent_and_tables_stay_alone(monkeypatch: pytest.Monke
     command = "bench step --preset demo --variants gqa --n 16 --batch-size 1 --dtypes fp32 --no-compile --rounds 2"
     done = CliRunner().invoke(app, command.split())
     assert done.exit_code == 0, done.output
-    assert "warming sqa gqa eager" in done.stderr
+    assert "warming gqa (by sqa, eager)" in done.stderr
     assert "timing: turn 3 of at most 3" in done.stderr
     assert "timing" not in done.stdout

@@ -194,7 +194,7 @@ def measure(
         for (implementation, variant), reason in lineup.absent.items():
             yield replace(task.measurement(implementation, variant, configs[variant]), note=reason), None
         for runner in lineup.runners:
-            logger.info("warming %s %s %s", *runner[:3])
+            logger.info("warming %s (by %s, %s)", runner.variant, runner.implementation, runner.setting)
             measurement = task.measurement(runner.implementation, runner.variant, configs[runner.variant])
             checked = None if runner.implementation == OURS else runner.entrant.same_function
             yield replace(measurement, setting=runner.setting, checked=checked), work(runner)

@@ -105,7 +105,7 @@ def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, Mode
         if m.seconds is None:
             continue
         name, config = m.implementation or OURS, configs[m.variant]
-        logger.info("measuring the memory of %s %s", name, m.variant)
+        logger.info("measuring the memory of %s (by %s)", m.variant, name)
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
         for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sqa.cli import options
-from sqa.cli.display import LogSpeaker, make_console, make_display
+from sqa.cli.display import make_console, make_display, speak_of
 from sqa.dtypes import short_dtype
 from sqa.errors import InputError
 from sqa.variants import MEASURED_VARIANTS
@@ -39,10 +38,7 @@ TimeLimit = Annotated[options.T, typer.Option("--budget", help="Stop after this 
 
 @app.callback()
 def _speak(ctx: typer.Context) -> None:
-    logger, speaker = logging.getLogger("sqa.bench"), LogSpeaker()
-    logger.setLevel(logging.INFO)
-    logger.handlers[:] = [speaker]
-    ctx.with_resource(speaker.pulse)
+    ctx.with_resource(speak_of("sqa.bench"))
 
 
 def _models(preset: str | None, variants: str | None, model: list[str] | None) -> Models:

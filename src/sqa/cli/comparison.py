@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sqa.cli.display import is_main, make_console, make_display
+from sqa.cli.display import is_main, make_console, make_display, speak_of
 from sqa.cli.options import (
     BatchSize,
     Compile,
@@ -206,7 +206,8 @@ def _run(
         try:
             from sqa.experiments.report import write_report
 
-            notes.append(f"Report: {write_report([out])[0]}")
+            with speak_of("sqa.experiments.report"):
+                notes.append(f"Report: {write_report([out])[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
             notes.append(f"No report: {error}")
     if single and not comparison.missing:
@@ -269,6 +270,8 @@ def report(
     experiment = read_experiment(directories, step_times)
     if len(directories) > 1:
         make_console().print(results_table(experiment))
-    for path in write_report(directories, out, step_times=step_times):
+    with speak_of("sqa.experiments.report"):
+        written = write_report(directories, out, step_times=step_times)
+    for path in written:
         print(path)
     save_json(json_path, [line.to_dict() for line in experiment.summaries()])

@@ -127,6 +127,14 @@ class LogSpeaker(logging.Handler):
         print(text, file=sys.stderr, flush=True)
 
 
+def speak_of(name: str) -> Pulse:
+    """For a `with` block in which a LogSpeaker says what this logger is told."""
+    logger, speaker = logging.getLogger(name), LogSpeaker()
+    logger.setLevel(logging.INFO)
+    logger.handlers[:] = [speaker]
+    return speaker.pulse
+
+
 def _so_far(text: str, since: float) -> str:
     return f"{text}, {lasting(time.monotonic() - since)} so far"
 
@@ -135,21 +143,21 @@ class _Voice:
     """What displays of one view share: standard output, and reminders of what they do."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        self.console, self._whole = console, not console.is_terminal  # a file keeps lines whole
         self.pulse = Pulse(self._remind)
         self.phases: dict[PlainDisplay | LiveDisplay, None] = {}
         self._latest, self._since = "preparing", time.monotonic()
 
     def say(self, text: str) -> None:
         self.pulse.heard()
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=self._whole)
         self._latest, self._since = text, time.monotonic()
 
     def _remind(self) -> None:
         lines = [phase.state() for phase in list(self.phases)] or [_so_far(self._latest, self._since)]
         for line in lines:
             if line is not None:
-                self.console.print(line, soft_wrap=True)
+                self.console.print(line, soft_wrap=self._whole)
 
 
 class _Lasting(ProgressColumn):
@@ -218,7 +226,8 @@ class LiveDisplay:
         self._clear()
         if not self._progress.tasks:
             self._progress.stop()
-        self.note(text)
+        if text:
+            self.note(text)
 
     def beside(self) -> LiveDisplay:
         """Another bar under this one."""
@@ -245,7 +254,7 @@ class PlainDisplay:
         self._label, self._steps, self._tenth, self._done = label, steps, 0, 0
         self._report: StepReport | None = None
         self._speed, self._since = _Speed(), time.monotonic()
-        self.note(f"{label}: {steps} steps")
+        self.note(f"{label}: {steps} step{'s' * (steps != 1)}")
         self._voice.phases[self] = None
 
     def step(self, report: StepReport | None) -> None:
@@ -270,7 +279,8 @@ class PlainDisplay:
 
     def finish(self, text: str) -> None:
         self._voice.phases.pop(self, None)
-        self.note(text)
+        if text:
+            self.note(text)
 
     def beside(self) -> PlainDisplay:
         """For another phase at the same time."""

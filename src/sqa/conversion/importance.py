@@ -12,11 +12,11 @@ from sqa.conversion.subject import AttentionView, Subject, joined, watched
 Method = Literal["random", "weight", "l2", "taylor", "greedy"]
 
 METHODS: dict[Method, str] = {
-    "random": "any heads, by the seed (takes nothing more)",
-    "weight": "norm of the head's query rows times that of its output columns (takes nothing more)",
-    "l2": "L2 norm of what the head adds to the residual stream (arXiv 2407.14679) (takes nothing more)",
-    "taylor": "gradient of the loss by a gate on the head (arXiv 1905.10650) (takes a backward pass more)",
-    "greedy": "drop one by one the head whose loss the others make good best (takes one inverse of F x F a layer more)",
+    "random": "any heads, by the seed; costs nothing more",
+    "weight": "norm of the head's query rows times that of its output columns; costs nothing more",
+    "l2": "L2 norm of what the head adds to the residual stream (arXiv 2407.14679); costs nothing more",
+    "taylor": "gradient of the loss by a gate on the head (arXiv 1905.10650); costs a backward pass more",
+    "greedy": "drop one by one the head whose loss the others make good best; costs one inverse of F x F a layer more",
 }
 """What each looks at, and what that costs beside one forward pass over the calibration text."""
 

@@ -59,8 +59,7 @@ class Stage:
 
     def __str__(self) -> str:
         after = f" ({self.tokens:,} tokens of healing)" if self.tokens else ""
-        beside = f"; second domain: {self.elsewhere}" if self.elsewhere else ""
-        return f"{self.stage}{after}: {self.quality}{beside}"
+        return f"{self.stage}{after}: {self.quality}"
 
     def to_dict(self) -> dict[str, Any]:
         values = {"stage": self.stage, "tokens": self.tokens, **asdict(self.quality)}

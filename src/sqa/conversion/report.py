@@ -36,7 +36,7 @@ def planned(job: Job) -> Group:
         ("parameters", attention_parameters),
         (f"MFLOP, forward, {n:,} tokens", lambda layer: attention_flops(layer, n) / 1e6),
     ):
-        table.add_row(what, *(f"{sum(map(count, layers)):,.0f}" for layers in (job.before, after)))
+        table.add_row(what, *(_counted(sum(map(count, layers))) for layers in (job.before, after)))
     total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
     healing = "healing: none"
     if total:
@@ -46,11 +46,18 @@ def planned(job: Job) -> Group:
         )
     lines = (
         f"calibration: {settings.sequences * n:,} tokens; heads by {settings.method}: {METHODS[settings.method]}",
-        "every layer keeps as many" if settings.allocation == "uniform" else "layers keep what their heads are worth",
+        "every layer keeps the same number of query heads"
+        if settings.allocation == "uniform"
+        else "layers keep what their heads are worth",
         healing,
         f"verdict: {settings.evaluation_tokens:,} tokens at each stage; speed at {', '.join(map(str, job.speed_at))}",
     )
     return Group(table, *lines)
+
+
+def _counted(value: float) -> str:
+    """To the whole number; what is small and none, such as a mean of heads, to three digits."""
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.3g}"
 
 
 def quality_table(conversion: Conversion) -> Group:

@@ -182,7 +182,7 @@ class _Run:
         for batch in batches:
             yield batch
             self.display.step(None)
-        self.display.finish(label)
+        self.display.finish("")
 
     def _read(self) -> _Text:
         """The text, each split read once and only as far as it is needed."""
@@ -213,6 +213,8 @@ class _Run:
         quality = [self._measure(stage, subject, domain) for domain in self.domains[: 1 if midway else 2]]
         measured = Stage(stage=stage, tokens=tokens, quality=quality[0], elsewhere=next(iter(quality[1:]), None))
         self.display.note(str(measured))
+        if measured.elsewhere:
+            self.display.note(f"  second domain: {measured.elsewhere}")
         self.state = self.state.with_stage(measured)
         self._save()
 

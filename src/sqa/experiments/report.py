@@ -1,6 +1,7 @@
 """A comparison to look at: one HTML file that needs no network, and every figure as PNG and SVG beside it."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -15,6 +16,8 @@ from sqa.experiments.statistics import Estimate, Speedup
 from sqa.experiments.summary import Experiment, Summary
 from sqa.files import replacing, write_text
 from sqa.variants import BASELINE
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_SOURCE = "arXiv 2510.01817: one run a variant, padding counted, one epoch of 22,500 steps"
 PUBLISHED = {
@@ -62,6 +65,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         raise MissingExtraError("reports need altair", "report") from None
     longest = experiment.longest()
     front = pareto_front({line.variant: (line.step_s, line.loss.mean) for line in longest if line.step_s})
+    logger.info("preparing the figures of the report")
     figures = make_figures(experiment, [Directory(path) for path in directories], front)
     template = (files("sqa.experiments") / "report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
@@ -87,6 +91,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
     written = [out / "report.html"]
     write_text(written[0], text)
     for figure in figures:
+        logger.info("drawing %s", figure.name)
         chart = laid_out(figure, width=560).properties(title=figure.title)
         for kind in ("png", "svg"):
             written.append(out / f"{figure.name}.{kind}")
