@@ -1,8 +1,11 @@
 """The Transformer: names, files, losses, generation, encoders."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,10 +268,13 @@ def test_generation_is_repeatable_and_ignores_the_mode() -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"max_new_tokens": True}, "max_new_tokens must be a whole number, got True"),
-        ({"temperature": "x"}, "temperature must be a finite number, got 'x'"),
+        ({"temperature": "x"}, "temperature must be a number, got 'x'"),
         ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
-        ({"end_id": 1.5}, "end_id must be a whole number or a list or null, got 1.5"),
-        ({"end_id": [1, True]}, r"end_id\[1\] must be a whole number, got True"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
+        ({"end_id": 1.5}, "end_id must be a whole number, got 1.5"),
+        ({"end_id": [1, True]}, "end_id must be a whole number, got True"),
+        ({"end_id": "2"}, "end_id must be a whole number, got '2'"),
         ({"generator": 5}, "generator must be a torch.Generator or None, got 5"),
         ({"max_new_tokens": 35}, "6 prompt tokens and 35 new ones exceed max_seq_len=40"),
     ],
@@ -276,6 +282,31 @@ def test_generation_is_repeatable_and_ignores_the_mode() -> None:
 def test_generate_errors(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().generate(torch.zeros(1, 6, dtype=torch.long), **{"max_new_tokens": 3, **changes})
+
+
+@pytest.mark.parametrize("end_id", [[3, 5], (3, 5), {3, 5}, range(3, 6, 2), np.array([3, 5]), torch.tensor([3, 5])])
+def test_several_ids_end_a_text_in_any_collection(end_id: Any) -> None:
+    model, ids = make(), torch.randint(VOCAB, (4, 6))
+    options: dict[str, Any] = {"max_new_tokens": 30, "temperature": math.inf}
+    seed = torch.Generator().manual_seed
+    new = model.generate(ids, end_id=end_id, generator=seed(0), **options)[:, 6:].tolist()
+    free = model.generate(ids, generator=seed(0), **options)[:, 6:].tolist()
+    ended = [min((i for i, token in enumerate(row) if token in (3, 5)), default=len(row)) for row in free]
+    assert min(ended) < 29
+    for row, other, end in zip(new, free, ended, strict=True):
+        assert row[: end + 1] == other[: len(row)][: end + 1]
+        assert set(row[end:]) <= {3, 5}
+
+
+def test_numbers_of_other_libraries_and_any_temperature_are_taken() -> None:
+    model, ids = make(), torch.randint(VOCAB, (1, 6))
+    seed = torch.Generator().manual_seed
+    plain = model.generate(ids, max_new_tokens=8, temperature=0.5, top_k=4, top_p=0.5, end_id=3, generator=seed(0))
+    for whole, real in ((np.int64, np.float32), (torch.tensor, torch.tensor)):
+        given = {"max_new_tokens": whole(8), "top_k": whole(4), "temperature": real(0.5), "top_p": real(0.5)}
+        assert torch.equal(model.generate(ids, **given, end_id=whole(3), generator=seed(0)), plain)
+    counts = frequencies([9.0, 0.0, -9.0], temperature=math.inf)
+    torch.testing.assert_close(counts, torch.full((3,), 1 / 3), atol=0.02, rtol=0)  # six deviations
 
 
 def test_generate_to_the_very_end() -> None:

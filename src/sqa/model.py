@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, d = d_model, V = vocab_size.
 
 from __future__ import annotations
 
+import operator
 import sysconfig
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from sqa.attention.layer import Shared
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError, shown
 from sqa.losses import IGNORE, linear_cross_entropy, token_losses
-from sqa.records import read_value
 
 
 class SwiGLU(nn.Module):
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        end_id: int | Sequence[int] | None = None,
+        end_id: int | Iterable[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue prompts (B, T) -> (B, T + n), n <= max_new_tokens, by prefill and cached decoding.
@@ -219,14 +219,10 @@ class Transformer(nn.Module):
 
         Raises InputError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
-        for name, given, kind in (
-            ("max_new_tokens", max_new_tokens, int),
-            ("temperature", temperature, float),
-            ("top_k", top_k, int | None),
-            ("top_p", top_p, float | None),
-            ("end_id", end_id, int | tuple[int, ...] | None),
-        ):
-            read_value(kind, given, f"generate: {name}")
+        max_new_tokens = _whole(max_new_tokens, "max_new_tokens")
+        temperature = _real(temperature, "temperature")
+        top_k = None if top_k is None else _whole(top_k, "top_k")
+        top_p = None if top_p is None else _real(top_p, "top_p")
         for name, value, wanted, good in (
             ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
             ("temperature", temperature, "0 or more", temperature >= 0),
@@ -255,7 +251,7 @@ class Transformer(nn.Module):
             dtype=weight.dtype,
             device=weight.device,
         )
-        ends = torch.tensor([] if end_id is None else end_id, dtype=torch.int64, device=input_ids.device)
+        ends = torch.tensor(_end_ids(end_id), dtype=torch.int64, device=input_ids.device)
         ended = torch.zeros(batch_size, 1, dtype=torch.bool, device=input_ids.device)
         tokens = [input_ids]
         output = self(input_ids, padding_mask=padding_mask, cache=cache, num_logits=1)
@@ -342,6 +338,31 @@ def _check_ids(input_ids: object) -> None:
         raise InputError(f"input_ids must be a tensor of int64 or int32, got {given}")
     if input_ids.ndim != 2:
         raise InputError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number of Python, NumPy or a tensor as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"generate: {name} must be a whole number, got {shown(repr(value))}") from None
+
+
+def _real(value: Any, name: str) -> float:
+    """A number of Python, NumPy or a tensor as a float."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise InputError(f"generate: {name} must be a number, got {shown(repr(value))}")
+    return float(value)
+
+
+def _end_ids(given: Any) -> list[int]:
+    try:
+        ids = [] if given is None else list(given)
+    except TypeError:  # one alone
+        ids = [given]
+    return [_whole(each, "end_id") for each in ids]
 
 
 def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -33,6 +33,8 @@ def fuzz(case: Callable[[Random], object], about: str) -> None:
             if not given.all:
                 sys.exit(1)
         number += 1
+        if (number - given.seed) % 50 == 0:
+            print(f"{number - given.seed} cases, {failed} failed", file=sys.stderr, flush=True)
     found = f"{failed} of them failed" if failed else "nothing found"
     print(f"{about}: {number - given.seed} cases in {time.monotonic() - begin:.0f} s, {found}.")
     sys.exit(failed > 0)
