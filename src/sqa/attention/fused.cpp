@@ -78,11 +78,17 @@ inline Vec multiply_add(Vec sum, Pair a, PairVec b) {
 }
 #endif
 
-// 2^x for x <= 0 to 2 units in the last place; below 2^-126 it stays there. NaN stays NaN, by the order of the operands
-inline Vec exp2_of(Vec x) {
+// 2^x for x <= 0 to 2 units in the last place, or to 1e-4 where PAIRS are made of it, which round to 4e-3; below 2^-126
+// it stays there. NaN stays NaN, by the order of the operands
+template <bool PAIRS = false> inline Vec exp2_of(Vec x) {
     x = larger(all(-126.f), x);
     const Vec shift = all(12582912.f);  // adding 1.5 * 2^23 leaves the nearest whole number in the low bits
     Vec t = x + shift, f = x - (t - shift);
+    if (PAIRS) {
+        Vec p = all(5.5008690e-2f);
+        p = p * f + 2.4221063e-1f; p = p * f + 6.9328292e-1f; p = p * f + 1.f;
+        return (Vec)((IntVec)p + ((IntVec)t << 23));
+    }
     Vec p = all(1.5403530e-4f);
     p = p * f + 1.3333558e-3f; p = p * f + 9.6181291e-3f; p = p * f + 5.5504109e-2f;
     p = p * f + 2.4022651e-1f; p = p * f + 6.9314718e-1f; p = p * f + 1.f;
@@ -105,7 +111,14 @@ template <class U, class T> inline auto across(const T* first, const T* last) {
 }
 template <class U> inline auto across(const Vec* rows) {
     if constexpr (PER<U> == 1) return rows[0];
-    else return __builtin_convertvector(rounded(rows[0]), PairVec) | __builtin_convertvector(rounded(rows[1]), PairVec) << 16;
+#if defined(__AVX512BF16__)
+    else {
+        static const int16_t ORDER[] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)rows[1], (__m512)rows[0]);
+        return (PairVec)_mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER), both);
+    }
+#endif
 }
 // LANES numbers of a row, side by side, as units; and a row of D numbers times `factor`, which pairs do not take
 inline void store_along(float* row, int column, Vec v) { store(row + column, v); }
@@ -237,19 +250,19 @@ void attend_tile(const U* __restrict kt, const U* __restrict vt, const Block<D, 
     float* highest = block.highest + row;
     product<ROWS, D / PER<U>, COLUMNS, false>(s[0], KEYS, block.queries + row * (D / PER<U>), D / PER<U>, 1, kt, KEYS);
     for (int r = 0; r < ROWS; r++) {
-        Vec top = all(highest[r]);
+        Vec top = all(NOTHING);
         for (int c = 0; c < COLUMNS * LANES; c += LANES) {
             Vec x = load(&s[r][c]);
-            if (PER<U> == 2) x *= scale;
             if (!whole) {
                 const IntVec j = count_from(c);
                 x = (j >= lows[r]) & (j < highs[r]) ? x : all(NOTHING);
+                store(&s[r][c], x);
             }
-            if (PER<U> == 2 || !whole) store(&s[r][c], x);
             top = larger(top, x);
         }
         before[r] = highest[r];
-        highest[r] = tops[r] = max_of(top);
+        const float found = PER<U> == 2 ? max_of(top) * scale : max_of(top);
+        highest[r] = tops[r] = found > before[r] ? found : before[r];
     }
     for (int r = 0; r < ROWS; r += LANES) {  // a row that has seen nothing is compared with 0: its weights are 0 too
         const Vec top = load(tops + r), base = top == NOTHING ? Vec{} : top;
@@ -259,7 +272,7 @@ void attend_tile(const U* __restrict kt, const U* __restrict vt, const Block<D, 
     for (int r = 0; r < ROWS; r++) {
         Vec sum = block.total[row + r] * shrink[r];
         for (int c = 0; c < COLUMNS * LANES; c += LANES) {
-            Vec x = load(&s[r][c]), p = exp2_of(x - tops[r]);
+            Vec x = load(&s[r][c]), p = exp2_of<PER<U> == 2>((PER<U> == 2 ? x * scale : x) - tops[r]);
             if (!whole) p = x == NOTHING ? Vec{} : p;
             store_along(weights[r], c, p);
             sum += p;
@@ -444,12 +457,12 @@ void backward_of_tile(Work<D, U>& w, int first, const float* base, const float* 
                     const IntVec j = count_from(c);
                     x = (j >= w.lows[r + i]) & (j < w.highs[r + i]) ? x : all(NOTHING);
                 }
-                weight[i] = x < -126.f ? Vec{} : exp2_of(x);
+                weight[i] = x < -126.f ? Vec{} : exp2_of<P == 2>(x);
                 slope[i] = weight[i] * (load(&slopes[r + i][c]) - delta[r + i]);
-                if (P == 2) store_along(ds_along[r + i], c, slope[i]);
             }
             store(&weights[r / P][c], across<U>(weight));
             store(&ds[r / P][c], across<U>(slope));
+            if (P == 2) for (int i = 0; i < P; i++) store_along(ds_along[r + i], c, slope[i]);
         }
     // floats lie the same way along and across
     const U *grads = P == 2 ? w.grads_across[0] : w.grads[0], *queries = P == 2 ? w.queries_across[0] : w.queries[0],
