@@ -364,7 +364,8 @@ def test_a_cache_of_another_layer_is_refused() -> None:
     x = torch.randn(1, 3, 64)
     for other, message in (
         (config.replace(window=2), "made for window=2, got None"),
-        (variant("gqa", d_model=64, num_heads=8, num_kv_heads=1), "made for num_kv_heads=1, got 2"),
+        (config.replace(num_kv_heads=1), "made for num_kv_heads=1, got 2"),
+        (config.replace(rope=None), "made for rope=None, got Rope"),
     ):
         with pytest.raises(ValueError, match=message):
             SparseQueryAttention(config)(x, cache=KVCache(other, batch_size=1, capacity=4))

@@ -1,5 +1,6 @@
 """Cached decoding equals the uncached forward pass, whatever the window, sinks, padding and chunks."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqa import AttentionConfig, KVCache, ModelConfig, SparseQueryAttention, Transformer, variant, window_pattern
+from sqa.attention.kernels import KERNELS
+from sqa.attention.masks import Mask
 from sqa.cost import kv_cache_bytes
 
 WINDOW = 5
@@ -158,7 +161,7 @@ def test_rows_and_padding_must_fit() -> None:
             layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=mask)
     with pytest.raises(ValueError, match=r"padding_mask must be a tensor or None, got \[True\]"):
         layer(torch.zeros(2, 1, 64), cache=cache, padding_mask=[True])
-    with pytest.raises(ValueError, match="got layer -1"):
+    with pytest.raises(ValueError, match="layer_index must be 0 or more, got -1"):
         SparseQueryAttention(attention, layer_index=-1)(torch.zeros(2, 1, 64), cache=cache)
 
 
@@ -210,6 +213,19 @@ def test_a_model_of_ones_own_decodes_with_one_cache() -> None:
         steps = [run(x[:, start:stop], cache) for start, stop in pairwise((0, 5, 5, 6, 12))]
         torch.testing.assert_close(torch.cat(steps, 1), run(x, None))
     assert cache.length == 12
+
+
+def test_a_kind_of_mask_that_the_cache_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Mask.needs
+    monkeypatch.setattr(Mask, "needs", lambda self, num_keys: needs(self, num_keys) | {"chunks"})
+    for name in ("sdpa", "reference"):
+        monkeypatch.setitem(KERNELS, name, replace(KERNELS[name], takes=KERNELS[name].takes | {"chunks"}))
+    attention = config(None, 0)
+    layer, cache = SparseQueryAttention(attention), KVCache(attention, batch_size=1, capacity=8)
+    layer(torch.randn(1, 4, 64))
+    layer(torch.randn(1, 4, 64), cache=cache)
+    with pytest.raises(ValueError, match="keys from a cache cannot have a mask of chunks"):
+        layer(torch.randn(1, 2, 64), cache=cache)
 
 
 def test_layers_that_share_a_place_in_the_cache_are_an_error() -> None:

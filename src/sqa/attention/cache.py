@@ -5,7 +5,7 @@ are kept layer by layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -213,9 +213,10 @@ class KVCache:
         if device != self.layers[layer_index].keys.device:
             raise InputError(f"cache: made on {self.layers[layer_index].keys.device}, got x on {device}")
         made = self._configs[layer_index]
-        for name in ("num_kv_heads", "head_dim", "window", "num_sink_tokens"):
-            if getattr(made, name) != getattr(config, name):
-                raise InputError(f"cache: made for {name}={getattr(made, name)}, got {getattr(config, name)}")
+        for field in fields(made):
+            made_for, given = getattr(made, field.name), getattr(config, field.name)
+            if made_for != given:
+                raise InputError(f"cache: made for {field.name}={made_for}, got {given}")
 
     def claim(self, layer_index: int, owner: int) -> None:
         """Note that the layer object with id `owner` has this place; raise InputError when another one has it."""

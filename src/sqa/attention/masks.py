@@ -12,6 +12,9 @@ from sqa.errors import InputError, shown
 KINDS = ("causal", "window", "sinks", "documents", "padding", "cache")
 """What a mask may need of a kernel. A kernel that does not name a kind is never given it."""
 
+_OF_CACHES = frozenset({"causal", "window", "sinks", "padding", "cache"})
+"""The kinds that `_cached_mask` knows: another would be passed over while a model generates, without a word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CachedKeys:
@@ -95,15 +98,15 @@ class Mask:
     def needs(self, num_keys: int) -> frozenset[str]:
         """The KINDS of this mask over so many keys."""
         windowed = self.window_over(num_keys) is not None
-        has = (
-            self.causal,
-            windowed,
-            windowed and self.num_sink_tokens > 0,
-            self.document_ids is not None,
-            self.hides_padding,
-            self.cached is not None,
-        )
-        return frozenset(kind for kind, needed in zip(KINDS, has, strict=True) if needed)
+        has = {
+            "causal": self.causal,
+            "window": windowed,
+            "sinks": windowed and self.num_sink_tokens > 0,
+            "documents": self.document_ids is not None,
+            "padding": self.hides_padding,
+            "cache": self.cached is not None,
+        }
+        return frozenset(kind for kind, needed in has.items() if needed)
 
 
 def check_tensor(name: str, value: object, *, or_none: bool = False) -> None:
@@ -167,6 +170,8 @@ def dense_mask(mask: Mask, num_queries: int, num_keys: int, device: torch.device
 
 def _cached_mask(mask: Mask, cached: CachedKeys) -> Tensor:
     keys = cached.key_positions.reshape(-1, 1, cached.key_positions.shape[-1])
+    if unknown := mask.needs(keys.shape[-1]) - _OF_CACHES:
+        raise InputError(f"attention: keys from a cache cannot have a mask of {', '.join(sorted(unknown))}")
     distance = cached.query_positions[None, :, None] - keys
     if mask.window is None:
         visible = cached.near[:, None, :]
