@@ -155,7 +155,7 @@ def beside_sdpa(name: str) -> str:
             ours, theirs = timed[dtype, what, head_dim, n, "fused"], timed[dtype, what, head_dim, n, "sdpa"]
             cells += [f"{row.flops_per_s / 1e9:,.0f}" for row in (ours, theirs)] + [f"{ours.ratio_to_sdpa:.2f}x"]
         table.add_row(str(head_dim), f"{n:,}", what.replace("+", " + "), *cells)
-    where = f"{result.machine.processor}, {result.machine.threads} threads, git {str(result.git)[:10]}"
+    where = f"{result.machine.processor}, {result.machine.threads} threads, git {result.revision}"
     heads = next(iter(timed.values()))
     notes = "\n".join(result.notes)
     shape = f"GFLOP/s; causal, one sequence, {heads.num_query_heads} query and {heads.num_kv_heads} KV heads"
@@ -276,6 +276,31 @@ def pretrained(*names: str) -> str:
     return text_of(table)
 
 
+def at_a_glance(**conversions: str) -> str:
+    """What SmolLM2's conversions (by the names of their models in the timings) lose and gain, a column for each."""
+    found = {model: _conversion(name) for model, name in conversions.items()}
+    first = next(iter(found.values()))
+    columns = [first.stages[0], *(conversion.last("distilled") for conversion in found.values())]
+    heads = ["9 heads (original)", *(f"{c.settings['query_heads']} heads a layer" for c in found.values())]
+    scores = json.loads((RESULTS / "conversion" / "smollm2-choice-500.json").read_text(encoding="utf-8"))["scores"]
+    losses = [(stage.quality, stage.elsewhere) for stage in columns]
+    rows = [
+        ["loss on articles", *(f"{quality.loss:.4f}" for quality, _ in losses)],  # type: ignore[union-attr]
+        ["loss on Python", *(f"{elsewhere.loss:.4f}" for _, elsewhere in losses)],  # type: ignore[union-attr]
+        ["right next paragraph, of four", *(f"{score['accuracy']:.1%}" for score in scores)],
+        ["tokens of healing", *(f"{stage.tokens:,}" for stage in columns)],
+    ]
+    timed = BenchResult.read(RESULTS / "prefill-converted.jsonl").rows
+    names = {"sqa": "here", "hf-llama": "in transformers", "llama-cpp": "in llama.cpp"}
+    for n, implementation in dict.fromkeys((row.n, row.implementation) for row in timed):
+        ratios = {row.variant: row.ratio for row in timed if (row.n, row.implementation) == (n, implementation)}
+        values = (ratios.get(model) for model in ("source", *conversions))
+        cells = ("" if ratio is None else f"{ratio:.2f}x" for ratio in values)
+        rows.append([f"speed of reading {n:,} tokens, {names[str(implementation)]}", *cells])
+    lines = [["", *heads], ["---"] * (1 + len(heads)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def kept_heads(name: str) -> str:
     """How many query heads each layer of a conversion has."""
     return ", ".join(str(len(layer.kept)) for layer in _conversion(name).layers)
@@ -309,14 +334,18 @@ def trials() -> str:
 
 
 def choice() -> str:
-    """The four-way choice of SmolLM2, before and after."""
-    found = json.loads((RESULTS / "conversion" / "smollm2-choice.json").read_text(encoding="utf-8"))
+    """The four-way choice of SmolLM2, before and after, and how the harness answered it in an earlier run."""
+    found, earlier = (
+        json.loads((RESULTS / "conversion" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("smollm2-choice-500", "smollm2-choice")
+    )
     table = score_table([Score.from_dict(values) for values in found["scores"]])
-    harness = found["harness"]
+    harness = earlier["harness"]
     return (
-        f"{text_of(table)}\n\n{len(found['scores'][0]['right'])} items, {found['dtype']} autocast. The harness "
-        f"(lm_eval {harness['version']}, which installs beside the pinned packages without changing one) answered the "
-        f"first {harness['items']} as the original did here: {harness['same']} of {harness['items']} alike."
+        f"{text_of(table)}\n\n{len(found['scores'][0]['right'])} items, {found['dtype']} autocast. In an "
+        f"earlier run the harness (lm_eval {harness['version']}, which installs beside the pinned packages without "
+        f"changing one) answered the first {harness['items']} as the original did here: {harness['same']} of "
+        f"{harness['items']} alike."
     )
 
 
@@ -376,7 +405,8 @@ SECTIONS = {
     "encoder": lambda: conversion(quality_table, "minilm"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "surgeries": surgeries,
-    "pretrained": lambda: pretrained("smollm2-6-attention"),
+    "pretrained": lambda: pretrained("smollm2-6-attention", "smollm2-3-attention"),
+    "pretrained at a glance": lambda: at_a_glance(heal7="smollm2-6-attention", heal3b="smollm2-3-attention"),
     "pretrained all": lambda: pretrained("smollm2-6", "smollm2-6-measured", "smollm2-3"),
     "pretrained heads": lambda: f"Query heads of the layers, in order: {kept_heads('smollm2-6-attention')}.",
     "pretrained continues": lambda: conversion(samples, "smollm2-6-attention"),

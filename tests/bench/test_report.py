@@ -103,6 +103,7 @@ def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> No
         for name, seconds in (("gqa", 2.0), ("sqa", 1.0))
     ]
     rows[3] = replace(rows[3], preprint_ratio=1.37)
+    rows.append(step_row("sqa", 1.5, kind="prefill", n=4096, ratio=1.0, implementation="hf-llama", setting="eager"))
     lines = printed(result(*rows)).splitlines()
     table = [line.split() for line in lines if line.strip()]
     assert ["N", "gqa", "sqa"] in table
@@ -110,6 +111,14 @@ def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> No
     assert ["ratio", "1.00x", "2.00x"] in table
     assert ["FLOPs", "1.90x", "1.90x"] in table
     assert ["preprint", "1.37x"] in table
+    peer = [["hf-llama", "1.50", "s"], ["ratio", "1.00x"], ["over", "ours", "1.50x"], ["run", "eager"]]
+    assert table[table.index(peer[0]) :][:4] == peer
+
+
+def test_a_revision_with_uncommitted_changes_says_so() -> None:
+    commit = "0e05c75608" + "a" * 30
+    assert "git 0e05c75608-dirty" in printed(replace(result(), git=f"{commit}-dirty"))
+    assert replace(result(), git=commit).revision == "0e05c75608"
 
 
 def test_the_preprints_ratios_are_those_it_prints() -> None:

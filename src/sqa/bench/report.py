@@ -71,6 +71,12 @@ class BenchResult:
             raise InputError(f"benchmark: {path.name} is no file written by sqa bench --json") from None
 
     @property
+    def revision(self) -> str:
+        """The first ten digits of the commit, with "-dirty" where there were uncommitted changes."""
+        commit, dash, dirty = str(self.git).partition("-")
+        return commit[:10] + dash + dirty
+
+    @property
     def kinds(self) -> list[str]:
         """The benchmarks of the measurements, in their order."""
         return list(dict.fromkeys(row.kind for row in self.rows))
@@ -85,7 +91,7 @@ class BenchResult:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         where = self.machine.gpu or f"{self.machine.processor}, {self.machine.threads} threads"
-        yield Text(f"{where}, torch {self.versions['torch']}, git {str(self.git)[:10]}", style="dim")
+        yield Text(f"{where}, torch {self.versions['torch']}, git {self.revision}", style="dim")
         yield from self.tables()
         for note in self.notes:
             yield Text(note, style="dim")
@@ -242,10 +248,16 @@ def _wide_table(rows: Sequence[Measurement]) -> Group:
     first = rows[0]
     facts = [f"preset {first.preset}", f"dtype {first.dtype}", "one sequence, last logits only"]
     table = _table_of(Column("N", justify="right"), "", *(Column(name, justify="right") for name in names))
+    ours = {(row.n, row.variant): row for row in rows if row.implementation == "sqa" and row.seconds is not None}
+
+    def over_ours(row: Measurement) -> str:
+        own = ours.get((row.n, row.variant))
+        return "" if row.seconds is None or own in (None, row) else _times(row.median / own.median)
+
     lines: dict[str, Callable[[Measurement], str | Text]] = {
         "seconds": lambda row: _time(row) if row.seconds is None else seconds_text(row.median),
-        "ratio": lambda row: _times(row.ratio),
-        "vs peer": lambda row: _times(row.ratio_to_peer),
+        "ratio": lambda row: "" if len(names) == 1 else _times(row.ratio),
+        "over ours": over_ours,
         "FLOPs": lambda row: _times(row.limit),
         "preprint": lambda row: _times(row.preprint_ratio),
         "run": lambda row: row.setting or "" if row.implementation != "sqa" and row.seconds is not None else "",
