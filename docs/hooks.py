@@ -69,7 +69,13 @@ def _commands() -> str:
 
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="sqa"), name="sqa", title="Commands")
-    return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # cut off after some words; the contents name them all
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # cut off after some words; the contents name them all
+    return without_tags(text)
+
+
+def without_tags(markdown: str) -> str:
+    """Markdown in which `<` outside code is a character: in help texts, `<plan>` is a word and no HTML."""
+    return re.sub(r"(```.*?```|`[^`\n]*`)|<", lambda match: match[1] or "&lt;", markdown, flags=re.DOTALL)
 
 
 def _exported() -> list[str]:

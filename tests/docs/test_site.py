@@ -1,5 +1,6 @@
 """The documentation site builds without a warning and asks nobody for anything."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -40,10 +41,32 @@ def test_site_builds_strictly_and_loads_nothing_from_elsewhere(site: Path) -> No
 
 
 @pytest.mark.slow
+def test_no_item_of_a_list_is_swallowed_by_the_paragraph_before_it(site: Path) -> None:
+    """As happens where what belongs to an item is indented by fewer than four spaces."""
+    item = re.compile(r"^ *(?:[0-9]+\.|[-*+]) .*", flags=re.MULTILINE)
+    for page in sorted(site.rglob("*.html")):
+        for paragraph in re.findall(r"<p>(.*?)</p>", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            found = item.search(paragraph)
+            assert not found, f"{page.name}: {found[0]}"
+
+
+@pytest.mark.slow
 def test_commands_are_all_there(site: Path) -> None:
     page = (site / "commands.html").read_text(encoding="utf-8")
     for name in get_command(app).commands:  # type: ignore[attr-defined]
         assert f'id="sqa-{name}"' in page
+
+
+def test_words_in_angle_brackets_stay_in_help_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from markdown import markdown
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    hooks = importlib.import_module("hooks")
+    text = "Run directory: runs/<plan>, not `<path>`.\n\n```console\n$ sqa <plan>\n```\n\n[0<=x<=9]\n"
+    shown = markdown(hooks.without_tags(text), extensions=["fenced_code"])
+    assert shown.count("&lt;plan&gt;") == 2
+    assert "<code>&lt;path&gt;</code>" in shown
+    assert "[0&lt;=x&lt;=9]" in shown
 
 
 @pytest.mark.slow
