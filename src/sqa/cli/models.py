@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from sqa.cli.options import Seed, find_run
-from sqa.dtypes import long_dtype
 from sqa.errors import InputError
 
 app = typer.Typer()
@@ -82,8 +81,6 @@ def export(
     """Write a model for transformers or llama.cpp."""
     from sqa import interop
 
-    if dtype is not None and format != "gguf":
-        dtype = long_dtype(dtype)
     with _exportable(model) as source:
         for note in interop.export(source, out, format=format, dtype=dtype):
             print(note)

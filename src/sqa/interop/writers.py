@@ -9,7 +9,7 @@ from typing import Any
 
 from sqa import storage
 from sqa.config import ModelConfig
-from sqa.dtypes import DTYPES, dtype_name, find_dtype
+from sqa.dtypes import DTYPES, dtype_name, find_dtype, long_dtype
 from sqa.errors import InputError, shown
 from sqa.files import write_json, write_safetensors
 from sqa.interop import llama
@@ -53,6 +53,8 @@ def export(source: str | Path, out: str | Path, *, format: str, dtype: str | Non
     storage.refuse_inside(out, opened.path)
     text, row = opened.read_text_side(), FORMATS[format]
     if dtype is not None and dtype not in row.dtypes:
+        dtype = long_dtype(dtype)  # formats of PyTorch's dtypes take their short names too
+    if dtype not in (None, *row.dtypes):
         raise InputError(f"export: dtype must be one of {', '.join(row.dtypes)} for {format}, got {shown(repr(dtype))}")
     row.check(opened.config, text, out)
     row.write(opened.load(), text, out, dtype)
