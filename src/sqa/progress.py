@@ -1,4 +1,4 @@
-"""What long work tells while it runs, and how it is asked to stop."""
+"""How long work reports its progress, and how it is asked to stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from sqa.records import check_least
 
@@ -29,52 +29,38 @@ class StepReport:
         check_least(self, 0, "tokens", "seconds")
 
 
-class Display(Protocol):
-    """What a long job tells while it runs, a phase at a time."""
+class Display:
+    """Shows the progress of long work, one phase after another. This class itself shows nothing."""
 
     def note(self, text: str) -> None:
-        """One line of what is being done."""
+        """Show one line of text."""
 
     def start(self, label: str, steps: int) -> None:
-        """A phase of so many steps begins."""
+        """Begin a phase of `steps` steps."""
 
     def step(self, report: StepReport | None) -> None:
-        """A step of the phase is done; no report where nothing is trained."""
+        """Count one step of the phase; `report` is None where nothing is trained."""
 
     def finish(self, text: str) -> None:
-        """The phase is over. An empty text says nothing."""
+        """End the phase, and show a line of text unless it is empty."""
 
     def beside(self) -> Display:
-        """A display for another phase at the same time, in the same view."""
+        """A display in the same view, for a phase that runs at the same time."""
+        return self
 
 
 def lasting(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """A duration in words: "42 s", "3 min" or "1 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def start(self, label: str, steps: int) -> None: ...
-
-    def step(self, report: StepReport | None) -> None: ...
-
-    def finish(self, text: str) -> None: ...
-
-    def beside(self) -> Silent:
-        return self
-
-
 def interruptible(call: Callable[[], T]) -> T:
-    """The result of a long call of a library that does not look for signals; they end the waiting, not the call.
+    """Run a library's long call so that Ctrl-C ends the waiting at once, and return its result.
 
-    The call goes on in a thread that does not keep the process alive. The library must release Python's lock.
+    The call runs in a daemon thread, which goes on after an interruption. The library must release Python's lock.
     """
     future: Future[T] = Future()
 
@@ -99,10 +85,10 @@ class Interrupted(RuntimeError):
 
 
 class StopFlag:
-    """SIGTERM and Ctrl-C. They end the work at once: what is on disk is whole at any moment.
+    """Handles SIGTERM and Ctrl-C. They end the work at once, which leaves only whole files on disk.
 
-    In a block `held()` a signal only sets `signal`, for work that has something to save first and asks for it. A second
-    signal ends that too.
+    In a `held()` block the first signal only sets `signal`, so that the work can save something before it ends. A
+    second signal ends that too.
     """
 
     def __init__(self) -> None:
@@ -117,7 +103,7 @@ class StopFlag:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the first signal sets `signal` and does nothing else."""
+        """In the block, the first signal sets `signal` and does nothing else."""
         before, self._held = self._held, True
         try:
             yield
@@ -126,7 +112,7 @@ class StopFlag:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """Inside, and at the beginning if there was one, a signal raises Interrupted with this message."""
+        """In the block, a signal raises Interrupted with this message; so does one that came before it."""
         before = self._held
         try:
             if self.signal is not None:
@@ -141,7 +127,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and Ctrl-C set inside the block, which they end with Interrupted unless it is held."""
+    """Handle SIGTERM and Ctrl-C in the block: they end it with Interrupted, unless the flag is held."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -38,7 +38,7 @@ from sqa.conversion.records import Conversion
 from sqa.conversion.run import convert
 from sqa.conversion.settings import Settings
 from sqa.interop import load_model
-from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
+from sqa.progress import Display, Interrupted, StepReport, StopFlag
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
 
@@ -63,7 +63,7 @@ def converted(
     return convert(source, out, settings, calibration=str(text), evaluate=None, display=display, stop=stop)
 
 
-class Stopping(Silent):
+class Stopping(Display):
     """Keeps the reports of training, and gives the signal to stop at one of its steps, or at one of all steps."""
 
     def __init__(self, reports: list[StepReport], *, trained: int | None = None, shown: int | None = None) -> None:
@@ -316,7 +316,7 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
 def test_a_second_domain_samples_and_what_serves_it(hugging_face, text: Path, tmp_path: Path) -> None:
     told: list[str] = []
 
-    class Telling(Silent):
+    class Telling(Display):
         def note(self, text: str) -> None:
             told.append(text)
 
@@ -451,7 +451,7 @@ def test_what_could_not_be_written_is_found_before_the_work(hugging_face, text: 
     (source / "generation_config.json").write_text("{")
     told: list[str] = []
 
-    class Telling(Silent):
+    class Telling(Display):
         def note(self, text: str) -> None:
             told.append(text)
 

@@ -5,16 +5,7 @@ import pytest
 from sqa.bench.measurement import Measurement
 from sqa.experiments import everything
 from sqa.measure.peak import Peak
-from sqa.progress import StepReport
-
-
-class Silent:
-    def note(self, text: str) -> None: ...
-    def start(self, label: str, steps: int) -> None: ...
-    def step(self, report: StepReport | None) -> None: ...
-    def finish(self, text: str) -> None: ...
-    def beside(self) -> "Silent":
-        return self
+from sqa.progress import Display
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +28,7 @@ def test_a_part_that_fails_does_not_take_the_others_along(
 
     monkeypatch.setattr(everything, "run_prefill", broken)
     monkeypatch.setattr(everything, "_trained", trained)
-    result = everything.measure_everything(Silent(), device="cpu", size="tiny", budget=60)
+    result = everything.measure_everything(Display(), device="cpu", size="tiny", budget=60)
     assert result.kinds == ["attention", "step", "decode", "compare"]
     assert {row.kernel for row in result.rows if row.kind == "attention"} == {"sdpa:flash", "sdpa:math"}
     assert {row.batch_size for row in result.rows if row.kind == "step"} == {1, 2}
@@ -47,8 +38,8 @@ def test_a_part_that_fails_does_not_take_the_others_along(
 
 
 def test_nothing_starts_once_the_budget_is_spent() -> None:
-    result = everything.measure_everything(Silent(), device="cpu", size="tiny", budget=1e-9)
+    result = everything.measure_everything(Display(), device="cpu", size="tiny", budget=1e-9)
     assert result.rows == ()
     assert "budget was spent before: attention, head_dim 16" in result.notes[0]
     with pytest.raises(ValueError, match="size: 'tin' is unknown; did you mean 'tiny'"):
-        everything.measure_everything(Silent(), size="tin")
+        everything.measure_everything(Display(), size="tin")

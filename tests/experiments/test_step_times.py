@@ -11,7 +11,7 @@ from sqa.cost import parameters
 from sqa.experiments import step_times
 from sqa.experiments.plan import Plan
 from sqa.experiments.run import prepare_data
-from sqa.progress import Silent
+from sqa.progress import Display
 from sqa.training.loop import make_accelerator
 
 
@@ -50,7 +50,7 @@ def test_variants_are_timed_in_the_memory_of_one(tmp_path: Path, monkeypatch: py
     before = bytes_of_tensors()
     monkeypatch.setattr(step_times, "train_step", step)
     data = prepare_data(plan, plan.data)
-    timings = step_times.time_steps(plan, data, make_accelerator("cpu", "float32"), Silent())
+    timings = step_times.time_steps(plan, data, make_accelerator("cpu", "float32"), Display())
     assert list(timings) == list(plan.variants)
     assert {timing.rounds for timing in timings.values()} == {3}
     assert len(held) == 4 * (3 + 2)

@@ -11,7 +11,7 @@ import torch
 from sqa.data.shards import TokenShards, write_shards
 from sqa.experiments.compare import compare
 from sqa.experiments.plan import Plan
-from sqa.progress import StepReport
+from sqa.progress import Display
 from sqa.training.loop import make_accelerator
 from sqa.training.probes import Prober, probe_steps
 
@@ -73,16 +73,6 @@ def test_probes_are_spread_in_log_and_end_with_the_run(steps: int, count: int, f
     assert probe_steps(steps, 0) == frozenset()
 
 
-class Silent:
-    def note(self, text: str) -> None: ...
-
-    def start(self, label: str, steps: int) -> None: ...
-
-    def step(self, report: StepReport | None) -> None: ...
-
-    def finish(self, text: str) -> None: ...
-
-
 def test_a_probed_run_trains_as_one_that_is_not_and_rates_differ_by_variant(tmp_path: Path) -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text[i : i + 900]}) + "\n" for i in range(60)))
@@ -99,9 +89,9 @@ def test_a_probed_run_trains_as_one_that_is_not_and_rates_differ_by_variant(tmp_
         budget="steps=8",
         timing_rounds=0,
     )
-    compare(plan, tmp_path / "plain", Silent())  # type: ignore[arg-type]
-    compare(plan.replace(probes=4), tmp_path / "probed", Silent())  # type: ignore[arg-type]
-    compare(plan.replace(learning_rates={}), tmp_path / "one-rate", Silent())  # type: ignore[arg-type]
+    compare(plan, tmp_path / "plain", Display())
+    compare(plan.replace(probes=4), tmp_path / "probed", Display())
+    compare(plan.replace(learning_rates={}), tmp_path / "one-rate", Display())
 
     def losses(out: str, name: str) -> list[float]:
         lines = (tmp_path / out / f"{name}-0" / "curve.jsonl").read_text().splitlines()

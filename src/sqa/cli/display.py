@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from sqa.progress import Interrupted, StepReport, lasting
+from sqa.progress import Display, Interrupted, StepReport, lasting
 
 TABLE_WIDTH = 80
 """Every table fits it. A narrower terminal wraps the lines: cutting them would change figures."""
@@ -169,7 +169,7 @@ class _Lasting(ProgressColumn):
         return Text(lasting(time.monotonic() - task.fields["moved"]))
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """One bar: variant, step, loss, tokens a second, time left. Used in a `with` block, as PlainDisplay is."""
 
     def __init__(self, console: Console, above: LiveDisplay | None = None) -> None:
@@ -234,7 +234,7 @@ class LiveDisplay:
         return LiveDisplay(self._voice.console, self)
 
 
-class PlainDisplay:
+class PlainDisplay(Display):
     """A line at the start and the end of a phase, at every tenth of it, and after SILENCE seconds without one."""
 
     def __init__(self, console: Console, beside: PlainDisplay | None = None) -> None:

@@ -93,19 +93,16 @@ class Encoder(Subject):
         """All but the pooler, which the last hidden state does not pass."""
         return [p for name, p in self.model.named_parameters() if not name.startswith("pooler.")]
 
-    def stream(self, batch: Passages) -> Tensor:
-        return self.model.embeddings(input_ids=batch.input_ids)
-
-    def read(self, index: int, stream: Tensor) -> Tensor:
-        return stream
-
-    def attend(self, index: int, read: Tensor, batch: Passages) -> Tensor:
+    def attend(self, index: int, x: Tensor, batch: Passages) -> Tensor:
         attention = self.model.encoder.layer[index].attention
-        return attention.output.dense(attention.self(read, attention_mask=batch.real[:, None, None])[0])
+        return attention.output.dense(attention.self(x, attention_mask=batch.real[:, None, None])[0])
 
-    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
-        layer = self.model.encoder.layer[index]
-        return layer.feed_forward_chunk(layer.attention.output.LayerNorm(stream + given))
+    def layers(self, batch: Passages) -> Iterator[tuple[Tensor, Tensor]]:
+        x = self.model.embeddings(input_ids=batch.input_ids)
+        for index, layer in enumerate(self.model.encoder.layer):
+            output = self.attend(index, x, batch)
+            yield x, output
+            x = layer.feed_forward_chunk(layer.attention.output.LayerNorm(x + output))
 
     def loss(self, batch: Passages) -> Tensor:
         """Something to differentiate and time: an encoder predicts nothing by itself (`prepare` refuses the rest)."""

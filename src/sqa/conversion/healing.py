@@ -45,8 +45,8 @@ class Layerwise(Healing):
         with torch.no_grad():
             pairs = list(self.teacher.layers(part))
         losses = [
-            (self.student.attend(i, read, part) - given).float().square().sum() / given.float().square().sum()
-            for i, (read, given) in enumerate(pairs)
+            (self.student.attend(i, x, part) - target).float().square().sum() / target.float().square().sum()
+            for i, (x, target) in enumerate(pairs)
         ]
         return torch.stack(losses).mean()
 

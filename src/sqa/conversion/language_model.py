@@ -57,18 +57,17 @@ class LanguageModel(Subject):
     def row_of(self, input_ids: Tensor) -> Batch:
         return Batch(input_ids=input_ids, labels=input_ids, labels_all_positions=None, document_ids=None)
 
-    def stream(self, batch: Batch) -> Tensor:
-        return self.model.model.embed_tokens(batch.input_ids)
+    def attend(self, index: int, x: Tensor, batch: Batch) -> Tensor:
+        return self.model.model.layers[index].self_attn(x, document_ids=batch.document_ids)
 
-    def read(self, index: int, stream: Tensor) -> Tensor:
-        return self.model.model.layers[index].input_layernorm(stream)
-
-    def attend(self, index: int, read: Tensor, batch: Batch) -> Tensor:
-        return self.model.model.layers[index].self_attn(read, document_ids=batch.document_ids)
-
-    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
-        layer, stream = self.model.model.layers[index], stream + given
-        return stream + layer.mlp(layer.post_attention_layernorm(stream))
+    def layers(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        x = self.model.model.embed_tokens(batch.input_ids)
+        for index, layer in enumerate(self.model.model.layers):
+            normed = layer.input_layernorm(x)
+            output = self.attend(index, normed, batch)
+            yield normed, output
+            x = x + output
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
 
     def hidden(self, batch: Batch) -> Tensor:
         return self.model.hidden_states(batch.input_ids, document_ids=batch.document_ids)

@@ -20,36 +20,36 @@ from sqa.conversion.subject import AttentionView, Subject, watched
 
 
 def _walk(original: Subject, batches: Sequence[Any]) -> Iterator[tuple[Moments, list[Tensor], list[Tensor]]]:
-    """Of each layer the moments of what its output projection read, and what its attention read and gave a batch."""
-    streams = [original.stream(batch) for batch in batches]
-    for index, view in enumerate(original.views):
-        moments = _moments_of(view)
-        reads, given = [original.read(index, stream) for stream in streams], []
+    """For each layer the moments of its output projection's input, and its attention's input and output a batch."""
+    passes = [original.layers(batch) for batch in batches]
+    for view in original.views:
+        moments, inputs, outputs = _moments_of(view), [], []
         with watched([view.o]) as seen:
-            for i, (batch, read) in enumerate(zip(batches, reads, strict=True)):
-                given.append(original.attend(index, read, batch))
+            for batch, one in zip(batches, passes, strict=True):
+                x, output = next(one)
                 moments.add(original.tokens(seen[0][0], batch))
-                streams[i] = original.after(index, streams[i], given[i])
-        yield moments, reads, given
+                inputs.append(x)
+                outputs.append(output)
+        yield moments, inputs, outputs
 
 
 def _features(
-    cut: Subject, index: int, batches: Sequence[Any], reads: Sequence[Tensor], targets: Sequence[Tensor]
+    cut: Subject, index: int, batches: Sequence[Any], inputs: Sequence[Tensor], targets: Sequence[Tensor]
 ) -> Moments:
-    """Feeds `reads` to the attention of the cut layer; moments of what its output projection reads, with `targets`."""
+    """Run a cut layer's attention on `inputs`: moments of its output projection's input, with `targets`."""
     view = cut.views[index]
     moments = _moments_of(view)
     with watched([view.o]) as seen:
-        for batch, read, target in zip(batches, reads, targets, strict=True):
-            cut.attend(index, read, batch)
+        for batch, x, target in zip(batches, inputs, targets, strict=True):
+            cut.attend(index, x, batch)
             moments.add(cut.tokens(seen[0][0], batch), cut.tokens(target, batch))
     return moments
 
 
-def _inputs(subject: Subject, batches: Sequence[Any], reads: Sequence[Tensor]) -> Moments:
-    moments = Moments(reads[0].shape[-1], 0, constant=True)
-    for batch, read in zip(batches, reads, strict=True):
-        moments.add(subject.tokens(read, batch))
+def _input_moments(subject: Subject, batches: Sequence[Any], inputs: Sequence[Tensor]) -> Moments:
+    moments = Moments(inputs[0].shape[-1], 0, constant=True)
+    for batch, x in zip(batches, inputs, strict=True):
+        moments.add(subject.tokens(x, batch))
     return moments
 
 
@@ -79,7 +79,7 @@ def operate(
     dropped, refitted = original.with_heads(shapes), original.with_heads(shapes)
     changes = []
     both = zip(plans, _walk(original, fit), _walk(original, held_out), strict=True)
-    for index, ((after, pools), (own, reads, given), (_, held_reads, held_given)) in enumerate(both):
+    for index, ((after, pools), (own, inputs, outputs), (_, held_inputs, held_outputs)) in enumerate(both):
         view = original.views[index]
         kept = importance.choose_heads(
             settings.method,
@@ -91,10 +91,10 @@ def operate(
             generator=generator,
         )
         joins = settings.pooling == "aligned" and after.num_kv_heads < view.config.num_kv_heads
-        weights = surgery.cut(view, after.num_kv_heads, kept, _inputs(original, fit, reads) if joins else None)
+        weights = surgery.cut(view, after.num_kv_heads, kept, _input_moments(original, fit, inputs) if joins else None)
         dropped.views[index].write(weights)
-        fitted = _features(dropped, index, fit, reads, given)
-        held = _features(dropped, index, held_out, held_reads, held_given)
+        fitted = _features(dropped, index, fit, inputs, outputs)
+        held = _features(dropped, index, held_out, held_inputs, held_outputs)
         output = surgery.refit(weights.o, fitted, held)
         refitted.views[index].write(replace(weights, o=output))
         changes.append(LayerChange(kept=tuple(kept), dropped=held.error(weights.o), refitted=held.error(output)))

@@ -27,7 +27,7 @@ from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
 from sqa.measure.machine import git_revision, machine, versions
 from sqa.measure.timing import TimeLimit, take_turns
-from sqa.progress import Display, Interrupted, Silent, StepReport, StopFlag
+from sqa.progress import Display, Interrupted, StepReport, StopFlag
 from sqa.records import differences, read_json
 from sqa.training.loop import Hooks
 
@@ -62,7 +62,7 @@ def convert(
     settings, is in the way. Raises Interrupted when stopped, and NonFiniteLoss when healing diverges.
     """
     job = prepare(source, Path(out), settings, calibration=calibration, evaluate=evaluate)
-    return run(job, display or Silent(), stop or StopFlag())
+    return run(job, display or Display(), stop or StopFlag())
 
 
 def run(job: Job, display: Display, stop: StopFlag) -> Conversion:

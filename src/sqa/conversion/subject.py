@@ -77,11 +77,7 @@ def watched(modules: Sequence[nn.Linear]) -> Iterator[list[tuple[Tensor, Tensor]
 
 
 class Subject(ABC):
-    """A model in conversion. `Any` stands for the class's kind of batch, whose `input_ids` are (B, T).
-
-    A layer is taken in three parts: what its attention reads of the residual stream, what the attention gives for
-    that, and the stream after the layer.
-    """
+    """A model in conversion. `Any` stands for the class's kind of batch, whose `input_ids` are (B, T)."""
 
     default_speed_at: ClassVar[tuple[int, ...]]
     predicts: ClassVar[bool]
@@ -152,20 +148,12 @@ class Subject(ABC):
         return list(self.model.parameters())
 
     @abstractmethod
-    def stream(self, batch: Any) -> Tensor:
-        """The residual stream before the first layer, (B, T, d)."""
+    def attend(self, index: int, x: Tensor, batch: Any) -> Tensor:
+        """The output of one layer's attention for its input x, both (B, T, d)."""
 
     @abstractmethod
-    def read(self, index: int, stream: Tensor) -> Tensor:
-        """What the attention of a layer reads of the stream before that layer, (B, T, d)."""
-
-    @abstractmethod
-    def attend(self, index: int, read: Tensor, batch: Any) -> Tensor:
-        """What the attention of a layer gives for what it read, (B, T, d)."""
-
-    @abstractmethod
-    def after(self, index: int, stream: Tensor, given: Tensor) -> Tensor:
-        """The stream after a layer whose attention gave that, (B, T, d)."""
+    def layers(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The input and the output of each layer's attention in a forward pass, both (B, T, d)."""
 
     @abstractmethod
     def hidden(self, batch: Any) -> Tensor:
@@ -174,15 +162,6 @@ class Subject(ABC):
     def prefill(self, batch: Any) -> object:
         """What reading a prompt takes."""
         return self.hidden(batch)
-
-    def layers(self, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each layer's attention reads and gives, both (B, T, d)."""
-        stream = self.stream(batch)
-        for index in range(len(self.views)):
-            read = self.read(index, stream)
-            given = self.attend(index, read, batch)
-            yield read, given
-            stream = self.after(index, stream, given)
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:

@@ -22,7 +22,7 @@ from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
 from sqa.measure.machine import git_revision, machine, versions
-from sqa.progress import Display, NonFiniteLoss, Silent, lasting, stop_flag
+from sqa.progress import Display, NonFiniteLoss, lasting, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import make_accelerator
 
@@ -55,7 +55,7 @@ def compare(
     Raises InputError for whatever keeps the comparison from starting, before anything is written, Interrupted when
     stopped, and NonFiniteLoss at the end when that happened to a run.
     """
-    display = display or Silent()
+    display = display or Display()
     if tracker is not None and launcher is not LOCAL:
         raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
     with ExitStack() as stack:
