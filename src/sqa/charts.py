@@ -1,27 +1,23 @@
-"""Plots of altair, which is in the extra `report`, written to files."""
+"""altair, which the extra `report` installs, and its charts as files."""
 
 from pathlib import Path
 from typing import Any
 
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, load_extra
 from sqa.files import replacing
 
 _SUFFIXES = (".svg", ".png", ".html", ".json")
 
 
 def check_plot_path(path: Path) -> None:
-    """Raise InputError for a name that says no format."""
+    """Raise InputError unless the suffix names a format of plots."""
     if path.suffix not in _SUFFIXES:
         raise InputError(f"plot: {path.name!r} must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
 
 
 def load_altair() -> Any:
-    """The library. Raises MissingExtraError without it."""
-    try:
-        import altair
-    except ImportError:
-        raise MissingExtraError("plots need altair", "report") from None
-    return altair
+    """The module. Raises MissingExtraError where it is missing."""
+    return load_extra("altair", "plots need altair", "report")
 
 
 def save_chart(chart: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What dtypes are called: by PyTorch's names, and by the short ones of benchmark tables."""
+"""Names of dtypes: PyTorch's (float32), and short ones for the tables of benchmarks (fp32)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DTYPES = tuple(_SHORT)
 
 
 def long_dtype(name: str) -> str:
-    """PyTorch's name of a dtype, for its short one too; anything else as it is."""
+    """PyTorch's name of the dtype with that name or short name; any other text unchanged."""
     return _LONG.get(name, name)
 
 
 def short_dtype(name: str) -> str:
-    """The name of a dtype in tables of benchmarks, for PyTorch's own too; anything else as it is."""
+    """The short name of the dtype with that name or short name; any other text unchanged."""
     return _SHORT.get(name, name)
 
 
 def find_dtype(name: str) -> torch.dtype:
-    """The dtype of either name. Raises InputError for another one."""
+    """The dtype with that name or short name. Raises InputError for an unknown one."""
     import torch  # takes a second, and names alone do without it
 
     if long_dtype(name) not in DTYPES:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa import storage
-from sqa.errors import InputError, MissingExtraError, first_line
+from sqa.errors import InputError, first_line, load_extra
 from sqa.interop import llama, open_source, read_tokenizer
 from sqa.interop.hub import local_path
 from sqa.tables import make_table
@@ -133,10 +133,7 @@ def open_reader(source: str | Path) -> Callable[[str], Reader]:
 
 def _of_transformers(path: Path, kind: str, **options: Any) -> Any:
     """What one of its automatic classes makes of a directory, without running code that lies there."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError(f"{path} needs transformers", "hf") from None
+    transformers = load_extra("transformers", f"{path} needs transformers", "hf")
     try:
         automatic = getattr(transformers, kind)
         return automatic.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)

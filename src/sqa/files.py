@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: made under a temporary name beside it, synced, renamed.
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, then renamed.
 
-What a process left that was killed meanwhile is removed by the next that writes to the same folder.
+The next process that writes to a folder removes what a killed process left there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LOCK = ".lock"
-"""The name, or how it begins, of a file that a process holds while it writes beside it."""
+"""The name, or its beginning, of the file that a process locks while it writes beside it."""
 
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}\.tmp")
 
@@ -39,10 +39,10 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to; when the block ends well it is synced and takes the name of `path`."""
+    """A temporary path to write a file to. When the block ends well, the file is synced and renamed to `path`."""
     with _temporary(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; a library that makes its file anew may forget that
+        mode = temporary.stat().st_mode  # as the umask wants it; a library that replaces the file may change it
         yield temporary
         temporary.chmod(mode)
         _sync_file(temporary)
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`; when the block ends well its files are synced and it takes the name of `path`."""
+    """A temporary folder. When the block ends well, its files are synced and it is renamed to `path`."""
     with _temporary(path) as temporary:
         temporary.mkdir()
         yield temporary
@@ -66,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name that no other process uses; what has it is gone after the block."""
+    """A unique temporary name beside `path`. Whatever has that name after the block is removed."""
     remove_abandoned(path.parent)
     temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -77,7 +77,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what processes of this machine that no longer run were writing to `folder`."""
+    """Remove the temporary files in `folder` of processes of this machine that have ended."""
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(path.name)
         if match and match[1] == _host() and not _runs(int(match[2])):
@@ -85,13 +85,13 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def _host() -> str:
-    """A mark of this machine, because others may write to the same folder; not its name, which stays private."""
+    """A hash that tells this machine from others that write to the same folder, and keeps its name private."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _runs(process: int) -> bool:
     if os.name == "nt":
-        return True  # there, asking with os.kill would end it
+        return True  # os.kill would end the process on Windows
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -111,11 +111,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block, such as a full disk, says that it was about `path` unless it says another file."""
+    """Name `path` in an OSError of the block, such as a full disk, unless the error names another file."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a library that says no more than a text
+        if error.errno is None:  # a library raised it with a text alone
             raise OSError(errno.EIO, str(error), str(path)) from error
         if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
             error.filename, error.filename2 = str(path), None
@@ -132,7 +132,7 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename in `path` durable; where directories cannot be synced (Windows) nothing is done."""
+    """Make a rename in the directory `path` durable. Does nothing on Windows, which cannot sync directories."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -142,7 +142,7 @@ def sync_directory(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises InputError for another one."""
+    """The text of a file. Raises InputError unless it is UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -161,7 +161,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors, wherever they are, whole or not at all."""
+    """Write tensors from any device, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -170,16 +170,17 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of what a file holds."""
+    """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the OS lock of a file that names this process; the file is gone afterwards.
+    """Hold the lock file `path`, which names this process, during the block, and remove it afterwards.
 
-    Where another process holds it, `waiting` is told which and this one waits; without `waiting` raises InputError.
+    If another process holds it, wait for that process after telling `waiting` which it is; without `waiting`, raise
+    InputError.
     """
     lock = FileLock(path)
     try:
@@ -201,5 +202,5 @@ def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: a process that waits for it looks whether it is still there
+            path.unlink()  # before releasing: a process that waits checks whether it is still there
         lock.release()

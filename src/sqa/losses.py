@@ -1,6 +1,6 @@
-"""Cross-entropy as sums and counts, from hidden states: the logits of a batch never exist whole.
+"""Cross-entropy and distillation from hidden states, chunk by chunk: the logits of a batch never exist whole.
 
-Means are taken once, by the caller, over everything that belongs together; a mean of means weighs short batches wrong.
+Losses are sums. The caller takes the mean once, over all tokens: a mean of means would overweight short batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IGNORE = -100
 """The label of a position that has no target."""
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Logits held at once. On CPU at a vocabulary of 10,000 that is some 400 tokens, which stay in the shared cache."""
+"""Logits in memory at a time. On CPU, with a vocabulary of 10,000, they are those of 400 tokens and fit the cache."""
 
 
 def linear_cross_entropy(
@@ -27,9 +27,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of -log softmax(hidden weight^T + bias)[label] over labels != -100: a scalar, fp32.
 
-    hidden (..., d), weight (V, d), bias (V,) or None, labels int64 (...). Gradients are computed with the forward
-    pass, chunk by chunk, and kept (d, V and bias sized, never tokens x V). Under autocast the products run in its
-    dtype and the softmax in fp32. `compiled` runs the softmax and its gradient as one pass by torch.compile.
+    hidden (..., d), weight (V, d), bias (V,) or None, labels int64 (...). The forward pass computes the gradients
+    too, chunk by chunk, and keeps those of hidden, weight and bias; nothing has tokens x V elements. Under autocast
+    the products run in its dtype and the softmax in fp32. `compiled` fuses the softmax and its gradient.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -51,10 +51,10 @@ def linear_cross_entropy(
 def linear_distillation(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: tuple[Tensor, Tensor, Tensor | None]
 ) -> Tensor:
-    """Sum over tokens of KL(teacher || student), fp32: how much the student's distribution differs from the teacher's.
+    """Sum over tokens of KL(teacher || student), fp32.
 
-    hidden (..., d), weight (V, d), bias (V,) or None, and the same of the teacher, whose width may differ and who gets
-    no gradient. Chunked, autocast and gradients as in `linear_cross_entropy`.
+    hidden (..., d), weight (V, d), bias (V,) or None; `teacher` has the same three of another model, whose width may
+    differ and which gets no gradient. Chunks, autocast and gradients are as in `linear_cross_entropy`.
     """
     dtype = _product_dtype(hidden)
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -74,7 +74,7 @@ def linear_distillation(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """For measuring: -log p of each label, fp32, and whether it was the most likely token, bool; both like labels.
+    """Without gradients: -log p of each label, fp32, and whether it was the most likely token, bool; shaped as labels.
 
     Zero and False where the label is -100. Shapes as for `linear_cross_entropy`.
     """
@@ -102,7 +102,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Rows that are taken together: parts of nearly one size, so that a compiled step sees few shapes."""
+    """The chunks of rows, of nearly equal sizes, so that a compiled step sees few shapes."""
     count = hidden.shape[0]
     limit = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
     rows = -(-count // max(1, -(-count * weight.shape[0] // limit)))
@@ -139,10 +139,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """A sum over rows of a loss of their logits, whose gradients are made with it, chunk by chunk.
+    """The sum over rows of a loss of their logits. The forward pass computes the gradients too, chunk by chunk.
 
-    `chunk_loss(logits, part)` gives the sum of a chunk of logits (rows, V), and its gradient by them in their dtype.
-    Only what wants a gradient gets one: a frozen head costs neither its memory nor its product.
+    `chunk_loss(logits, part)` returns the loss of a chunk of logits (rows, V) and its gradient with respect to them,
+    in their dtype. Only inputs that require gradients get one, so a frozen head costs neither memory nor a product.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""C++ of ours, compiled for this processor on first use and kept in the cache folder.
+"""Our C++, compiled for this processor on first use and kept in the cache folder.
 
-A plain shared library called through ctypes: it compiles in seconds where PyTorch's headers take a minute.
+It is a plain shared library called through ctypes, which compiles in seconds; PyTorch's headers take a minute.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fop
 
 
 def load(source: Path) -> ctypes.CDLL | str:
-    """The library of a C++ file, compiled where it is not in the cache; or in words why there is none."""
+    """The library of a C++ file, from the cache or compiled now, or the reason why there is none."""
     if platform.system() != "Linux":
         return "built on Linux only"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -31,12 +31,12 @@ def load(source: Path) -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_compiled(source, compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning("%s could not compile %s, which is done without: %s", compiler, source.name, error)
+        logger.warning("%s could not compile %s, going on without it: %s", compiler, source.name, error)
         return "did not compile"
 
 
 def _compiled(source: Path, compiler: str) -> Path:
-    """The library in the cache, compiled there when source, compiler or processor are new."""
+    """The path of the library in the cache; it is compiled when source, compiler or processor are new."""
     command = shlex.split(compiler)  # CXX="ccache g++" is usual
     version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
     target = subprocess.run(  # what -march=native means here
@@ -57,6 +57,6 @@ def _compiled(source: Path, compiler: str) -> Path:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a library is there and as it was built: loading one cut short would kill the process."""
+    """Whether a library is there, unchanged since it was built: loading a truncated one would kill the process."""
     seal = path.with_suffix(".sha256")
     return path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()

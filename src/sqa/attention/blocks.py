@@ -23,10 +23,11 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """`number` blocks of `size` queries of one row, the first at query `start`, that look alike.
+    """`number` adjoining blocks of `size` queries of one row, the first at query `start`, computed as one batch.
 
-    Each reads the keys from `lead` before its first query to its last, and before them the `sinks` first keys from
-    `document` on. `mask` is added to the scores; without one the block is causal, or sees all its keys.
+    The keys of a block go from `lead` positions before its first query to its last query; before them come the first
+    `sinks` keys of the document, which starts at `document`. `mask` is added to the scores; without one the block is
+    causal, or sees all its keys.
     """
 
     row: int
@@ -40,15 +41,15 @@ class _Blocks:
     mask: Tensor | None = None
 
     def cut(self, x: Tensor, first: int, size: int) -> Tensor:
-        """View (number, ..., size) of x (B, T, ...): `size` positions from `first`, then a block further on, ..."""
+        """View (number, ..., size) of x (B, T, ...): `size` positions of each block, from `first` in the first one."""
         return x[self.row, first : first + (self.number - 1) * self.size + size].unfold(0, size, self.size)
 
     def queries(self, x: Tensor) -> Tensor:
-        """View (number, H, size, D) of what belongs to the queries, from (B, T, H, D)."""
+        """View (number, H, size, D) of x (B, T, H, D) at the queries' positions."""
         return self.cut(x, self.start, self.size).transpose(2, 3)
 
     def keys(self, x: Tensor) -> Tensor:
-        """(number, H, sinks + lead + size, D): the keys or values that the blocks read, from (B, T, H, D)."""
+        """(number, H, sinks + lead + size, D): the blocks' keys, or their values, from x (B, T, H, D)."""
         near = self.cut(x, self.start - self.lead, self.lead + self.size).transpose(2, 3)
         if not self.sinks:
             return near
@@ -61,7 +62,7 @@ class _Blocks:
             far = part[:, :, : self.sinks].sum(0).transpose(0, 1)
             total[self.row, self.document : self.document + self.sinks] += far
         near = part[:, :, self.sinks :].transpose(2, 3)
-        # neighbours overlap: added in pieces no longer than their distance, which do not
+        # keys of adjoining blocks overlap; pieces of one block's size do not, so each can be added at once
         for offset in range(0, self.lead + self.size, self.size):
             piece = near[..., offset : offset + self.size]
             self.cut(total, self.start - self.lead + offset, piece.shape[-1]).add_(piece)
@@ -69,9 +70,9 @@ class _Blocks:
 
 @lru_cache(maxsize=64)
 def _band(size: int, lead: int, window: int, sinks: int, sinks_inside: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (size, sinks + lead + size): the keys start `lead` before the first query.
+    """Additive mask (size, sinks + lead + size) of a block whose keys start `lead` before its first query.
 
-    The first `sinks` columns are sinks from before; `sinks_inside` more lie at the start of the band itself.
+    The first `sinks` columns are sinks before the band; the first `sinks_inside` columns of the band are sinks too.
     """
     key = torch.arange(lead + size)
     distance = torch.arange(size)[:, None] + lead - key
@@ -92,7 +93,7 @@ def _blocks(q: Tensor, starts: Tensor | None, causal: bool, window: int, sinks: 
             whole = stop - start if window == 0 else min(window, stop - start)
             yield _Blocks(row=row, start=start, size=whole, causal=causal)
             first = start + whole
-            if sinks and first < stop:  # while some sinks are still among the keys within reach
+            if sinks and first < stop:  # these blocks still have some sinks inside their window
                 part = min(sinks, stop - first)
                 yield _Blocks(
                     row=row, start=first, size=part, lead=window, mask=_band(part, window, window, 0, sinks, q.dtype)
@@ -110,7 +111,7 @@ def _blocks(q: Tensor, starts: Tensor | None, causal: bool, window: int, sinks: 
 
 
 def _without_gaps(*tensors: Tensor) -> Iterator[Tensor]:
-    """The fused kernels read garbage when the last axis has gaps, and check nothing."""
+    """The tensors with a contiguous last axis: the fused kernels read garbage otherwise, and check nothing."""
     return (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
@@ -142,7 +143,7 @@ def _backward(
     sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks overlap in k and v, so the gradients of those are summed in fp32."""
+    """Gradients of k and v are summed in fp32, because blocks overlap there."""
     grad, q, k, v = _without_gaps(grad, q, k, v)
     dq = torch.empty(q.shape, dtype=q.dtype)
     dk, dv = torch.zeros(k.shape, dtype=torch.float32), torch.zeros(v.shape, dtype=torch.float32)
@@ -181,7 +182,7 @@ def run(call: Call, starts: Tensor | None) -> Tensor:
 
 
 def limits(call: Call) -> str | None:
-    """What keeps a call from attention in blocks, or None."""
+    """Why a call cannot use attention in blocks, or None."""
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"fp32, fp16 and bf16 only, got {call.dtype}"
     if call.num_queries != call.num_keys:

@@ -1,7 +1,7 @@
-"""Keys and values kept between calls: made by the caller, passed by the caller.
+"""The KV cache: the keys and values of earlier calls. The caller makes it and passes it to each call.
 
-What belongs to tokens (which are real, where they stand) is kept once for all layers of one window; keys and values
-are kept layer by layer.
+Facts about tokens (which are real, where they stand) are kept once for all layers of one window; keys and values are
+kept layer by layer.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Step:
     """The new tokens of one forward pass, at positions start .. start + length - 1.
 
     keys: what the layers attend to, `num_keys` of them; None for the new ones alone, as without a cache.
-    sink_slots: int64 (B, T), where a layer with sinks keeps each new token; the last slot is a bin.
+    sink_slots: int64 (B, T), the slot of each new token in a layer with sinks; the last slot is for tokens not kept.
     """
 
     start: int
@@ -60,7 +60,7 @@ class _RollingPositions(_Positions):
     def __init__(self, batch_size: int, size: int, num_sinks: int, device: torch.device) -> None:
         super().__init__(batch_size, size, num_sinks, device)
         self.real.zero_()
-        # slot num_sinks is a bin for everything that is no sink, so that writing needs no data-dependent shape
+        # the last slot takes every token that is no sink, so that writing needs no data-dependent shape
         self.sink_positions = torch.zeros(batch_size, num_sinks + 1, dtype=torch.long, device=device)
         self.seen = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # real tokens so far, a row
 
@@ -135,7 +135,7 @@ class _RollingKeys(_Keys):
         return self._roll(step, self.keys, self.sink_keys, k), self._roll(step, self.values, self.sink_values, v)
 
     def _roll(self, step: Step, recent: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
-        """Keys or values as queries see them, the sinks, the last window - 1 and the new; then keeps the new ones."""
+        """Keep the new keys or values; return those that the queries see: sinks, the last window - 1, and the new."""
         held, seen = torch.cat((recent, new.detach()), 1), new
         if step.keys is not None:
             num_sinks = self.num_sinks if step.keys.holes else 0
@@ -207,7 +207,7 @@ class KVCache:
             self.layers.append(make_keys(shape, dtype, kept[window, num_sinks]))
 
     def check(self, layer_index: int, config: AttentionConfig, device: torch.device) -> None:
-        """Raise InputError when this cache was made for another layer than that at `layer_index`, or for a device."""
+        """Raise InputError when the cache was made for another kind of layer at this place, or on another device."""
         if layer_index not in range(len(self._configs)):
             raise InputError(f"cache: made for {len(self._configs)} layers, got layer {layer_index!r}")
         if device != self.layers[layer_index].keys.device:
@@ -219,7 +219,7 @@ class KVCache:
                 raise InputError(f"cache: made for {field.name}={made_for}, got {given}")
 
     def claim(self, layer_index: int, owner: int) -> None:
-        """Note that the layer object with id `owner` has this place; raise InputError when another one has it."""
+        """Reserve a place for the layer object with id `owner`. Raises InputError when another one has it."""
         layer = self.layers[layer_index]
         if layer.owner not in (None, owner):
             raise InputError(

@@ -1,4 +1,4 @@
-"""One attention call as a record: its tensors, its mask, and what of them decides the kernel."""
+"""One attention call as a record: its tensors, its mask, and the facts that decide which kernel runs it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sqa.errors import InputError, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """q (B, Tq, Hq, D), k and v (B, Tk, Hkv, D), Hkv dividing Hq, and what is done with them.
+    """q (B, Tq, Hq, D), k and v (B, Tk, Hkv, D) with Hkv dividing Hq, and the options of their attention.
 
-    `device` is theirs, but for a call that is only described: its tensors are on the meta device and have no numbers.
+    `device` is that of the tensors; in a call that is only described they are on the meta device, without values.
     grad: whether a backward pass may follow.
 
     Raises InputError for shapes, dtypes and devices that do not fit. Axes in another order than (B, T, H, D) must not
-    pass: the result would have the right shape.
+    pass: the result would have the right shape and wrong values.
     """
 
     q: Tensor
@@ -79,7 +79,7 @@ class Call:
         cls, config: AttentionConfig, mask: Mask, shape: tuple[int, int, int], dtype: torch.dtype, *,
         device: torch.device, grad: bool,
     ) -> Call:  # fmt: skip
-        """A call of a layer without its numbers; shape: (B, Tq, Tk)."""
+        """A call of a layer, without values; shape: (B, Tq, Tk)."""
         batch_size, num_queries, num_keys = shape
         q, k = (
             torch.empty(batch_size, length, heads, config.head_dim, dtype=dtype, device="meta")
@@ -101,7 +101,7 @@ class Call:
         padding: bool = False,
         grad: bool = True,
     ) -> Call:
-        """The call of a self-attention layer over `length` tokens; num_queries: of so many at the end of a cache."""
+        """A self-attention call over `length` tokens, without values; num_queries: how many of them are not cached."""
         real = torch.empty(1, length, dtype=torch.bool, device="meta")
         positions = torch.empty(length, dtype=torch.long, device="meta")
         cached = None
@@ -165,7 +165,7 @@ class Call:
 
     @property
     def window(self) -> int | None:
-        """The window where it hides anything."""
+        """The window, if it hides any key."""
         return self.mask.window_over(self.num_keys)
 
     @property
@@ -180,5 +180,5 @@ class Call:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What a kernel must know of: kinds of masks, and "soft-capping"."""
+        """What a kernel must support: kinds of masks, and "soft-capping"."""
         return self.mask.needs(self.num_keys) | ({"soft-capping"} if self.softcap is not None else set())

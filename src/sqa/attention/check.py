@@ -1,6 +1,6 @@
-"""What really runs: every kernel of this machine on small calls, named by PyTorch's profiler, beside the kernel table.
+"""Check of the kernel table: run every kernel on small calls, and ask PyTorch's profiler what really ran.
 
-A kernel table that is wrong shows in no result: PyTorch falls back to its unfused math without a word.
+No result shows that the table is wrong: PyTorch falls back to its slow unfused math silently.
 """
 
 import os
@@ -20,7 +20,7 @@ from sqa.attention.masks import Mask
 from sqa.dtypes import dtype_name
 from sqa.errors import first_line
 
-# parts of names of operators and of CUDA kernels; the first that occurs tells
+# parts of the names of operators and CUDA kernels; the first that occurs decides
 SIGNS = (
     ("sqa::range_attention", "own"),
     ("sqa::block_attention", "blocks"),
@@ -44,9 +44,9 @@ MASKS = ("causal", "none", "padding", "window", "documents")
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """One kernel on one kind of call: what the table says runs, and what ran in the forward and the backward pass.
+    """One kernel on one kind of call: what should run by the table, and what ran forward and backward.
 
-    backward is None where there was none; error says why a call did not run at all.
+    backward: None without a backward pass. error: why the call did not run at all.
     """
 
     kernel: str
@@ -59,20 +59,20 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether the table told what ran."""
+        """Whether the table is right about this call."""
         # PyTorch differentiates its math kernel operator by operator
         backward = {*self.expected, *(("unfused",) if "math" in self.expected else ()), None}
         return self.error is None and self.forward in self.expected and self.backward in backward
 
 
 def implementation(names: Iterable[str]) -> str:
-    """Which implementation of attention the names of a profile's events belong to."""
+    """The implementation of attention that the names of a profile's events belong to."""
     names = list(names)
     return next((what for sign, what in SIGNS if any(sign in name for name in names)), "nothing known")
 
 
 def expected_implementations(call: Call, kernel: str) -> tuple[str, ...]:
-    """What the kernel table says runs, by the words of `implementation`."""
+    """What should run by the kernel table, in the words of `implementation`."""
     if kernel == "sdpa" and call.device.type == "cuda":
         backends = pytorch.cuda_backends(call, expanded=pytorch.must_expand(call))
         return backends or ("math",)
@@ -81,9 +81,9 @@ def expected_implementations(call: Call, kernel: str) -> tuple[str, ...]:
 
 
 def check_kernels(device: str = "cpu") -> list[Checked]:
-    """Run every kernel on 128 tokens of each mask and dtype that it can do on `device` ("cpu" or "cuda").
+    """Run every kernel on 128 tokens with each mask and dtype that it supports on `device` ("cpu" or "cuda").
 
-    Forward and backward where there is one. FlexAttention compiles for long on a CPU, and runs once there.
+    With a backward pass where the kernel has one. FlexAttention takes long to compile on a CPU, and runs once there.
     """
     rows = []
     for kernel, dtype, mask in product(KERNELS, (torch.float32, torch.bfloat16), MASKS):
@@ -125,13 +125,13 @@ def _check(call: Call, kernel: str, mask: str) -> Checked:
             backward = implementation(
                 _names(lambda: torch.autograd.grad(out.float().square().sum(), inputs), call.device)
             )
-    except RuntimeError as problem:  # a kernel that the table promises and that does not run is a finding
+    except RuntimeError as problem:  # the table promises this kernel, so a failure is a finding
         return replace(checked, error=first_line(problem))
     return replace(checked, forward=implementation(names), backward=backward)
 
 
 def _names(run: Callable[[], object], device: torch.device) -> list[str]:
-    """Names of the operators that ran, and on a GPU of its kernels."""
+    """Names of the operators that ran, and on a GPU of the kernels too."""
     on_gpu = device.type == "cuda"
     with _quiet(), profile(use_device="cuda" if on_gpu else None, use_kineto=on_gpu) as recorded:
         run()
@@ -142,7 +142,7 @@ def _names(run: Callable[[], object], device: torch.device) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's profiler writes lines of its own to the process's stderr whenever it starts and stops."""
+    """Silence stderr, to which PyTorch's profiler writes whenever it starts and stops."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)

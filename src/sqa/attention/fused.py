@@ -19,19 +19,19 @@ _MOST_TOKENS = 2**31 - 1024  # positions are int32, and tiles reach past the end
 
 @constant
 def lacks() -> str | None:
-    """Why there is no compiled library on this machine; None when there is one. The first call compiles."""
+    """Why this machine has no compiled library; None when it has one. The first call compiles it."""
     library = _library()
     return library if isinstance(library, str) else None
 
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | str:
-    """The library, or in words why there is none."""
+    """The library, or the reason why there is none."""
     return native.load(Path(__file__).with_name("fused.cpp"))
 
 
 class Need(NamedTuple):
-    """What a call takes: how many tasks its threads share, and the bytes it needs beside its results."""
+    """What a call needs: the number of tasks for its threads, and the bytes beside its results."""
 
     tasks: int
     scratch_bytes: int
@@ -53,8 +53,8 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, sc
     """q (B, T, Hq, D), k, v (B, Tk, Hkv, D) -> output (B, T, Hq, D); log-sum-exp in base 2, fp32 (B, T, Hq).
 
     Query i of row b sees keys low[b, i] .. high[b, i] - 1 (int32, (B, T)); one that sees none gives zeros. q, k and v
-    are of one dtype of DTYPES, D is one of HEAD_DIMS, Hkv divides Hq; any strides. The same bits for any number of
-    threads. Raises ValueError for all else and MemoryError.
+    have one dtype of DTYPES, D is in HEAD_DIMS, Hkv divides Hq; any strides. The result does not depend on the number
+    of threads. Raises ValueError for anything else, and MemoryError.
     """
     strided, (low, high) = _checked({"q": q, "k": k, "v": v}, {"low": low, "high": high})
     out, logsumexp = _empty(q.shape, q.dtype), _empty(q.shape[:3], torch.float32)
@@ -73,10 +73,10 @@ def fused_backward(
     high: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output (B, T, Hq, D) and from what `fused_forward` took and gave.
+    """Gradients of q, k and v, given that of the output (B, T, Hq, D), and `fused_forward`'s inputs and results.
 
-    Tk must be T. Summed in fp32; the same bits for any number of threads. Raises ValueError for what `fused_forward`
-    refuses, and MemoryError.
+    Tk must be T. Sums are in fp32; the result does not depend on the number of threads. Raises ValueError and
+    MemoryError as `fused_forward` does.
     """
     if k.shape[1:2] != q.shape[1:2]:
         raise ValueError(f"fused attention: gradients need as many queries as keys, got {_described(q, k)}")
@@ -96,9 +96,9 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _checked(strided: dict[str, Tensor], contiguous: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors as native code may read them, copied where it cannot: it takes pointers and checks no memory.
+    """Check the tensors, and copy those that native code cannot read: it takes pointers and checks nothing.
 
-    `strided` begins with q, k and v; only their last axes are made contiguous.
+    `strided` begins with q, k and v; these need a contiguous last axis only.
     """
     q, k = strided["q"], strided["k"]
     if q.dtype not in DTYPES or q.ndim != 4 or q.shape[3] not in HEAD_DIMS:
@@ -115,7 +115,7 @@ def _checked(strided: dict[str, Tensor], contiguous: dict[str, Tensor]) -> tuple
         shape, dtype = shapes.get(name, q.shape), dtypes.get(name, q.dtype)
         if x.dtype != dtype or x.shape != shape or x.layout != torch.strided or not x.is_cpu:
             raise ValueError(f"fused attention: {name} must be {tuple(shape)} {dtype} on cpu, got {_described(x)}")
-        # no memory: a storage that was resized, a wrapper around other tensors
+        # a storage that was resized and a wrapper around other tensors have no memory
         if x.numel() and (not x.data_ptr() or _end(x) * x.itemsize > x.untyped_storage().nbytes()):
             raise ValueError(f"fused attention: {name} has no memory of its own: {_described(x)}")
     rows = [x if x.stride(3) == 1 else x.contiguous() for x in map(Tensor.resolve_neg, strided.values())]
@@ -123,7 +123,7 @@ def _checked(strided: dict[str, Tensor], contiguous: dict[str, Tensor]) -> tuple
 
 
 def _end(x: Tensor) -> int:
-    """One past the last element of x, counted in its storage."""
+    """The index after the last element of x in its storage."""
     offset = int(x.storage_offset())
     if x.is_contiguous():  # nearly always, and three times as fast
         return offset + x.numel()
@@ -147,7 +147,7 @@ def _native() -> ctypes.CDLL:
 
 
 def _call(backward: bool, strided: list[Tensor], contiguous: tuple[Tensor, ...], scale: float) -> None:
-    """The forward or the backward of fused.cpp; the tensors, checked, in its order."""
+    """Call the forward or backward of fused.cpp; the tensors are checked and in its order."""
     q, k, *_ = strided
     threads = torch.get_num_threads()
     need = fused_need(q.dtype, q.shape, k.shape, backward=backward, threads=threads)

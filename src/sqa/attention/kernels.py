@@ -1,4 +1,4 @@
-"""One signature, several kernels. The choice is made by what a kernel can do, says why, and drops nothing.
+"""Several attention kernels behind one function, which chooses one that supports the whole call and logs why.
 
 Shapes: B batch, T tokens, H heads, D head_dim; tensors are (B, T, H, D) everywhere, and only the kernels transpose.
 """
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class Choice(NamedTuple):
-    """The kernel for a call, and why it."""
+    """The kernel for a call, and the reason."""
 
     kernel: str
     reason: str
 
 
 _DENSE = frozenset(KINDS)
-"""What `dense_mask` makes a tensor of. The other kernels have their own ways, and name what they were taught."""
+"""What `dense_mask` can express. The other kernels have ways of their own, and name what they support."""
 _PLAIN = frozenset({"causal", "window", "documents"})
 
 
@@ -37,8 +37,8 @@ _PLAIN = frozenset({"causal", "window", "documents"})
 class Kernel:
     """A row of the kernel table.
 
-    `takes` has the kinds of masks that it knows, and "soft-capping"; `limits(call)` names what else it cannot do of a
-    call. `prepare(call)` puts the mask into the form that the kernel reads, and `run(call, form)` computes.
+    `takes` has the kinds of masks that it supports, and "soft-capping"; `limits(call)` names anything else in a call
+    that it cannot do. `prepare(call)` puts the mask into the form that the kernel reads; `run(call, form)` computes.
     """
 
     run: Callable[[Call, Any], Tensor]
@@ -49,13 +49,13 @@ class Kernel:
     backward: str = "yes"
 
     def lacks(self, call: Call) -> str | None:
-        """What keeps a call from this kernel, or None."""
+        """Why a call cannot use this kernel, or None."""
         missing = call.needs - self.takes
         return f"no {min(missing)}" if missing else self.limits(call)
 
     @property
     def masks(self) -> str:
-        """`takes` in words."""
+        """`takes`, for people to read."""
         left = [kind for kind in KINDS if kind not in self.takes]
         taken = ", ".join(kind for kind in KINDS if kind in self.takes)
         words = taken if len(left) > 1 else f"all but {left[0]}" if left else "all"
@@ -142,7 +142,7 @@ def explain(call: Call) -> list[tuple[str, str]]:
 
 
 def prepare(call: Call, kernel: str = "auto") -> Mask:
-    """The mask of a call in the form that its kernel reads, for every call of the same batch and length.
+    """The mask of a call in the form that its kernel reads. It serves every call of the same batch and length.
 
     Raises InputError as `resolve` does.
     """
@@ -199,7 +199,7 @@ def attend(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast hands them to F.scaled_dot_product_attention."""
+    """The tensors, cast as autocast casts those of F.scaled_dot_product_attention."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

@@ -16,9 +16,9 @@ from sqa.records import read_value
 
 
 class Shared(NamedTuple):
-    """What layers of one AttentionConfig share in one forward pass: made once, by `SparseQueryAttention.share`.
+    """What layers of one AttentionConfig share in a forward pass; `SparseQueryAttention.share` makes it once.
 
-    The mask in the form that their kernel reads, the rotary tables, and where the tokens stand in the cache.
+    The mask in the form that their kernel reads, the rotary tables, and the new tokens' place in the cache.
     """
 
     mask: Mask
@@ -122,9 +122,9 @@ class SparseQueryAttention(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Shared:
-        """What this layer and those of the same config need to know of x (B, T, d_model), arguments as of `forward`.
+        """What this layer and others of the same config share for x (B, T, d_model); arguments as for `forward`.
 
-        Enters the new tokens into the cache's positions; their keys and values follow layer by layer.
+        The cache's positions get the new tokens here; each layer adds their keys and values later.
         """
         batch_size, length = x.shape[:2]
         num_keys = length if context is None else context.shape[1]
@@ -135,7 +135,7 @@ class SparseQueryAttention(nn.Module):
         tables = None
         if self.rotary is not None and context is None:
             tables = self.rotary.tables(0 if step is None else step.start, length)
-        padding_mask = padding_mask if cached is None else None  # the cache knows of it
+        padding_mask = padding_mask if cached is None else None  # the cache holds it
         mask = Mask.of(self.config, padding_mask=padding_mask, document_ids=document_ids, cached=cached)
         device = x.device
         call = Call.described(

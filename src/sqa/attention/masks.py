@@ -1,4 +1,4 @@
-"""Which keys a query sees, described without an N x N tensor; the dense form is made only for kernels that need it."""
+"""Masks: which keys a query sees, without an N x N tensor. Only kernels that need a dense mask get one."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -10,7 +10,7 @@ from sqa.config import LONGEST, AttentionConfig
 from sqa.errors import InputError, shown
 
 KINDS = ("causal", "window", "sinks", "documents", "padding", "cache")
-"""What a mask may need of a kernel. A kernel that does not name a kind is never given it."""
+"""What a mask may ask of a kernel. A kernel never gets a kind that it does not name."""
 
 _OF_CACHES = frozenset({"causal", "window", "sinks", "padding", "cache"})
 """The kinds that `_cached_mask` knows: another would be passed over while a model generates, without a word."""
@@ -18,11 +18,11 @@ _OF_CACHES = frozenset({"causal", "window", "sinks", "padding", "cache"})
 
 @dataclass(frozen=True, kw_only=True)
 class CachedKeys:
-    """Keys that come from a cache, so that slot and position differ.
+    """Keys from a cache, whose index differs from their position.
 
-    query_positions (Tq,); key_positions (Tk,) or (B, Tk); near and far, bool (1 or B, Tk): whether a key may be seen
-    from within the window, and from beyond it. Full-attention caches have `near` for both. holes: whether keys may be
-    missing or out of order; without holes they are the last Tk positions, one after the other.
+    query_positions (Tq,); key_positions (Tk,) or (B, Tk); near and far, bool (1 or B, Tk): whether queries may see a
+    key inside their window, and outside it; for full attention both are the same. holes: whether keys may be missing
+    or out of order; otherwise they are the last Tk positions in order.
     """
 
     query_positions: Tensor
@@ -45,8 +45,8 @@ class Mask:
 
     causal: a query sees no later key. window: of the keys before it, a query sees itself and the window - 1 nearest.
     num_sink_tokens: the first real tokens of a document stay visible beyond the window. padding_mask: bool (B, Tk),
-    True = real. document_ids: integers (B, T), a document being a run of equal ids. cached: set when the keys come out
-    of a cache. prepared: set by whoever uses one mask for several calls of the same length.
+    True = real. document_ids: integers (B, T), a document being a run of equal ids. cached: for keys that
+    come from a cache. prepared: for one mask that serves several calls of the same length.
 
     Raises InputError for a window below 1 or without causal, and for what is no tensor or of the wrong dtype.
     """
@@ -92,11 +92,11 @@ class Mask:
         return self.padding_mask is not None or (self.cached is not None and self.cached.holes)
 
     def window_over(self, num_keys: int) -> int | None:
-        """The window, where it hides any of so many keys."""
+        """The window, if it hides any of so many keys."""
         return None if self.window is None or self.window >= num_keys else self.window
 
     def needs(self, num_keys: int) -> frozenset[str]:
-        """The KINDS of this mask over so many keys."""
+        """Which of KINDS this mask has over so many keys."""
         windowed = self.window_over(num_keys) is not None
         has = {
             "causal": self.causal,

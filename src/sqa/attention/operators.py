@@ -1,4 +1,4 @@
-"""Attention in C++ or in loops that depend on data, as operators: torch.compile treats each as one node."""
+"""Attention in C++, or in loops that depend on data, as custom operators: one node each for torch.compile."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def constant(function: T) -> T:
-    """What `torch.compiler.assume_constant_result` does, without the import of the compiler, which takes a second."""
+    """As torch.compiler.assume_constant_result, without importing the compiler, which takes a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -44,5 +44,5 @@ def cpu_operator(name: str, forward: Callable[..., Any], backward: Callable[...,
 
 
 def limits(call: Call) -> str | None:
-    """What keeps a call from every operator here, or None."""
+    """Why a call cannot use any operator here, or None."""
     return None if call.device.type == "cpu" else "CPU only"

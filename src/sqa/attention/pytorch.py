@@ -1,6 +1,6 @@
-"""PyTorch's own attention: scaled_dot_product_attention, varlen_attn and FlexAttention, and what they can do here.
+"""PyTorch's own attention: scaled_dot_product_attention, varlen_attn and FlexAttention, and their limits.
 
-What a GPU's fused kernels can do differs between PyTorch versions and GPUs: PyTorch is asked, at run time.
+The limits of a GPU's fused kernels differ between PyTorch versions and GPUs, so PyTorch is asked at run time.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sqa.attention.operators import constant
 
 
 def dense_form(call: Call) -> Tensor | None:
-    """The dense mask, or None when nothing is hidden (as from one query at the end of a cache)."""
+    """The dense mask, or None when it hides nothing (as for one query at the end of a cache)."""
     if call.cached and not call.masked:
         return None
     return dense_mask(call.mask, call.num_queries, call.num_keys, call.device)
 
 
 def sdpa_form(call: Call) -> Tensor | None:
-    """The dense mask, or None for plain causality and where nothing is hidden."""
+    """The dense mask, or None when it is plainly causal or hides nothing."""
     return None if _plain_causal(call) else dense_form(call)
 
 
 def sdpa(call: Call, form: Tensor | None) -> Tensor:
-    """F.scaled_dot_product_attention, which chooses among its own kernels."""
+    """F.scaled_dot_product_attention, which chooses one of its own kernels."""
     k, v = call.k, call.v
     if must_expand(call):
         repeats = call.q.shape[2] // k.shape[2]
@@ -54,9 +54,9 @@ def _plain_causal(call: Call) -> bool:
 
 
 def cuda_backends(call: Call, *, expanded: bool = False) -> tuple[str, ...]:
-    """Those of PyTorch's CUDA kernels flash, efficient and cudnn that take such a call on this machine.
+    """PyTorch's CUDA kernels (flash, efficient, cudnn) that can run such a call on this machine.
 
-    expanded: with keys and values repeated for the query heads. Without a CUDA device none does.
+    expanded: with keys and values repeated for each query head. Empty without a CUDA device.
     """
     heads = call.q.shape[2]
     kv_heads = heads if expanded else call.k.shape[2]
@@ -72,7 +72,7 @@ def _ask(*question: Any) -> tuple[str, ...]:
 def _answer(
     dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, masked: bool, causal: bool, grad: bool
 ) -> tuple[str, ...]:
-    """PyTorch is asked about 128 tokens. The answer holds for every length above 0."""
+    """Ask PyTorch about 128 tokens; the answer holds for every length above 0."""
     if not torch.cuda.is_available():
         return ()
     length, ask = 128, torch.backends.cuda
@@ -91,21 +91,21 @@ def _answer(
 
 
 def must_expand(call: Call) -> bool:
-    """Whether shared KV heads must be repeated, because PyTorch would run its unfused math kernel otherwise."""
+    """Whether to repeat shared KV heads, because PyTorch would otherwise run its unfused math kernel."""
     if call.device.type != "cuda" or not call.shares_kv:
         return False
     return not cuda_backends(call) and bool(cuda_backends(call, expanded=True))
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a batch begin in its flattened tokens, int32 (number + 1,), and the longest of them."""
+    """bounds: int32 (number + 1,), where each sequence starts in the flattened tokens; longest: the most tokens."""
 
     bounds: Tensor
     longest: int
 
 
 def varlen_form(call: Call) -> Sequences:
-    """Documents, or else rows, as sequences of their own."""
+    """The documents of the batch as sequences, or its rows."""
     batch_size, length, ids = call.q.shape[0], call.num_keys, call.mask.document_ids
     if ids is None:
         bounds = torch.arange(0, batch_size * length + 1, length, dtype=torch.int32, device=call.device)
@@ -130,7 +130,7 @@ def varlen(call: Call, form: Sequences) -> Tensor:
 
 
 def varlen_limits(call: Call) -> str | None:
-    """What keeps a call from varlen_attn, or None."""
+    """Why a call cannot use varlen_attn, or None."""
     if call.device.type != "cuda":
         return "CUDA only"
     if call.num_queries != call.num_keys:
@@ -148,7 +148,7 @@ def varlen_limits(call: Call) -> str | None:
 
 @constant
 def _varlen_attn() -> Callable[..., Any] | None:
-    """PyTorch's function, where it has what we need of it."""
+    """PyTorch's function, if it exists and has the arguments that we use."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -158,7 +158,7 @@ def _varlen_attn() -> Callable[..., Any] | None:
 
 
 def flex_form(call: Call) -> Any:
-    """The BlockMask, or None where nothing is hidden."""
+    """The BlockMask, or None when it hides nothing."""
     if not call.mask.causal and not call.masked:
         return None
     mask, window = call.mask, call.window
@@ -201,7 +201,7 @@ def flex(call: Call, form: Any) -> Tensor:
 
 
 def flex_limits(call: Call) -> str | None:
-    """What keeps a call from FlexAttention, or None."""
+    """Why a call cannot use FlexAttention, or None."""
     if call.device.type == "cpu" and call.grad:
         return "no CPU backward"
     if call.head_dim < 16 or call.head_dim & (call.head_dim - 1):
@@ -212,7 +212,7 @@ def flex_limits(call: Call) -> str | None:
 
 
 def _flex(name: str, device: str) -> Callable[..., Any]:
-    """A function of flex_attention's module, which runs fused when it is compiled."""
+    """A function of torch.nn.attention.flex_attention, compiled, because only then it runs fused."""
     from torch.nn.attention import flex_attention as module
 
     plain: Callable[..., Any] = getattr(module, name)
@@ -222,5 +222,5 @@ def _flex(name: str, device: str) -> Callable[..., Any]:
 
 @lru_cache(maxsize=4)
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    # one compilation for all lengths; on CPU, where PyTorch 2.13 generates C++ for it that does not compile, one each
+    # one compilation for all lengths; on CPU one for each, as PyTorch 2.13's C++ for dynamic lengths does not compile
     return torch.compile(function, dynamic=device == "cuda")

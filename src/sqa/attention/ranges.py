@@ -1,4 +1,4 @@
-"""Our own CPU kernel. It takes one range of keys for each query, which says every mask but one with sinks."""
+"""Our own CPU kernel. It takes one range of keys for each query, which can express every mask without sinks."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from sqa.attention.masks import document_starts
 class KeyRanges(NamedTuple):
     """Query i of row b sees keys first[b, i] .. past[b, i] - 1, both int32 (B, Tq).
 
-    order: where padding is hidden, int64 (B * Tk,): the rows of keys and values, flattened over B and Tk, that put the
-    padding of each sequence at its end. The ranges count the keys in that order.
+    order: with padding, int64 (B * Tk,): an order of the keys, flattened over B and Tk, that moves the padding of each
+    sequence to its end. The ranges count the keys in that order.
     """
 
     first: Tensor
@@ -23,7 +23,7 @@ class KeyRanges(NamedTuple):
 
 
 def prepare(call: Call) -> KeyRanges:
-    """The ranges of the mask. The queries are the last of the keys' positions."""
+    """The ranges of a mask, whose queries stand at the last positions of the keys."""
     mask, batch_size, num_queries, num_keys = call.mask, call.q.shape[0], call.num_queries, call.num_keys
     positions = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32).expand(batch_size, num_queries)
     first, past = torch.zeros_like(positions), torch.full_like(positions, num_keys)
@@ -55,14 +55,14 @@ def run(call: Call, ranges: KeyRanges) -> Tensor:
     """Output (B, Tq, Hq, D)."""
     k, v = call.k, call.v
     if ranges.order is not None:
-        # whole rows: a gather along the axis would take them number by number, 15 times as slow
+        # whole rows: a gather along the axis would copy single numbers and is 15 times as slow
         k, v = (x.flatten(0, 1).index_select(0, ranges.order).view(x.shape) for x in (k, v))
     out: Tensor = _attention(call.q, k, v, ranges.first, ranges.past, call.scale)[0]
     return out
 
 
 def limits(call: Call) -> str | None:
-    """What keeps a call from our own kernel, or None."""
+    """Why a call cannot use our own kernel, or None."""
     if call.grad and call.num_queries != call.num_keys:
         return "no cache or cross-attention"
     if call.cached and call.padding and call.mask.window is not None:

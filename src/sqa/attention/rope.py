@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies in fp32, kept out of the state dict, aware of the offset of a cache."""
+"""Rotary positions: frequencies in fp32, outside the state dict; positions may start after those of a cache."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # model.to(bfloat16) would round the frequencies, and to_empty() leave them unset: make them anew instead
+        # model.to(bfloat16) would round the frequencies and to_empty() leave them unset, so they are made anew
         super()._apply(fn, recurse)
         self.inverse, _ = inverse_frequencies(self.rope, self.head_dim, self.inverse.device)
         return self

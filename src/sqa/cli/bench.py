@@ -18,16 +18,11 @@ if TYPE_CHECKING:
     from sqa.bench.report import BenchResult
 
 app = typer.Typer(
-    help="Time models and kernels side by side, in turns, after checking that they are right.", no_args_is_help=True
+    help="Time models and kernels side by side, after checking that they are right.", no_args_is_help=True
 )
 
 Dtypes = Annotated[str, typer.Option(help="bf16, fp32 or fp16; several, separated by commas.")]
-Peers = Annotated[
-    str,
-    typer.Option(
-        help="Libraries to time beside ours, separated by commas: hf-llama, x-transformers; in prefill also llama-cpp."
-    ),
-]
+Peers = Annotated[str, typer.Option(help="Add hf-llama, x-transformers or (prefill) llama-cpp, separated by commas.")]
 Model = Annotated[
     list[str] | None,
     typer.Option(help="Measure this model: a directory, a GGUF file or a name on the Hub. Give it again for a second."),
@@ -63,18 +58,13 @@ def _show(result: BenchResult, json_path: Path | None, plot_path: Path | None) -
 @app.command()
 def attention(
     variants: Annotated[
-        str | None,
-        typer.Option(help="Variants, or query heads/KV heads x head width (8/4x32), separated by commas."),
+        str | None, typer.Option(help="Variants, or heads as in 8/4x32 (query/KV x width), separated by commas.")
     ] = None,
     n: options.Lengths = "1024,4096",
     head_dims: Annotated[str, typer.Option(help="Widths of a head, separated by commas.")] = "16",
     mask: Annotated[str, typer.Option(help="causal, none, window or documents.")] = "causal",
-    window: Annotated[
-        int, typer.Option(help="Tokens of the window with --mask window, which times full attention too.")
-    ] = 512,
-    kernels: Annotated[
-        str, typer.Option(help="auto, or kernels that sqa kernels lists, separated by commas.")
-    ] = "auto",
+    window: Annotated[int, typer.Option(help="Tokens of --mask window, which is timed beside full attention.")] = 512,
+    kernels: Annotated[str, typer.Option(help="auto, or names from sqa kernels, separated by commas.")] = "auto",
     num_heads: options.NumHeads = 16,
     batch_size: options.BatchSize[int] = 1,
     dtypes: Dtypes = "bf16",
@@ -114,9 +104,7 @@ def step(
     batch_size: options.BatchSize[int] = 4,
     length: options.Length = 1024,
     compile: options.Compile[bool] = True,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Measure peak memory too, of each model in a process of its own.")
-    ] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too, in separate processes.")] = False,
     rounds: Rounds = 10,
     device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,

@@ -30,39 +30,28 @@ app = typer.Typer()
 MAX_SEEDS = 1000
 """More runs of one variant than anybody trains: a larger number is a slip."""
 
-PlanSource = Annotated[
-    str | None, typer.Argument(metavar="PLAN", help="A plan: demo, published or a TOML file. Default: demo.")
-]
+PlanSource = Annotated[str | None, typer.Argument(metavar="PLAN", help="demo (default), published or a TOML file.")]
 Resume = Annotated[Path | None, typer.Option(help="Continue what is in this directory.")]
 AnyKernel = Annotated[
-    bool,
-    typer.Option("--any-kernel", help="Continue even if this machine computes attention with another kernel."),
+    bool, typer.Option("--any-kernel", help="Continue even if this machine has another attention kernel.")
 ]
 Track = Annotated[str | None, typer.Option(help="tensorboard writes the training curves to OUT/tensorboard.")]
 # these replace fields of the plan
 Data = Annotated[str | None, typer.Option(help="Text to train on: builtin, wikipedia, or a file or folder.")]
 Seeds = Annotated[str | None, typer.Option(help="How many seeds (3), or which ones (0,7,9).")]
-Budget = Annotated[
-    str | None,
-    typer.Option(help="How long each run trains: steps=1000, tokens=5M, epochs=1, flops=1e15 or time=20m."),
-]
+Budget = Annotated[str | None, typer.Option(help="Length of a run: steps=N, tokens=5M, epochs=1, flops=1e9, time=20m.")]
 MaxSteps = Annotated[int | None, typer.Option(help="The same as --budget steps=N.")]
 MaxTokens = Annotated[str | None, typer.Option(help="The same as --budget tokens=N.")]
-MicroBatchSize = Annotated[
-    int | None, typer.Option(help="Sequences that go through the model at a time; fewer take less memory.")
-]
+MicroBatchSize = Annotated[int | None, typer.Option(help="Sequences computed at a time; fewer take less memory.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a training sequence.")]
 Checkpointing = Annotated[
     bool | None,
     typer.Option(
         "--activation-checkpointing/--no-activation-checkpointing",
-        help="Compute each block again in the backward pass: less memory, slower.",
+        help="Less memory, slower: blocks are computed twice.",
     ),
 ]
-Sharding = Annotated[
-    str | None,
-    typer.Option(help="With several processes: none (each holds the whole model, DDP) or full (a part, FSDP2)."),
-]
+Sharding = Annotated[str | None, typer.Option(help="Several processes: none (whole model each, DDP) or full (FSDP2).")]
 
 _PLAN_OPTIONS = (
     "data", "variants", "seeds", "budget", "max_steps", "max_tokens", "batch_size", "micro_batch_size", "context",
@@ -121,9 +110,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PLAN.")] = None,
     resume: Resume = None,
     any_kernel: AnyKernel = False,
-    only: Annotated[
-        str | None, typer.Option(help="Run only these, as VARIANT:SEED, separated by commas: sqa:0,gqa:0.")
-    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run these alone, separated by commas: sqa:0,gqa:0.")] = None,
     launcher: Annotated[
         str, typer.Option(help="local (one run after another) or ray (on all machines of a Ray cluster).")
     ] = "local",
@@ -252,8 +239,7 @@ def train(
 @app.command()
 def report(
     directories: Annotated[
-        list[Path],
-        typer.Argument(help="Run directories of one experiment, finished or not; different budgets are its horizons."),
+        list[Path], typer.Argument(help="Run directories of one experiment; different budgets are its horizons.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report. Default: report/ in the last directory.")

@@ -32,17 +32,11 @@ app = typer.Typer()
 @app.command()
 def convert(
     ctx: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="The model to convert: a directory, a .gguf file, a run, or a name on the Hub.")
-    ],
+    model: Annotated[str, typer.Argument(help="The model: a directory, a .gguf file, a run, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; it gets MODEL's format.")],
     query_heads: Annotated[int, typer.Option(help="Query heads to keep in each layer.")],
-    calibration: Annotated[
-        str, typer.Option(help="Text to choose, refit and heal with: builtin, wikipedia, or a file or folder.")
-    ],
-    evaluate: Annotated[
-        str, typer.Option(help="A second text to measure quality on, named as for --calibration; or none.")
-    ] = "builtin",
+    calibration: Annotated[str, typer.Option(help="Text to convert with: builtin, wikipedia, or a file or folder.")],
+    evaluate: Annotated[str, typer.Option(help="A second text to measure on, as --calibration; or none.")] = "builtin",
     kv_heads: Annotated[
         int | None,
         typer.Option(
@@ -52,37 +46,23 @@ def convert(
     allocation: Annotated[
         str,
         typer.Option(
-            help="uniform: the same number of query heads in every layer; measured: the same total, more of them in "
-            "the layers that need them most."
+            help="uniform: as many query heads in each layer; measured: more where they matter, the same total."
         ),
     ] = "uniform",
-    method: Annotated[
-        str, typer.Option(help="How to choose the heads that stay: random, weight, l2, taylor or greedy.")
-    ] = "l2",
-    pooling: Annotated[
-        str, typer.Option(help="How to merge KV heads: mean, or aligned, which rotates them to agree first.")
-    ] = "aligned",
+    method: Annotated[str, typer.Option(help="How to choose heads: random, weight, l2, taylor or greedy.")] = "l2",
+    pooling: Annotated[str, typer.Option(help="How to merge KV heads: aligned (rotated first) or mean.")] = "aligned",
     sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 128,
     length: Length = 512,
-    heal: Annotated[
-        str | None, typer.Option(help="Then train the model to match the original, on this many tokens: tokens=2M.")
-    ] = None,
+    heal: Annotated[str | None, typer.Option(help="Tokens to train on to match the original: tokens=2M.")] = None,
     layerwise: Annotated[
-        float,
-        typer.Option(help="Share of the healing tokens, 0 to 1, that trains each layer alone, before the whole model."),
+        float, typer.Option(help="Share of --heal, 0 to 1, that trains each layer alone first.")
     ] = 0.2,
     train: Annotated[str, typer.Option(help="Weights that healing trains: attention or all.")] = "attention",
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of healing.")] = 3e-4,
     batch_size: BatchSize[int] = 8,
-    control: Annotated[
-        bool, typer.Option("--control", help="Also train the original on the healing tokens, to compare with.")
-    ] = False,
-    evaluation_tokens: Annotated[
-        int, typer.Option(help="Validation tokens of each text to measure quality on.")
-    ] = 16_384,
-    speed_at: Annotated[
-        str | None, typer.Option(help="Sequence lengths to time before and after, separated by commas; or none.")
-    ] = None,
+    control: Annotated[bool, typer.Option("--control", help="Also train the original on the same tokens.")] = False,
+    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens to measure on, of each text.")] = 16_384,
+    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, separated by commas; or none.")] = None,
     dtype: Dtype[str] = "float32",
     compile: Compile[bool] = False,
     device: Device[str] = "cpu",

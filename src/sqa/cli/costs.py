@@ -63,9 +63,7 @@ def plan_spending(
     variants: options.Variants = None,
     n: options.Length = 1024,
     batch_size: options.BatchSize[int] = 8,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for plans that sqa compare runs, one for each way of spending.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for plans that sqa compare runs, one for each way.")] = None,
 ) -> None:
     """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
     from sqa.planning import spend
@@ -114,9 +112,7 @@ def kernels(
     padding: Annotated[bool, typer.Option("--padding", help="With a padding mask.")] = False,
     causal: Annotated[bool, typer.Option("--causal/--bidirectional", help="Whether later tokens are hidden.")] = True,
     training: Annotated[bool, typer.Option("--training/--inference", help="Whether gradients are needed.")] = True,
-    check: Annotated[
-        bool, typer.Option("--check", help="Run every kernel on small inputs and compare what runs with the table.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Run every kernel, and compare with the table.")] = False,
 ) -> None:
     """The attention kernels, and which one a shape gets and why."""
     from sqa.variants import variant as variant_config

@@ -18,9 +18,7 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Runs, model directories, .gguf files or Hub names; the first is the baseline.")
     ],
-    data: Annotated[
-        str, typer.Option(help="Articles, of which the validation split is used: builtin, wikipedia, a file or folder.")
-    ],
+    data: Annotated[str, typer.Option(help="Articles (validation split): builtin, wikipedia, or a file or folder.")],
     items: Annotated[int, typer.Option(help="Number of questions, each from an article of its own.")] = 500,
     items_file: ItemsPath = None,
     dtype: Dtype[str] = "float32",

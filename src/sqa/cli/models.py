@@ -21,12 +21,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; with --chat the user's message.")],
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 100,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; the higher, the more random the choice.")
-    ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens only.")] = None,
+    temperature: Annotated[float, typer.Option(help="Randomness; 0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose from the K likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Choose only among the likeliest tokens that together have probability P.")
+        float | None, typer.Option(help="Choose from the likeliest tokens of total probability P.")
     ] = None,
     seed: Seed[int] = 0,
 ) -> None:
@@ -68,11 +66,7 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; for gguf a new .gguf file.")],
     format: Annotated[
-        str,
-        typer.Option(
-            help="hf: a class that transformers has; hf-remote: our own class, in a file beside the weights; gguf: for "
-            "llama.cpp."
-        ),
+        str, typer.Option(help="hf (stock class), hf-remote (ships our class) or gguf (llama.cpp).")
     ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; for gguf f32, bf16, f16 or q8_0.")

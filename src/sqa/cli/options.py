@@ -49,12 +49,7 @@ def _complete_preset(incomplete: str) -> Iterator[str]:
 
 # the model
 Preset = Annotated[T, typer.Option(help=f"Model shape: {', '.join(PRESETS)}.", autocompletion=_complete_preset)]
-Variants = Annotated[
-    str | None,
-    typer.Option(
-        help="Variants, separated by commas; sqa variants --all lists them.", autocompletion=_complete_variants
-    ),
-]
+Variants = Annotated[str | None, typer.Option(help="Variants, separated by commas.", autocompletion=_complete_variants)]
 VariantName = Annotated[
     T, typer.Option(help="A variant; sqa variants --all lists them.", autocompletion=_complete_variants)
 ]
@@ -80,9 +75,7 @@ JsonPath = Annotated[
 ItemsPath = Annotated[
     Path | None,
     typer.Option(
-        "--items-file",
-        help="Write the questions to this file, as JSON Lines for lm-evaluation-harness.",
-        callback=_file_path,
+        "--items-file", help="Write the questions here, as JSON Lines for lm-evaluation-harness.", callback=_file_path
     ),
 ]
 PlotPath = Annotated[

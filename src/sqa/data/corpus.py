@@ -15,7 +15,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sqa.errors import InputError, MissingExtraError, first_line
+from sqa.errors import InputError, first_line, load_extra
 from sqa.files import read_text
 from sqa.records import nearest
 
@@ -146,10 +146,7 @@ def _read_builtin() -> Iterator[str]:
 
 
 def _read_wikipedia() -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError("Reading 'wikipedia' needs the package datasets", "hub") from error
+    datasets = load_extra("datasets", "Reading 'wikipedia' needs the package datasets", "hub")
     path, name, revision = _WIKIPEDIA
     try:
         rows = datasets.load_dataset(path, name, revision=revision, split="train", streaming=True)

@@ -7,7 +7,6 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from sqa.config import ModelConfig
 from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
 from sqa.experiments.curves import Row, difference_curves, probe_points, training_curves
 from sqa.experiments.directory import Directory
@@ -362,17 +361,17 @@ def _pareto_figure(timed: Sequence[Summary], colours: Colours, front: Sequence[s
 
 def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
     configs = {line.variant: plan.model_config(line.variant) for line in timed}
-
-    def attention(name: str) -> int:
-        return sum(attention_flops(layer, plan.context) for layer in configs[name].layers)
-
+    step = {name: train_step_flops(config, plan.context) for name, config in configs.items()}
+    attention = {
+        name: sum(attention_flops(layer, plan.context) for layer in config.layers) for name, config in configs.items()
+    }
     data = [
         {"variant": line.label, "what": what, "ratio": round(float(ratio or 0), 3)}
         for line in timed
         for what, ratio in (
             ("step, measured", line.speed_vs_gqa),
-            ("step, in theory", _step_flops(configs[BASELINE], plan) / _step_flops(configs[line.variant], plan)),
-            ("attention, in theory", attention(BASELINE) / attention(line.variant)),
+            ("step, in theory", step[BASELINE] / step[line.variant]),
+            ("attention, in theory", attention[BASELINE] / attention[line.variant]),
         )
     ]
     kinds = ["step, measured", "step, in theory", "attention, in theory"]
@@ -399,10 +398,6 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
         "but fewer exponentials.",
         chart=alt.layer(span, dots),
     )
-
-
-def _step_flops(config: ModelConfig, plan: Plan) -> int:
-    return train_step_flops(config, plan.context, plan.batch_size)
 
 
 def _bars_figure(

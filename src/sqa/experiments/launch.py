@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, MissingExtraError, load_extra
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Budget, Cell, Plan
 from sqa.experiments.results import Record, RunResult
@@ -75,10 +75,7 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
         raise InputError(f"launcher: a run under ray has one process, got {count}; leave out torchrun")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise warns that this will be its default
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("--launcher ray needs Ray", "ray") from None
+    ray = load_extra("ray", "--launcher ray needs Ray", "ray")
     joining = not ray.is_initialized()
     if joining:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa.config import ModelConfig
-from sqa.errors import InputError, MissingExtraError
+from sqa.errors import InputError, load_extra
 from sqa.files import replacing
 from sqa.interop.gguf_reader import INTERLEAVED, their_names
 from sqa.interop.gguf_tokenizer import pre_of
@@ -19,11 +19,7 @@ from sqa.interop.llama import WRITTEN, repaired, stock_config, stock_state
 from sqa.interop.text import TextSide
 from sqa.model import Transformer
 
-try:
-    import gguf
-except ImportError:
-    raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
-
+gguf = load_extra("gguf", "GGUF needs the gguf package", "gguf")
 _WRITTEN = WRITTEN - {"window", "qkv_bias", "scaling"}
 
 

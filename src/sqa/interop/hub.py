@@ -9,7 +9,7 @@ from typing import Any
 
 from sqa import cost
 from sqa.config import ModelConfig
-from sqa.errors import InputError, MissingExtraError, first_line
+from sqa.errors import InputError, first_line, load_extra
 from sqa.variants import VARIANTS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -38,11 +38,7 @@ def local_path(source: str | Path) -> Path:
 
 
 def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise MissingExtraError("the Hub needs huggingface-hub", "hub") from None
-    return huggingface_hub
+    return load_extra("huggingface_hub", "the Hub needs huggingface-hub", "hub")
 
 
 def model_card(

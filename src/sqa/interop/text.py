@@ -34,6 +34,11 @@ class SpecialIds:
         eos: int | list[int] | None = list(self.eos) if len(self.eos) > 1 else next(iter(self.eos), None)
         return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
 
+    def tokens(self, tokenizer: Tokenizer) -> dict[str, str | None]:
+        """The known ones as tokens, by the names that transformers has for them."""
+        ids = {"bos_token": self.bos, "eos_token": next(iter(self.eos), None), "pad_token": self.pad}
+        return {name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextSide:
@@ -68,18 +73,14 @@ class TextSide:
         assert self.tokenizer is not None
         if self.chat_template is None:
             raise InputError("--chat: this model has no chat template; leave --chat out")
-        text = _render(self.chat_template, [{"role": "user", "content": message}], self._tokens())
+        tokens = {name: token or "" for name, token in self.special.tokens(self.tokenizer).items()}
+        text = _render(self.chat_template, [{"role": "user", "content": message}], tokens)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         assert self.tokenizer is not None
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _tokens(self) -> dict[str, str]:
-        ids = {"bos_token": self.special.bos, "eos_token": next(iter(self.special.eos), None)}
-        assert self.tokenizer is not None
-        return {name: self.tokenizer.id_to_token(i) or "" for name, i in ids.items() if i is not None}
 
 
 def _render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str]) -> str:
@@ -109,13 +110,12 @@ def text_side(
     tokenizer: Tokenizer, special: SpecialIds, max_seq_len: int | None, chat_template: str | None = None
 ) -> TextSide:
     """The text side of a tokenizer that has no files of its own yet; transformers reads those it gets."""
-    ids = {"bos_token": special.bos, "eos_token": next(iter(special.eos), None), "pad_token": special.pad}
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **({} if max_seq_len is None else {"model_max_length": max_seq_len}),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        **{name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None},
+        **special.tokens(tokenizer),
     }
     files = {TOKENIZER: tokenizer.to_str(), CONFIG: _as_json(values), GENERATION: _as_json(special.to_dict())}
     if chat_template is not None:
