@@ -12,7 +12,7 @@ RopeKind = Literal["linear", "llama3", "yarn"]
 
 
 def unknown(field: str, name: object, known: Collection[str]) -> InputError:
-    """The error for a name that is none of `known`."""
+    """The error for a name that is not in `known`."""
     return InputError(
         f"{field}: {shown(repr(name))} is unknown{nearest(name, list(known))} ({field}s: {', '.join(known)})"
     )
@@ -43,10 +43,9 @@ class _Config(Checked):
             _check_count(self._where, name, getattr(self, name), least)
 
     def unusual(self, known: Collection[str]) -> Iterator[str]:
-        """`field=value (field=default)` for each field that is not in `known` and does not have its default.
+        """`field=value (field=default)` for each field outside `known` without its default, also in inner configs.
 
-        Configs inside this one are looked at in the same way. Code that knows some fields alone asks it what it would
-        leave out, so that a field which is added later is refused and not ignored.
+        Code that supports some fields only asks this what it would ignore, so that it refuses fields added later.
         """
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -220,7 +219,7 @@ class AttentionConfig(_Config):
 def window_pattern(
     attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
 ) -> tuple[AttentionConfig, ...]:
-    """One config a layer: every `full_every`-th layer (the last of each stretch) full, the others windowed."""
+    """One config for each layer: every `full_every`-th layer is full, the others have the window."""
     if not isinstance(attention, AttentionConfig):
         raise InputError(f"window pattern: attention must be an AttentionConfig, got {shown(repr(attention))}")
     _check_count("window pattern", "num_layers", num_layers)

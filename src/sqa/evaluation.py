@@ -1,9 +1,9 @@
 """A zero-shot test that needs no download: which of four paragraphs continues an article?
 
-An item is the end of a paragraph, the beginning of the next one, and the beginnings of three paragraphs of other
-articles, which are right answers of other items: without the context every choice is as likely, and guessing gets a
-quarter. A model answers with the choice of the highest log-likelihood a character, as `acc_norm` of
-lm-evaluation-harness does. Each article gives at most one item, so that items are independent.
+An item is the end of a paragraph, the beginning of the next one, and three beginnings of paragraphs of other articles,
+which are the right answers of other items: without the context all choices are equally likely, and guessing gets a
+quarter right. A model's answer is the choice with the highest log-likelihood per character, like `acc_norm` of
+lm-evaluation-harness. Each article gives at most one item, so that items are independent.
 """
 
 import math
@@ -34,7 +34,7 @@ Z = 1.959964  # of a normal distribution, two-sided 95 %
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """The end of a paragraph, and beginnings of paragraphs, of which number `answer` follows it."""
+    """The end of a paragraph, and beginnings of others; choice number `answer` is the one that follows it."""
 
     context: str
     choices: tuple[str, ...]
@@ -99,15 +99,15 @@ class Reader:
         return found
 
     def choose(self, item: Item) -> int:
-        """The choice with the highest log-likelihood a character."""
+        """The index of the choice with the highest log-likelihood per character."""
         scores = [nats / len(choice) for nats, choice in zip(self.log_likelihoods(item), item.choices, strict=True)]
         return scores.index(max(scores))
 
 
 def open_reader(source: str | Path) -> Callable[[str], Reader]:
-    """What loads a model on a device: any kind that `sqa.load_model` reads, or one of transformers in a directory.
+    """A function that loads a model on a device: one that `sqa.load_model` reads, or a directory of transformers.
 
-    Raises InputError, before weights are read, for what neither can read and for a model without tokenizer.json.
+    Raises InputError, before weights are read, for a model that neither reads, or that has no tokenizer.json.
     """
     path = local_path(source)
     load: Callable[[], Any]
@@ -115,7 +115,7 @@ def open_reader(source: str | Path) -> Callable[[str], Reader]:
     if kind in (None, storage.MODEL_TYPE, *llama.MODEL_TYPES):
         found = open_source(path)
         if path.is_dir() and storage.count_tensors(path) is None:
-            found.read_tensors()  # says what is wrong with them
+            found.read_tensors()  # raises the error
         load, vocab_size, argument = found.load, found.config.vocab_size, "num_logits"
     else:
         vocab_size, argument = _of_transformers(path, "AutoConfig").get_text_config().vocab_size, "logits_to_keep"
@@ -132,12 +132,12 @@ def open_reader(source: str | Path) -> Callable[[str], Reader]:
 
 
 def _of_transformers(path: Path, kind: str, **options: Any) -> Any:
-    """What one of its automatic classes makes of a directory, without running code that lies there."""
+    """Read a directory with one of transformers' Auto classes, without running code from there."""
     transformers = load_extra("transformers", f"{path} needs transformers", "hf")
     try:
         automatic = getattr(transformers, kind)
         return automatic.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises whatever a config makes it
+    except Exception as error:  # transformers may raise anything
         raise InputError(
             f"model: {path} is no causal language model that transformers reads: {first_line(error)}"
         ) from error
@@ -145,7 +145,7 @@ def _of_transformers(path: Path, kind: str, **options: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Which items a model answered right, in their order."""
+    """Whether a model answered each item right, in the items' order."""
 
     model: str
     right: tuple[bool, ...]
@@ -157,17 +157,17 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the accuracy, 95 %: Wilson's of a binomial share."""
+        """95 % interval of the accuracy, by Wilson."""
         n, p = len(self.right), self.accuracy
         middle = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
         return middle - half, middle + half
 
     def minus(self, other: Self) -> tuple[float, float, float]:
-        """Accuracy above the other's on the same items, and its 95 % interval (low, high).
+        """Accuracy minus the other's on the same items, and the low and high end of its 95 % interval.
 
-        Agresti and Min 2005 (doi 10.1002/sim.1781): Wald's interval of paired shares, half an item added to each of the
-        four cells, so that two models with the same answers do not get an interval of no width.
+        Agresti and Min 2005 (doi 10.1002/sim.1781): Wald's interval of paired shares with half an item added to each
+        of the four cells, so that the interval of two models with the same answers has a width.
         """
         n = len(self.right)
         gained = sum(a and not b for a, b in zip(self.right, other.right, strict=True))
@@ -193,7 +193,7 @@ class Score:
 
 
 def score_table(scores: Sequence[Score]) -> Table:
-    """Accuracy of each model, and the difference to the first."""
+    """The accuracy of each model, and its difference to the first one's."""
     first, *_ = scores
     table = make_table("model", "right", "95 %", "vs first", "95 % ", names=("model",), gap=2)
     for score in scores:

@@ -1,4 +1,4 @@
-"""Values from a JSON or TOML file, checked against type annotations: one way for plans, results and records."""
+"""Reading of JSON and TOML values into dataclasses, checked against their annotations, for plans and results."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ _WORDS: dict[Any, str] = {
 
 
 def read_value(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the annotation `kind` wants it: lists become tuples, whole numbers floats, tables dataclasses.
+    """`value` as the annotation `kind` has it: lists become tuples, whole numbers floats, tables dataclasses.
 
     Raises InputError, `NAME must be WANTED, got VALUE`, for anything else. Floats must be finite, whole numbers below
     2**63.
@@ -65,14 +65,14 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
 
 
 def check_least(record: Any, least: int, *names: str) -> None:
-    """Raise InputError for the first of these fields, of those that are not None, that is below `least`."""
+    """Raise InputError for the first of these fields that is below `least`; None passes."""
     for name in names:
         if (value := getattr(record, name)) is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
 
 
 def nearest(name: object, known: list[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `known`, or nothing: the tail of an error about an unknown name."""
+    """`; did you mean 'x'?` for the closest of `known`, or nothing: the end of an error about an unknown name."""
     close = difflib.get_close_matches(str(name)[:100].lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -92,7 +92,7 @@ _annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def read_record(kind: type[T], values: Mapping[str, Any], name: str) -> T:
-    """A dataclass from a table: by its `from_dict` if it has one, else by `read_fields`, which says what is raised."""
+    """A dataclass from a table, by its `from_dict` if it has one, else by `read_fields`. Raises InputError."""
     if (from_dict := getattr(kind, "from_dict", None)) is None:
         return read_fields(kind, values, name)
     try:
@@ -103,7 +103,7 @@ def read_record(kind: type[T], values: Mapping[str, Any], name: str) -> T:
 
 
 def read_fields(kind: type[T], values: Mapping[str, Any], name: str) -> T:
-    """A dataclass from a table of its fields, those inside it included; other keys are left aside.
+    """A dataclass, and those inside it, from a table of its fields; other keys are ignored.
 
     Raises InputError that names a field which is missing or of another type.
     """
@@ -130,9 +130,9 @@ def reject_unknown(given: Iterable[str], known: list[str], where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A record that checks itself: each field takes the type of its annotation as `read_value` does.
+    """A record that converts and checks each field by its annotation, as `read_value` does.
 
-    `_where` names it in errors. Raises InputError that says what a field wants.
+    `_where` names it in errors. Raises InputError that says what a field must be.
     """
 
     _where: ClassVar[str]
@@ -164,7 +164,7 @@ class Checked:
 
 
 def _with_lists(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The dict of a record's fields, in which tuples are lists, as JSON has them."""
+    """The dict of a record's fields, with lists for tuples, as in JSON."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
@@ -190,10 +190,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(kind: type[T], path: Path, advice: str) -> list[T]:
-    """A record a line; none where there is no file. A torn last line, which a crash leaves, is passed over.
+    """The records of a file with one on each line; none without a file. A last line torn by a crash is ignored.
 
-    Raises InputError for what is no regular file, and with the number of a line that is damaged or lacks a field; then
-    with `advice`.
+    Raises InputError, which ends with `advice`, for anything but a regular file and for a damaged line.
     """
     if not path.exists():
         return []

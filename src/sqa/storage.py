@@ -1,4 +1,4 @@
-"""Model directories as functions of (config, tensors): read strictly, written whole or not at all."""
+"""Our model directories: read strictly, written whole or not at all. Knows configs and tensors, no models."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ MODEL_TYPE = "sqa"
 
 @contextmanager
 def in_file(path: Path) -> Iterator[None]:
-    """An InputError of the block names the file that the values are from, if it does not already."""
+    """Add the name of the file to an InputError of the block that does not name it."""
     try:
         yield
     except InputError as error:
@@ -65,7 +65,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def check_layers(where: str, num_layers: int, num_tensors: int) -> None:
-    """Raise InputError when a config asks for more layers than there are tensors, before anything is built of it."""
+    """Raise InputError when there are more layers than tensors, before a model of that size is built."""
     if num_layers > num_tensors:
         raise InputError(
             f"model: {where} does not fit its config: {num_layers:,} layers, but {num_tensors:,} tensors in all"
@@ -73,7 +73,7 @@ def check_layers(where: str, num_layers: int, num_tensors: int) -> None:
 
 
 def count_tensors(directory: Path) -> int | None:
-    """How many tensors the weights hold, by their headers; None where `read_tensors` would say what is wrong."""
+    """The number of tensors, from the headers alone; None if `read_tensors` would raise an error."""
     try:
         counts = []
         for path in directory.glob("model*.safetensors"):
@@ -94,7 +94,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """The ModelConfig of our own config.json; what transformers adds to an hf-remote one is left aside."""
+    """The ModelConfig of our own config.json; fields that transformers adds to an hf-remote one are ignored."""
     values = {key: value for key, value in values.items() if key != "model_type"}
     if not isinstance(values.get("attention", {}), dict | list):
         raise InputError(
@@ -108,7 +108,7 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def require_counts(values: Mapping[str, Any], *names: str) -> None:
-    """Raise InputError unless these fields of a config.json are there, whole numbers above 0 and not beyond sense."""
+    """Raise InputError unless these fields of a config.json are whole numbers above 0 and below sensible limits."""
     if absent := [name for name in names if values.get(name) is None]:
         raise InputError(f"model: config.json lacks {', '.join(absent)}")
     for name in names:
@@ -121,7 +121,7 @@ def require_counts(values: Mapping[str, Any], *names: str) -> None:
 
 
 def require_values(values: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise InputError unless each of these fields of a config.json is absent or has one of the values known here."""
+    """Raise InputError unless each of these fields of a config.json is absent or has one of the given values."""
     for name, allowed in known.items():
         if (given := values.get(name, allowed[0])) not in allowed:
             raise InputError(f"model: {name} must be {allowed[0]} to be read here, got {shown(repr(given))}")
@@ -167,7 +167,7 @@ def refuse_inside(out: Path, source: Path) -> None:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well, and vanishes when it does not."""
+    """A temporary folder, which becomes `out` when the block ends well. Raises InputError when `out` exists."""
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as temporary:
@@ -175,9 +175,9 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def regular_file(path: Path) -> bool:
-    """Whether there is such a file. Raises InputError for a link to another place and for what is no regular file.
+    """Whether there is such a file. Raises InputError for a link to another place and for anything but a regular file.
 
-    A link may lead to a file beside it, or to where the Hub's cache keeps the files of a snapshot.
+    A link may lead to a file beside it, or to the blobs of the Hub's cache.
     """
     if not path.exists() and not path.is_symlink():
         return False

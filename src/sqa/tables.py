@@ -1,4 +1,4 @@
-"""Tables for a terminal of 80 columns, in one look."""
+"""The look of tables in a terminal of 80 columns."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def make_table(*headings: str, title: str | None = None, names: Collection[str] = ("variant",), gap: int = 1) -> Table:
-    """An empty table: columns headed by one of `names` are set left, figures right, `gap` spaces apart."""
+    """An empty table, columns `gap` spaces apart. Those headed by one of `names` are set left, the others right."""
     built = Table(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), header_style="bold")
     for heading in headings:
         built.add_column(heading, justify="left" if heading in names else "right", no_wrap=heading == "variant")

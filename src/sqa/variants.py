@@ -46,13 +46,13 @@ PUBLISHED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "ssqa", "xsqa", "xsmqa")
 """The seven rows of the published experiment, in its order."""
 
 DEFAULT_VARIANTS = (*PUBLISHED_VARIANTS, "wide-gqa")
-"""What a comparison trains unless told otherwise: the published seven and the equal-cost baseline."""
+"""The variants that a comparison trains by default: the published seven and the equal-cost baseline."""
 
 BASELINE = "gqa"
-"""What losses, times and costs of other variants are compared with."""
+"""The variant that others are compared with in loss, time and cost."""
 
 MEASURED_VARIANTS = ("gqa", "sqa", "ssqa", "xsqa", "wide-gqa")
-"""What is timed unless told otherwise: the equal-cost baseline always takes part."""
+"""The variants that benchmarks time by default, with the equal-cost baseline."""
 
 _SHAPES: dict[str, dict[str, Any]] = {
     # arXiv 2510.01817; eps is PyTorch's RMSNorm default for fp32
@@ -78,7 +78,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 PRESETS = tuple(_SHAPES)
 
-# without the two that a variant's rule decides
+# without the two that the variant decides
 _LAYER_FIELDS = [f.name for f in fields(AttentionConfig) if f.name not in ("num_query_heads", "head_dim")]
 
 
@@ -140,14 +140,14 @@ def preset(name: str, variant_name: str, **changes: Any) -> ModelConfig:
 
 
 def shape(name: str) -> dict[str, Any]:
-    """The fields of a named shape, as `model_config` takes them."""
+    """The fields of a named shape, for `model_config`."""
     if not isinstance(name, str) or name not in _SHAPES:
         raise unknown("preset", name, PRESETS)
     return dict(_SHAPES[name])
 
 
 def model_config(variant_name: str, **shape_fields: Any) -> ModelConfig:
-    """A ModelConfig from a flat set of fields: ModelConfig's own, and `d_model`, `num_heads` and AttentionConfig's."""
+    """A ModelConfig of a variant from a flat set of fields, those of ModelConfig and of AttentionConfig."""
     own = [f.name for f in fields(ModelConfig) if f.name != "attention"]
     reject_unknown(shape_fields, own + _LAYER_FIELDS, "model")
     attention = variant(variant_name, **{k: v for k, v in shape_fields.items() if k in _LAYER_FIELDS})

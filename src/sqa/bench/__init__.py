@@ -1,1 +1,1 @@
-"""Measuring: one timing module, one description of the machine, and the benchmarks built on them."""
+"""Benchmarks of attention, training steps, prefill and decoding."""

@@ -39,12 +39,12 @@ PINNED = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-"""PyTorch's own implementations under `sdpa`: naming one lets no other run."""
+"""PyTorch's implementations of `sdpa` that can be asked for by name."""
 
 
 @contextmanager
 def pinned(kernel: str) -> Iterator[str]:
-    """The name to give to `attend`, while PyTorch may run this implementation only; flex compiles with max-autotune."""
+    """The kernel's name for `attend`. In the block PyTorch runs only this implementation; flex uses max-autotune."""
     if kernel in PINNED:
         with sdpa_kernel(PINNED[kernel]):
             yield "sdpa"
@@ -58,7 +58,7 @@ def pinned(kernel: str) -> Iterator[str]:
 
 
 def layer_config(name: str, *, head_dim: int, num_heads: int) -> AttentionConfig:
-    """A variant's name, or head counts written Hq/Hkv or Hq/HkvxD. Raises InputError for neither."""
+    """The layer of a variant's name, or of head counts written Hq/Hkv or Hq/HkvxD. Raises InputError for neither."""
     d_model = num_heads * head_dim
     counts = re.fullmatch(r"(\d+)/(\d+)(?:x(\d+))?", name)
     if counts is None:
@@ -75,7 +75,7 @@ def layer_config(name: str, *, head_dim: int, num_heads: int) -> AttentionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One contestant: a layer shape under a mask, a kernel, and what is timed."""
+    """One contestant: a layer's shape, a mask, a kernel, and what is timed."""
 
     variant: str
     config: AttentionConfig
@@ -89,7 +89,7 @@ class Setting:
 
     @property
     def document_length(self) -> int:
-        """512 tokens, or less where there would not be two documents otherwise."""
+        """512 tokens, or half of fewer than 1,024."""
         return max(1, min(512, self.n // 2)) if self.mask == "documents" else self.n
 
     @property
@@ -103,13 +103,13 @@ class Setting:
 
     @property
     def scores(self) -> int:
-        """(query, key, head) triples: as many exponentials, and 4 x head_dim FLOPs each."""
+        """The number of (query, key, head) triples, each of which takes one exponential and 4 x head_dim FLOPs."""
         whole, rest = divmod(self.n, self.document_length)
         pairs = whole * self.config.visible_pairs(self.document_length) + self.config.visible_pairs(rest)
         return self.batch_size * self.config.num_output_heads * pairs
 
     def inputs(self) -> tuple[list[Tensor], Tensor]:
-        """q, k, v, which want gradients if there is a backward pass, and a gradient of the output."""
+        """q, k and v, which require gradients if there is a backward pass, and a gradient of the output."""
         c = self.config
         *qkv, grad = (
             torch.randn(self.batch_size, self.n, h, c.head_dim, dtype=find_dtype(self.dtype), device=self.device)
@@ -118,7 +118,7 @@ class Setting:
         return [x.requires_grad_(self.what != "forward") for x in qkv], grad
 
     def contestant(self) -> Callable[[], object]:
-        """What is timed: one call, on inputs made once."""
+        """The call to time, on inputs that are made once."""
         mask = self.layer_mask
         if self.what == "layer step":
             layer = SparseQueryAttention(self.config).to(self.device, find_dtype(self.dtype))
@@ -130,7 +130,7 @@ class Setting:
         return lambda: _run(partial(attend, mask=mask), inputs, grad, self.kernel)
 
     def measurement(self, peak: Peak) -> Measurement:
-        """All that is known before timing; the limit in seconds is by the rate of `peak`."""
+        """All that is known before timing; the least time follows from the rate of `peak`."""
         config, kernel = self.config, f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
         if kernel == "auto":
             call = Call.of_layer(
@@ -161,7 +161,7 @@ class Setting:
 
 
 def _run(attention: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, kernel: str) -> list[Tensor]:
-    """The output of attention(q, k, v, kernel=...), and the gradients of those that want one."""
+    """The output of attention(q, k, v, kernel=...), and the gradients of inputs that require one."""
     # a compiled backward is compiled when it first runs, so inside `pinned` too
     with pinned(kernel) as name:
         out = attention(*inputs, kernel=name)
@@ -174,10 +174,10 @@ def _rms(x: Tensor) -> float:
 
 
 def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str | None:
-    """None when the kernel is right for this kind of call, else the sentence that stands in place of its time.
+    """None if the kernel is right for this kind of call, else the sentence that replaces its time in the table.
 
-    On 256 tokens, output and gradients may be off the fp32 oracle by at most twice what plain PyTorch in the same
-    precision is (root mean square); in fp32 by torch.testing's tolerance.
+    On 256 tokens, the root mean square error of output and gradients, against the fp32 oracle, may be twice that of
+    plain PyTorch in the same precision; in fp32 the largest error must be within torch.testing's tolerance.
     """
     n, window = 256, setting.config.window
     config = setting.config if window is None else setting.config.replace(window=min(window, n // 4))
@@ -192,7 +192,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
         return reference_attention(q, k, v, visible, scale=config.head_dim**-0.5)
 
     def plain(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-        """Attention as one would write it, in the inputs' own precision: the yardstick for rounding errors."""
+        """Attention in plain PyTorch and the inputs' own precision: the yardstick for rounding errors."""
         heads = config.num_output_heads
         q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * config.head_dim**-0.5
@@ -288,7 +288,7 @@ def run_attention(
 
 
 def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) -> Iterator[Measurement]:
-    """With rates, shares and ratios among the measurements of one length, head_dim and dtype."""
+    """Add rates, shares and ratios to the measurements of one length, head_dim and dtype."""
     timed = [m for m in measurements if m.seconds is not None]
     scores = {(m.variant, m.mask): m.scores or 0 for m in timed}
     full = {(m.variant, m.what): m.median for m in timed if m.mask == "causal"}

@@ -1,4 +1,4 @@
-"""Decoding one token at a time from a filled cache: bound by reading the cache and the weights, so SQA wins little."""
+"""Benchmark of decoding from a filled cache. Reading cache and weights takes the time, so SQA gains little."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +18,7 @@ from sqa.measure.machine import find_device
 from sqa.measure.timing import TimeLimit, at_least_one
 
 DECODED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
-"""What is decoded with unless told otherwise: those that differ in their KV heads take part."""
+"""The variants that decode by default, among them those with other numbers of KV heads."""
 
 NOTE = (
     "SQA wins little here: each new token reads the whole cache and all weights once, and the cache's size follows the "
@@ -51,8 +51,8 @@ def run_decode(
 ) -> BenchResult:
     """Time `steps` new tokens after `n` cached ones, eager; variants of one length take turns.
 
-    Weights and cache are in `dtype`. The cache goes on filling from turn to turn, by `steps` tokens each. `budget` is
-    in seconds. Raises InputError for bad options.
+    Weights and cache are in `dtype`. The cache grows by `steps` tokens in each turn. `budget` is in seconds. Raises
+    InputError for bad options.
     """
     at_least_one(lengths=min(lengths, default=0), batch_size=batch_size, steps=steps, rounds=rounds)
     where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)

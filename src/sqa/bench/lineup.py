@@ -1,4 +1,4 @@
-"""The models that take part in a benchmark, and their times in turns."""
+"""The models that take part in a benchmark, and what times them in turns."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """The models that are measured: a config for each variant; weights from its source, or initial ones without it."""
+    """The models to measure: a config for each variant, and its source; without a source it has initial weights."""
 
     name: str
     configs: Mapping[str, ModelConfig]
@@ -43,9 +43,9 @@ class Models:
 
     @classmethod
     def of_sources(cls, *sources: str | Path) -> Self:
-        """Whatever `sqa.load_model` reads, each under its file name, which stands for a variant.
+        """Models that `sqa.load_model` reads. The file name of each stands for a variant.
 
-        Raises InputError for anything else, and for two of one name.
+        Raises InputError for anything else, and for two with the same name.
         """
         named = {Path(source).name.removesuffix(".gguf"): source for source in sources}
         if len(named) < len(sources):
@@ -54,11 +54,11 @@ class Models:
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids that all of them know."""
+        """The number of token ids that all models know."""
         return min(config.vocab_size for config in self.configs.values())
 
     def fitted(self, length: int, peers: Sequence[str]) -> Self:
-        """For sequences of `length`; a preset takes the shape that peers can have, without biases, with a last norm."""
+        """A copy for sequences of `length`. With peers a preset gets the shape they have: no biases, a final norm."""
         changes = {"bias": False, "final_norm": True} if peers and not self.sources else {}
         configs = {
             name: config.replace(max_seq_len=max(config.max_seq_len, length), **changes)
@@ -75,7 +75,7 @@ class Models:
 
 
 class Runner(NamedTuple):
-    """An entrant ready to run: `module` is what is called, compiled (`setting`) or not."""
+    """An entrant ready to run: `module` is called, compiled or not, as `setting` says."""
 
     implementation: str
     variant: str
@@ -85,14 +85,14 @@ class Runner(NamedTuple):
 
 
 class LineUp(NamedTuple):
-    """All that take part, and why a (peer, variant) does not."""
+    """All that take part, and the reason why a (peer, variant) does not."""
 
     runners: list[Runner]
     absent: dict[tuple[str, str], str]
 
 
 def compiled(name: str, module: nn.Module) -> nn.Module:
-    """Ours by its own recipe, in place; a peer as torch.compile does it."""
+    """Compile our model in its own way, in place; a peer by torch.compile."""
     if name == OURS:
         module.compile()
         return module

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: our weights in a GGUF file, forward passes only."""
+"""llama.cpp as a peer, with our weights in a GGUF file. It does forward passes only."""
 
 import tempfile
 from pathlib import Path
@@ -15,14 +15,14 @@ from sqa.model import Transformer
 
 
 class Setting(NamedTuple):
-    """The type of the weights in the file, and whether llama.cpp's flash attention is used."""
+    """The dtype of the weights in the file, and whether to use llama.cpp's flash attention."""
 
     dtype: str
     flash: bool
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is rounded below fp32, so that it must compute what we do."""
+        """Whether nothing is rounded below fp32, so that results must equal ours."""
         return self.dtype == "f32"
 
 
@@ -43,7 +43,7 @@ class LlamaCpp(nn.Module):
         super().__init__()
         self.config = model.config
         cache_type = llama_cpp.GGML_TYPE_F32 if setting.exact else llama_cpp.GGML_TYPE_F16
-        with tempfile.TemporaryDirectory() as folder:  # the file stays mapped when its name is gone
+        with tempfile.TemporaryDirectory() as folder:  # the file stays mapped after it is deleted
             path = Path(folder) / "model.gguf"
             check_gguf(model.config, None, path)
             write_gguf(model, TextSide(), path, setting.dtype)

@@ -1,4 +1,4 @@
-"""A benchmark's measurement: what was timed, how long it took, and how that compares with others."""
+"""The record of one measurement of a benchmark, and what compares measurements."""
 
 import itertools
 import logging
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One contestant in one setting. What does not apply is None; bytes are `_bytes`, all else is in seconds or bare.
+    """One contestant in one setting. A field that does not apply is None.
 
-    `seconds` is the time of one turn; where there is none, `note` says why. `ratio` is the time of the variant
-    `baseline` over this one's. `share_of_peak` is the share of the rate of a large matrix product, measured in the same
-    run, and `share_of_processor` that of the processor's own multiply-adds. `tried` holds the medians of all settings
-    of a contestant, whose best is this one.
+    `seconds` is the time of one turn; without it, `note` says why. `ratio` is the time of the variant `baseline` over
+    this one's. `share_of_peak` is the rate as a share of a large matrix product's in the same run, and
+    `share_of_processor` as a share of the processor's own multiply-adds. `tried` holds the medians of all settings of
+    the contestant, of which this is the best.
     """
 
     kind: str
@@ -97,13 +97,13 @@ class Measurement:
 
 
 Contestant = tuple[Measurement, Callable[[], object] | None]
-"""What is known before timing, and what to time: nothing where the measurement has its note already."""
+"""What is known before timing, and the call to time; None if the measurement already has a note."""
 
 
 def time_all(
     contestants: Iterable[Contestant], *, rounds: int, warmup: int, device: torch.device, limit: TimeLimit
 ) -> list[Measurement]:
-    """Each measurement with its time, all taking turns, or with a note why it cannot run."""
+    """Time all contestants in turns: each measurement with its time, or a note why it cannot run."""
     measured: list[Measurement] = []
     running = {}
     for measurement, run in contestants:
@@ -126,7 +126,7 @@ def time_all(
 def with_ratios(
     measurements: Sequence[Measurement], *, same: Callable[[Measurement], Hashable], baseline: str
 ) -> list[Measurement]:
-    """Sets `ratio` where the `baseline` variant was timed too, among measurements that agree in `same`."""
+    """Set `ratio` where the variant `baseline` was timed too, among measurements with the same value of `same`."""
     times = {same(m): m.median for m in measurements if m.seconds is not None and m.variant == baseline}
     return [
         replace(m, ratio=times[same(m)] / m.median, baseline=baseline)
@@ -137,7 +137,7 @@ def with_ratios(
 
 
 def with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
-    """With the share of both rates that a turn of so many FLOPs reached, where it was timed."""
+    """Set the shares of the peaks that a turn of so many FLOPs reached, if it was timed."""
     if m.seconds is None:
         return m
     product, processor = peak.shares(flops / m.median)
@@ -145,5 +145,5 @@ def with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
 
 
 def choose_baseline(variants: Collection[str]) -> str:
-    """What ratios are taken against: BASELINE where it takes part, else the first variant."""
+    """The variant that ratios compare with: BASELINE if it takes part, else the first."""
     return BASELINE if BASELINE in variants else next(iter(variants))

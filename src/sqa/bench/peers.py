@@ -1,4 +1,4 @@
-"""Who takes part: our model, and models of other libraries that compute the same function."""
+"""Our model and its peers: models of other libraries that compute the same function."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ OURS = "sqa"
 
 
 class Unavailable(Exception):
-    """A peer cannot take part; the message stands in the table in place of its time."""
+    """A peer cannot take part. The message replaces its time in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Entrant:
 
     `module` is passed to the other three, or a compiled form of it: logits(module, input_ids) is (B, T, V), last_logits
     (B, 1, V), and loss(module, input_ids, labels) the mean over labels != -100, labels[t] being the target of position
-    t. Without `logits` and `loss` it can only be asked for its last logits. `same_function`: it has our weights, and
-    the root mean square of what is off ours may be `tolerance` of that of ours.
+    t. A model without `logits` and `loss` only gives its last logits. `same_function`: it has our weights, and the norm
+    of its difference to our results may be `tolerance` times the norm of these.
     """
 
     module: nn.Module
@@ -124,7 +124,7 @@ def _llama_cpp(own: Transformer) -> dict[str, Entrant]:
 
 
 _BUILDERS = {"hf-llama": (_hf_llama, "hf"), "x-transformers": (_x_transformers, "peers"), "llama-cpp": (_llama_cpp, "")}
-"""Of each peer what builds it, by setting, and the extra that installs it."""
+"""What builds each peer (an Entrant for each setting), and the extra that installs it."""
 
 PEERS = tuple(_BUILDERS)
 FORWARD_ONLY = ("llama-cpp",)
@@ -140,9 +140,9 @@ def check_peers(peers: Sequence[str], *, training: bool) -> None:
 
 
 def build(name: str, own: Transformer) -> dict[str, Entrant]:
-    """A peer in the shape of our model and with its weights where they fit, in each setting that is to be tried.
+    """A peer in each of its settings, with the shape of our model and, if they fit, its weights.
 
-    Raises Unavailable where it cannot be built.
+    Raises Unavailable if it cannot be built.
     """
     builder, extra = _BUILDERS[name]
     layer = own.config.layers[0]
@@ -160,9 +160,9 @@ def build(name: str, own: Transformer) -> dict[str, Entrant]:
 
 @torch.no_grad()
 def difference(own: Entrant, peer: Entrant, input_ids: Tensor, labels: Tensor) -> str | None:
-    """Compare logits and loss in fp32: None when equal within the peer's tolerance, else how not.
+    """Compare logits and loss in fp32: None if they agree within the peer's tolerance, else how they differ.
 
-    The losses agree only when both count the same tokens.
+    The losses agree only if both count the same tokens.
     """
     pairs = {"last logits": [entrant.last_logits(entrant.module, input_ids) for entrant in (own, peer)]}
     if own.logits is not None and peer.logits is not None:

@@ -1,4 +1,4 @@
-"""The preprint's table: one forward pass over a prompt of N tokens, with the logits of the last position only."""
+"""Benchmark of prefill, as in the preprint: a forward pass over N tokens, with the last position's logits only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ PREPRINT_SECONDS: dict[int, dict[str, float]] = {
 
 
 def preprint_ratio(variant: str, baseline: str, n: int) -> float | None:
-    """How many times faster than the baseline the preprint found a variant at N; None where it has no figure."""
+    """The baseline's time over a variant's in the preprint; None if it has no figure for N."""
     seconds = PREPRINT_SECONDS.get(n, {})
     return seconds[baseline] / seconds[variant] if {variant, baseline} <= seconds.keys() else None
 
@@ -78,7 +78,7 @@ def run_prefill(
 
 
 def _compared(m: Measurement, configs: Mapping[str, ModelConfig], baseline: str, n: int, peak: Peak) -> Measurement:
-    """With its shares of the peak, and of ours what FLOPs allow and what the preprint found."""
+    """Add the shares of the peak and, to our own, the ratios of the FLOPs and of the preprint."""
     flops = {name: cost.prefill_flops(configs[name], n) for name in (baseline, m.variant)}
     m = with_shares(m, flops[m.variant], peak)
     if m.implementation != OURS or m.ratio is None or len(configs) == 1:

@@ -1,4 +1,4 @@
-"""What every benchmark returns: measurements under one header, as JSON lines, as tables for 80 columns and as plots."""
+"""The result of a benchmark: measurements with a header, as JSON Lines, as tables of 80 columns and as plots."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from sqa.measure.machine import Machine, git_revision, machine, versions
 class BenchResult:
     """Measurements of one or more benchmarks, and when and where they were made. rich prints it.
 
-    `settings` are the options that no measurement repeats; `versions` those of the libraries that a figure depends on.
+    `settings`: the options that no measurement repeats. `versions`: those of the libraries that figures depend on.
     """
 
     date: str
@@ -38,7 +38,7 @@ class BenchResult:
     def of(
         cls, rows: Iterable[Measurement], *, device: str, settings: Mapping[str, Any], notes: Iterable[str] = ()
     ) -> Self:
-        """What was measured just now, on this machine."""
+        """The result of measurements made now, on this machine."""
         return cls(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             device=device,
@@ -97,7 +97,7 @@ class BenchResult:
             yield Text(note, style="dim")
 
     def plot(self, path: Path) -> None:
-        """One chart under another: .svg, .png, .html or .json. Raises MissingExtraError without the extra `report`."""
+        """Write all charts to one file: .svg, .png, .html or .json. Raises MissingExtraError without altair."""
         save_chart(self.chart(), path)
 
     def chart(self) -> Any:
@@ -138,7 +138,7 @@ class BenchResult:
 
 
 def _record(row: Measurement, rows: Sequence[Measurement], *, over_n: bool) -> dict[str, Any]:
-    """A measurement as the plots want it: with the name of its line or bar and of the panel it belongs to."""
+    """A measurement as a row of a plot's data, with the name of its line or bar and of its panel."""
     fields = ("preset", "d_model", "dtype", "mask", "what", "kernel", "batch_size", "implementation")
     varying = [field for field in fields if len({getattr(row, field) for row in rows}) > 1]
     name = [] if over_n else [field for field in varying if field in ("kernel", "implementation")]
@@ -152,13 +152,13 @@ def _record(row: Measurement, rows: Sequence[Measurement], *, over_n: bool) -> d
 
 
 def seconds_text(value: float) -> str:
-    """Seconds in the unit that suits them, with three digits, trailing zeros too."""
+    """A time with three digits, in s, ms or µs."""
     unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
     return f"{value * factor:#.3g}".rstrip(".") + f" {unit}"
 
 
 def _time(row: Measurement) -> str | Text:
-    """Median with how far p20 and p80 are from it, or the first words of the note; a footnote has the rest."""
+    """The median with the larger distance of p20 and p80, or the first words of the note, which a footnote repeats."""
     if row.seconds is None:
         return Text((row.note or "").split(":")[0].split(";")[0], style="dim")
     spread = max(row.seconds.p80 - row.median, row.median - row.seconds.p20) / row.median
@@ -176,7 +176,7 @@ _DESCRIBING = {
     "batch_size": "batch", "n": "N", "dtype": "dtype", "mask": "mask", "window": "window", "kernel": "kernel",
     "what": "what", "setting": "run", "checked": "same",
 }  # fmt: skip
-"""What was measured: fields and their headings."""
+"""The fields that say what was measured, and their headings."""
 
 _MEASURED = {
     "tokens_per_s": ("tokens\n/s", 1, "{:,.0f}"),
@@ -194,7 +194,7 @@ _MEASURED = {
     "loss": ("loss", 1, "{:.4f}"),
     "steps": ("steps", 1, "{:,.0f}"),
 }
-"""What came out: fields, their headings, their units and how a value is shown."""
+"""The fields with results: their headings, their units and the format of a value."""
 
 
 def _times(value: float | None) -> str:
@@ -207,7 +207,7 @@ def _figure(row: Measurement, field: str) -> str:
 
 
 def _titled(table: Table, rows: Sequence[Measurement], facts: Sequence[str]) -> Group:
-    """A table between what holds for all of it, and the reasons why times are missing, each with whom it concerns."""
+    """A table, with the facts that hold for all of it above, and the reasons for missing times below."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.note is not None:
@@ -221,7 +221,7 @@ def _table_of(*columns: Column | str) -> Table:
 
 
 def _table(rows: Sequence[Measurement]) -> Group:
-    """A line for each measurement. What is the same in all of them goes into the title."""
+    """A row for each measurement. What all have in common goes into the title."""
     shown = {field: {_shown(getattr(row, field)) for row in rows} - {""} for field in _DESCRIBING}
     if rows[0].kind not in ("attention", "decode"):
         del shown["heads"]
@@ -242,7 +242,7 @@ def _table(rows: Sequence[Measurement]) -> Group:
 
 
 def _wide_table(rows: Sequence[Measurement]) -> Group:
-    """Prefill as the preprint has it: variants are columns; a block of lines for each N and implementation."""
+    """Prefill as in the preprint: a column for each variant, and some rows for each N and implementation."""
     names = list(dict.fromkeys(row.variant for row in rows))
     first = rows[0]
     facts = [f"preset {first.preset}", f"dtype {first.dtype}", "one sequence, last logits only"]

@@ -1,4 +1,4 @@
-"""Whole training steps: forward, loss, backward and AdamW; variants against each other and against peers."""
+"""Benchmark of whole training steps (forward, loss, backward, AdamW) of variants and peers."""
 
 import itertools
 import logging
@@ -99,7 +99,7 @@ def run_step(
 
 
 def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, ModelConfig]) -> list[Measurement]:
-    """Peak memory of each contestant that was timed, and ours as a share of the most frugal peer's."""
+    """The peak memory of each contestant that was timed; ours also as a share of the lowest of its peers."""
     found: list[Measurement] = []
     for m in timed:
         if m.seconds is None:
@@ -118,9 +118,9 @@ def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, Mode
 
 
 def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig, threads: int) -> int | None:
-    """Bytes at the peak of steps 3 to 5 of the contestant `name`, less what was held before the model was built.
+    """Bytes at the peak of steps 3 to 5 of the contestant `name`, minus those held before the model was built.
 
-    Resident memory on CPU (Linux only, None elsewhere), PyTorch's allocations on CUDA. For a process of its own.
+    Resident memory on CPU (Linux only, else None), PyTorch's allocations on CUDA. Run it in a process of its own.
     """
     torch.set_num_threads(threads)
     device = task.device
@@ -134,7 +134,7 @@ def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig,
         batch = torch.randint(config.vocab_size, (2, task.batch_size, n), device=device)
         yield from itertools.repeat(training_step(entrant, module, find_dtype(task.dtype), batch), 5)
 
-    # what the libraries hold once everything was imported is not the model's
+    # a small model first: memory that libraries hold after their first use does not count
     for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
         step()
     before = _resident("VmRSS")
@@ -151,7 +151,7 @@ def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig,
 
 
 def _resident(field: str) -> int | None:
-    """VmRSS or VmHWM of this process in bytes; None where there is no /proc."""
+    """VmRSS or VmHWM of this process in bytes; None without /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Pretrained models with fewer query heads: which heads stay, what they take over, and how the rest is healed."""
+"""Conversion of pretrained models to fewer query heads: choose heads, refit the others, heal the model."""
 
 from sqa.conversion.records import Conversion
 from sqa.conversion.run import convert

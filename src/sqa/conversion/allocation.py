@@ -1,4 +1,4 @@
-"""How a total of query heads is allocated to layers: what each layer's loss of heads costs, and the cheapest way.
+"""Allocation of a total of query heads to layers: the cost of fewer heads in each, and the cheapest choice.
 
 Shapes: d = d_model, F = Hq * D features of an output projection.
 """
@@ -23,14 +23,14 @@ def layer_costs(
     batches: Iterable[Any],
     choices: Sequence[Mapping[int, Sequence[range]]],
 ) -> list[dict[int, float]]:
-    """For each layer, what keeping a count of query heads costs the model, in nats a token.
+    """For each layer the cost of keeping so many query heads, in nats a token, by the number kept.
 
-    `choices`: of each layer the counts to be looked at, each with its pools of heads (surgery.plan_heads).
+    `choices`: for each layer the numbers to try, each with its pools of heads (surgery.plan_heads).
 
     The second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2, with e the
     error of the refitted attention output and g the gradient of a token's loss by that output (the empirical Fisher
-    matrix, as in optimal brain surgeon, arXiv 2203.07259), and g and e taken as independent: tr(E[g g^T] E[e e^T]) / 2.
-    The heads that stay are those of largest L2 norm.
+    matrix, as in optimal brain surgeon, arXiv 2203.07259). With g and e independent it is tr(E[g g^T] E[e e^T]) / 2.
+    The heads with the largest L2 norms stay.
     """
     views = original.views
     moments = [Moments(view.o.in_features, 0, constant=view.o.bias is not None) for view in views]
@@ -54,22 +54,22 @@ def layer_costs(
 
 
 def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: int, slope: Tensor) -> float:
-    """tr(slope gram-weighted error) / 2, both being sums over tokens."""
+    """tr(slope error gram error^T) / 2, where slope and gram are sums over tokens."""
     kept = choose_heads(
         "l2", view, moments, pools, count // len(pools), gate_gradients=None, generator=torch.Generator()
     )
     size, weight = view.config.head_dim, joined(view.o)
     columns = [head * size + i for head in kept for i in range(size)] + list(range(view.o.in_features, weight.shape[1]))
     error = weight.clone()
-    error[:, columns] = 0.0  # what is lost when the other heads go
+    error[:, columns] = 0.0  # the error when the other heads go
     error[:, columns] -= solve_damped(moments.gram[columns][:, columns], error @ moments.gram[:, columns], _DAMPING)
     return float(((slope @ error @ moments.gram) * error).sum()) / 2
 
 
 def allocate(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
-    """The count of each layer with the lowest sum of costs of all that add up to `total`.
+    """The number of heads for each layer that add up to `total` at the lowest sum of costs.
 
-    Raises InputError with the nearest totals when none does.
+    Raises InputError, with the nearest possible totals, when none add up to it.
     """
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for layer in costs:

@@ -1,4 +1,4 @@
-"""A BERT-type encoder as conversion sees it: its last hidden state takes the place of logits."""
+"""BERT-type encoders in conversion, where the last hidden state takes the place of logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Passages:
 
 
 class Encoder(Subject):
-    """Reads padded passages, the beginning of one document each."""
+    """An encoder. A row of its batches is the padded beginning of one document."""
 
     default_speed_at = (128, 256, 512)
     predicts = False
@@ -51,7 +51,7 @@ class Encoder(Subject):
 
     @classmethod
     def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Nothing is left to check: `shape` has read all that is copied."""
+        """Nothing to check: `shape` has read all files that are copied."""
 
     @property
     def views(self) -> list[AttentionView]:
@@ -90,7 +90,7 @@ class Encoder(Subject):
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """All but the pooler, which the last hidden state does not pass."""
+        """All but the pooler, which comes after the last hidden state."""
         return [p for name, p in self.model.named_parameters() if not name.startswith("pooler.")]
 
     def attend(self, index: int, x: Tensor, batch: Passages) -> Tensor:
@@ -105,7 +105,7 @@ class Encoder(Subject):
             x = layer.feed_forward_chunk(layer.attention.output.LayerNorm(x + output))
 
     def loss(self, batch: Passages) -> Tensor:
-        """Something to differentiate and time: an encoder predicts nothing by itself (`prepare` refuses the rest)."""
+        """A stand-in that is only timed: an encoder predicts nothing, so it has no loss (see `prepare`)."""
         return self.hidden(batch).float().square().mean()
 
     def distance(self, hidden: Tensor, teacher: Encoder, teacher_hidden: Tensor, batch: Passages) -> Tensor:

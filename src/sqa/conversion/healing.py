@@ -1,4 +1,4 @@
-"""Training after surgery, against the original: each layer on its own, then the whole model."""
+"""Healing: training after surgery to match the original, first each layer alone, then the whole model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from sqa.training.loop import Hooks, Recipe, make_accelerator, set_up, train
 
 @dataclass(frozen=True)
 class Healing(ABC):
-    """A task whose batches count by their real tokens."""
+    """A training task whose loss is a mean over real tokens."""
 
     student: Subject
 
     @abstractmethod
     def mean(self, part: Any) -> Tensor:
-        """The loss of some rows, a token."""
+        """The loss of some rows, per token."""
 
     def count(self, batch: Any) -> int:
         return self.student.count(batch)
@@ -34,9 +34,9 @@ class Healing(ABC):
 
 @dataclass(frozen=True)
 class Layerwise(Healing):
-    """Each layer's attention against the original's on the original's input: squared error as a share of its energy.
+    """Match each layer's attention to the original's, on the original's input: squared error as a share of energy.
 
-    Layers share nothing, so their mean trains them independently.
+    Layers share no parameters, so the mean over layers trains each independently.
     """
 
     teacher: Subject
@@ -53,7 +53,7 @@ class Layerwise(Healing):
 
 @dataclass(frozen=True)
 class Distillation(Healing):
-    """How far the model's outputs are from the original's (arXiv 1503.02531, at temperature 1)."""
+    """Match the model's outputs to the original's (arXiv 1503.02531, at temperature 1)."""
 
     teacher: Subject
 
@@ -65,7 +65,7 @@ class Distillation(Healing):
 
 @dataclass(frozen=True)
 class OwnLoss(Healing):
-    """The model's own loss: what more training alone would do."""
+    """Minimise the model's own loss: what training alone would do."""
 
     def mean(self, part: Any) -> Tensor:
         return self.student.loss(part)
@@ -81,9 +81,8 @@ def heal(
 ) -> Progress:
     """Train the task's student on each batch once, at a warmed-up cosine rate.
 
-    It goes on from the last checkpoint in `folder`, if there is one; a phase that is over is not run again. All but
-    the parameters `trained`, each of which must have a gradient, stay as they are. Raises as
-    `training.loop.train` does.
+    It continues from the last checkpoint in `folder`, if there is one; a finished phase does not run again. Only the
+    parameters `trained` change, each of which must get a gradient. Raises as `training.loop.train` does.
     """
     recipe = Recipe(
         steps=len(batches),

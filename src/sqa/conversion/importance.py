@@ -1,4 +1,4 @@
-"""Which query heads stay: scores or an elimination, the same number in every pool of heads."""
+"""Choice of the query heads that stay, by scores or elimination, the same number in every pool of heads."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -18,7 +18,7 @@ METHODS: dict[Method, str] = {
     "taylor": "gradient of the loss by a gate on the head (arXiv 1905.10650); costs a backward pass more",
     "greedy": "drop one by one the head whose loss the others make good best; costs one inverse of F x F a layer more",
 }
-"""What each looks at, and what that costs beside one forward pass over the calibration text."""
+"""What each method looks at, and its cost beside one forward pass over the calibration text."""
 
 
 def choose_heads(
@@ -31,9 +31,9 @@ def choose_heads(
     gate_gradients: Tensor | None,
     generator: torch.Generator,
 ) -> list[int]:
-    """The heads that stay, in rising order: `keep` of each pool.
+    """The heads that stay, `keep` of each pool, in rising order.
 
-    `moments` are those of the layer's own output projection; `gate_gradients` (Hq,) is what `taylor` needs.
+    `moments`: of the layer's own output projection. `gate_gradients`: (Hq,), for `taylor`.
     """
     if method == "greedy":
         return _eliminate(view, moments, pools, keep)
@@ -49,14 +49,14 @@ def choose_heads(
 
 
 def weight_norms(view: AttentionView) -> Tensor:
-    """Norm of each head's query rows times that of its output columns, (Hq,)."""
+    """(Hq,): the norm of each head's query rows times that of its output columns."""
     rows = view.q.weight.detach().cpu().double().unflatten(0, (-1, view.config.head_dim))
     columns = view.o.weight.detach().cpu().double().unflatten(1, (-1, view.config.head_dim))
     return (rows.square().sum((1, 2)) * columns.square().sum((0, 2))).sqrt()
 
 
 def l2_norms(view: AttentionView, moments: Moments) -> Tensor:
-    """(Hq,): root of the sum over tokens of |W_h z_h|^2, with W_h the head's columns of the output projection."""
+    """(Hq,): the L2 norm over tokens of W_h z_h, where W_h are the head's columns of the output projection."""
     size = view.config.head_dim
     columns = view.o.weight.detach().cpu().double().split(size, dim=1)
     grams = (moments.gram[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(len(columns)))
@@ -64,9 +64,9 @@ def l2_norms(view: AttentionView, moments: Moments) -> Tensor:
 
 
 def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[int]], keep: int) -> list[int]:
-    """Backward elimination: what dropping block h costs after refitting is tr(W_h P_hh^-1 W_h^T), P = gram^-1.
+    """Backward elimination: dropping head h costs tr(W_h P_hh^-1 W_h^T) after refitting, where P = gram^-1.
 
-    The block form of the optimal brain surgeon; P and W are updated as if that head had never been there.
+    This is optimal brain surgeon in blocks; after each step, P and W are those of a layer without that head.
     """
     size = view.config.head_dim
     gram = moments.gram
@@ -91,9 +91,9 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
 
 @torch.enable_grad()
 def gate_gradients(subject: Subject, batches: Iterable[Any]) -> list[Tensor]:
-    """For each layer (Hq,): the sum over sequences of |d loss / d gate|, with a gate of 1 on each head's output z.
+    """For each layer (Hq,): the sum over sequences of |d loss / d gate|, for a gate of 1 on each head's output z.
 
-    By the chain rule that gradient is the sum of z * d loss / d z over the head's dimensions and the tokens.
+    By the chain rule, this gradient is the sum of z * d loss / d z over the tokens and the head's dimensions.
     """
     views = subject.views
     totals = [torch.zeros(view.config.num_query_heads, dtype=torch.float64) for view in views]

@@ -1,11 +1,13 @@
-"""A causal language model as conversion sees it: our Transformer, which reads Llama, Mistral, Qwen2 and Qwen3."""
+"""Causal language models in conversion: our Transformer, which reads Llama, Mistral, Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,14 +15,14 @@ from sqa import interop, storage
 from sqa.config import AttentionConfig
 from sqa.conversion.records import LanguageQuality
 from sqa.conversion.subject import AttentionView, Subject
-from sqa.data.batches import Batch
+from sqa.data.batches import Batch, pack
 from sqa.errors import InputError
 from sqa.losses import IGNORE, linear_distillation
 from sqa.model import Transformer
 
 
 class LanguageModel(Subject):
-    """Reads packed rows; every position is a real token."""
+    """A language model. Its batches are packed rows, in which every position is a real token."""
 
     default_speed_at = (512, 2048, 8192)
     predicts = True
@@ -51,8 +53,10 @@ class LanguageModel(Subject):
         tokenizer = self.tokenizer(directory)
         end_id = interop.open_source(directory).read_text_side().end_of_document
         encoded = (tokenizer.encode(text).ids + ([] if end_id is None else [end_id]) for text in documents)
-        batches = packed_batches(encoded, rows=rows, length=length, batch_size=batch_size)
-        return [batch.take(slice(None), self.device) for batch in batches]
+        if not rows:
+            return []
+        text = packed_rows(encoded, rows=rows, length=length)
+        return [text.take(slice(start, start + batch_size), self.device) for start in range(0, rows, batch_size)]
 
     def row_of(self, input_ids: Tensor) -> Batch:
         return Batch(input_ids=input_ids, labels=input_ids, labels_all_positions=None, document_ids=None)
@@ -77,7 +81,7 @@ class LanguageModel(Subject):
         return self.model(batch.input_ids, num_logits=1)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean nll a real token."""
+        """Mean of -log p over the targets."""
         return self.model(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss
 
     def distance(self, hidden: Tensor, teacher: LanguageModel, teacher_hidden: Tensor, batch: Batch) -> Tensor:
@@ -136,16 +140,10 @@ class LanguageModel(Subject):
         interop.write_like(self.model.to(dtype), folder, source)
 
 
-def packed_batches(documents: Iterator[list[int]], *, rows: int, length: int, batch_size: int) -> list[Batch]:
-    """`rows` rows of `length` tokens in batches: the next documents (token ids) end to end.
-
-    Attention is to be confined to `document_ids`; what follows a document is not to be predicted from it. Raises
-    InputError with both numbers when there is less text.
-    """
-    if not rows:
-        return []
+def packed_rows(documents: Iterator[list[int]], *, rows: int, length: int) -> Batch:
+    """The next documents (token ids) packed into rows of `length` tokens. Raises InputError when there is less text."""
     needed = rows * length + 1
-    found: list[Tensor] = []
+    found: list[list[int]] = []
     count = 0
     while count < needed:
         ids = next(documents, None)
@@ -154,13 +152,8 @@ def packed_batches(documents: Iterator[list[int]], *, rows: int, length: int, ba
                 f"text: {rows} rows of {length} tokens take {needed:,} tokens, but only {count:,} are left in this "
                 f"split; give more documents, or ask for fewer or shorter rows"
             )
-        found.append(torch.tensor(ids, dtype=torch.int64))
+        found.append(ids)
         count += len(ids)
-    numbers = torch.arange(len(found), dtype=torch.int32).repeat_interleave(torch.tensor([len(ids) for ids in found]))
-    stream, of = torch.cat(found)[:needed], numbers[:needed]
-    labels = torch.where(of[1:] == of[:-1], stream[1:], IGNORE)
-    inputs, labels, of = (x.view(rows, length).split(batch_size) for x in (stream[:-1], labels, of[:-1]))
-    return [
-        Batch(input_ids=a, labels=b, labels_all_positions=None, document_ids=c - c[:, :1])
-        for a, b, c in zip(inputs, labels, of, strict=True)
-    ]
+    tokens = np.fromiter(chain.from_iterable(found), np.int64)
+    numbers = np.repeat(np.arange(len(found)), [len(ids) for ids in found])
+    return pack(tokens[:needed], numbers[:needed], length)

@@ -1,4 +1,4 @@
-"""What calibration text says of a projection, as sums: memory does not grow with the text.
+"""Sums over the calibration text that a projection is fitted by; their size does not grow with the text.
 
 Shapes: N tokens, d = d_model, F = Hq * head_dim features that the output projection reads.
 """
@@ -21,7 +21,7 @@ class Moments:
         self.energy = 0.0
 
     def add(self, features: Tensor, targets: Tensor | None = None) -> None:
-        """Count N more tokens: features (N, F), targets (N, d) where there are any."""
+        """Add N tokens: features (N, F) and, if there are any, targets (N, d)."""
         x = features.detach().cpu().double()
         if self.constant:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
@@ -32,9 +32,9 @@ class Moments:
             self.energy += float(y.square().sum())
 
     def error(self, weight: Tensor) -> float:
-        """Sum of |y - weight x|^2 over the tokens counted, as a share of |y|^2. weight (d, F), any bias as last column.
+        """Sum of |y - weight x|^2 over the tokens, as a share of |y|^2. weight (d, F), with any bias as last column.
 
-        Below the rounding of its terms it is 0.
+        0 when rounding would make it negative.
         """
         residual = self.energy - 2 * float((weight * self.cross).sum()) + float((weight @ self.gram * weight).sum())
         return max(residual / self.energy, 0.0) if self.energy else 0.0

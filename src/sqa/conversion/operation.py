@@ -1,7 +1,7 @@
-"""The closed-form part of a conversion, layer by layer: choose heads, cut, pool, refit what is left.
+"""The closed-form part of a conversion, layer by layer: choose heads, cut, pool, refit.
 
-A layer is fitted to give what the original's gives, on the original's inputs. Fitting it on what the converted layers
-before it give was measured and did not help (docs/conversion.md).
+Each layer is fitted to the original's outputs on the original's inputs. Fitting it on the outputs of the converted
+layers before it was tried and did not help (docs/conversion.md).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from sqa.conversion.subject import AttentionView, Subject, watched
 
 
 def _walk(original: Subject, batches: Sequence[Any]) -> Iterator[tuple[Moments, list[Tensor], list[Tensor]]]:
-    """For each layer the moments of its output projection's input, and its attention's input and output a batch."""
+    """For each layer: moments of its output projection's input; the inputs and outputs of its attention by batch."""
     passes = [original.layers(batch) for batch in batches]
     for view in original.views:
         moments, inputs, outputs = _moments_of(view), [], []
@@ -66,10 +66,10 @@ def operate(
     held_out: Sequence[Any],
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[Subject, Subject, tuple[LayerChange, ...]]:
-    """The model with heads dropped, the model refitted, and what changed in each layer.
+    """The model with heads dropped, the same model refitted, and the changes in each layer.
 
-    `plans`: of each layer the shape afterwards and the pools of heads (surgery.plan_heads). `fit` and `held_out` are
-    batches of calibration text; a layer's error is measured on the second.
+    `plans`: for each layer its new shape and its pools of heads (surgery.plan_heads). `fit` and `held_out`: batches of
+    calibration text; errors are measured on the second.
     """
     gradients: Sequence[Tensor | None] = [None] * len(plans)
     if settings.method == "taylor":

@@ -1,4 +1,4 @@
-"""What a conversion found, as records with a JSON form: the contents of conversion.json."""
+"""The records of a conversion and their JSON form, which conversion.json holds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -9,7 +9,7 @@ from sqa.records import read_fields
 
 @dataclass(frozen=True, kw_only=True)
 class _Figures:
-    """Numbers with names, some of which may be absent."""
+    """Named numbers, some of which may be None."""
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:,.4f}" for name, value in vars(self).items() if value is not None)
@@ -17,7 +17,7 @@ class _Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageQuality(_Figures):
-    """Of a language model: loss in nats a real token, its perplexity, KL(original || this) in nats a token.
+    """Quality of a language model: loss in nats a real token, perplexity, KL(original || this) in nats a token.
 
     `agreement`: the share of positions at which both find the same token most likely.
     """
@@ -25,12 +25,12 @@ class LanguageQuality(_Figures):
     loss: float
     perplexity: float
     kl: float
-    agreement: float | None = None  # conversions of the first version did not measure it
+    agreement: float | None = None  # the first version did not measure it
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingQuality(_Figures):
-    """Of an encoder: cosine of embeddings to the original's; share of each passage's nearest ten that stay."""
+    """Quality of an encoder: cosine of embeddings to the original's; share of the nearest ten passages that stay."""
 
     cosine: float
     neighbours: float
@@ -47,9 +47,9 @@ def _quality(values: Mapping[str, Any]) -> Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Quality after a stage of the conversion and so many tokens of healing.
+    """Quality after a stage of the conversion, and the tokens of healing before it.
 
-    `quality` is on the validation split of the calibration text, `elsewhere` on the second domain, where measured.
+    `quality`: on the validation split of the calibration text. `elsewhere`: on the second domain, if measured.
     """
 
     stage: str
@@ -74,9 +74,9 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChange:
-    """Which query heads a layer kept, and the error of its attention output on the original's inputs.
+    """The query heads that a layer kept, and the errors of its attention output on the original's inputs.
 
-    Errors are on held-out text, as a share of the output's energy.
+    Errors are on held-out text, as shares of the output's energy.
     """
 
     kept: tuple[int, ...]
@@ -86,7 +86,7 @@ class LayerChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Seconds of one pass over a row of n tokens, before and after, in turns: {p20, median, p80} each."""
+    """Seconds of one pass over n tokens before and after, timed in turns: {p20, median, p80} each."""
 
     what: str
     n: int
@@ -95,7 +95,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """How many times faster it is after the conversion, by medians."""
+        """The median before over the median after."""
         return self.before["median"] / self.after["median"]
 
 
@@ -110,10 +110,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """All that is known of a conversion; what is measured last is empty while it runs.
+    """All that is known of a conversion. While it runs, what is measured last is empty.
 
-    `settings` are those asked for, with fingerprints of the text that was read. `parameters`: before and after.
-    `wall_s` and `peak_bytes` are those of the last process: what came before a resumption is not in them.
+    `settings`: with a fingerprint of the text that was read. `parameters`: before and after. `wall_s` and
+    `peak_bytes`: of the last process, without what came before a resumption.
     """
 
     settings: dict[str, Any]
@@ -130,12 +130,12 @@ class Conversion:
     git: str | None = None
 
     def with_stage(self, stage: Stage) -> Self:
-        """With this stage measured, for the first time or again."""
+        """A copy with this stage, which replaces an earlier measurement of the same."""
         others = (old for old in self.stages if (old.stage, old.tokens) != (stage.stage, stage.tokens))
         return replace(self, stages=(*others, stage))
 
     def has(self, stage: str, tokens: int) -> bool:
-        """Whether a stage was measured after so many tokens of healing."""
+        """Whether a stage has been measured after so many tokens of healing."""
         return any((each.stage, each.tokens) == (stage, tokens) for each in self.stages)
 
     def last(self, stage: str) -> Stage:

@@ -1,4 +1,4 @@
-"""What a conversion cost, as people read it: a table for 80 columns and a figure of quality over healing."""
+"""A conversion's results for people: tables of 80 columns, and a figure of quality over healing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ _MEANINGS: dict[type[Quality], str] = {
 
 
 def planned(job: Job) -> Group:
-    """What a conversion would do, before it does it."""
+    """What a conversion is going to do."""
     settings, n = job.settings, job.settings.length
     table = make_table("attention", "before", "after", names=("attention",), gap=2)
     after = [layer for layer, _ in job.plans()]
@@ -61,7 +61,7 @@ def _counted(value: float) -> str:
 
 
 def quality_table(conversion: Conversion) -> Group:
-    """Quality at every stage, on text used for nothing else."""
+    """Quality after every stage, on text that is used for nothing else."""
     last = {stage.stage: stage for stage in conversion.stages}
     parts: list[RenderableType] = [_stages([(stage, stage.quality) for stage in last.values()])]
     if elsewhere := [(stage, stage.elsewhere) for stage in last.values() if stage.elsewhere is not None]:
@@ -110,7 +110,7 @@ def speed_table(conversion: Conversion) -> Group:
 
 
 def samples(conversion: Conversion) -> Group:
-    """Continuations by the original and the converted model, one under the other."""
+    """Continuations by the original and by the converted model."""
     lines = [
         Text(f"{name:>9}: {' '.join(text.split())}")
         for sample in conversion.samples
@@ -120,7 +120,7 @@ def samples(conversion: Conversion) -> Group:
 
 
 def plot(conversion: Conversion, path: Path) -> None:
-    """Loss (of an encoder cosine) over tokens of healing, beside the original's, as .svg, .png, .html or .json.
+    """Plot loss (cosine for an encoder) over tokens of healing, beside the original's: .svg, .png, .html or .json.
 
     Raises InputError for another kind of file, and MissingExtraError without the extra `report`.
     """

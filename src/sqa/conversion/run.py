@@ -1,4 +1,4 @@
-"""A conversion from beginning to end: heads chosen, cut and refitted, the rest healed, every stage measured."""
+"""A conversion from start to end: choose, cut and refit heads, heal the model, measure every stage."""
 
 import copy
 import hashlib
@@ -55,7 +55,7 @@ def convert(
     of a file or folder of text; the model is fitted and healed on the train split of the first, and measured on its
     validation split and on that of the second (None: on the first alone).
 
-    The same call goes on with a conversion that was stopped: at once, by a signal that `stop` (progress.stop_flag) got.
+    A signal that `stop` (progress.stop_flag) got stops it at once; the same call then continues the conversion.
 
     Raises InputError, before anything is computed where that can be, for what cannot be converted, for too little text
     and for weights or losses that are not finite; also when another process, or an unfinished conversion with other
@@ -66,7 +66,7 @@ def convert(
 
 
 def run(job: Job, display: Display, stop: StopFlag) -> Conversion:
-    """Run a conversion that `prepare` checked, or go on with it. See `convert`."""
+    """Run or continue a conversion that `prepare` has checked. See `convert`."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with locked(job.work.with_name(f"{LOCK}-{job.out.name}")), stop.at_once(GO_ON):
         if job.settings.threads:
@@ -76,7 +76,7 @@ def run(job: Job, display: Display, stop: StopFlag) -> Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:
-    """All batches of a conversion, and a fingerprint of their tokens. `elsewhere` is of the second domain."""
+    """All batches of a conversion; `elsewhere` is from the second domain."""
 
     fit: Sequence[Any]
     held_out: Sequence[Any]
@@ -86,6 +86,7 @@ class _Text:
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest of all tokens."""
         digest = hashlib.blake2b(digest_size=16)
         for part in vars(self).values():
             for batch in part:
@@ -95,7 +96,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Domain:
-    """Text that quality is measured on, and what the original gives for it."""
+    """Text that quality is measured on, and the original's outputs for it."""
 
     name: str
     batches: Sequence[Any]
@@ -103,7 +104,7 @@ class _Domain:
 
 
 class _Run:
-    """One process's work on a conversion. `state` is what state.json holds at any time."""
+    """One process's work on a conversion. `state` is always what state.json holds."""
 
     def __init__(self, job: Job, display: Display, stop: StopFlag) -> None:
         self.job, self.display, self.stop = job, display, stop
@@ -143,7 +144,7 @@ class _Run:
         return self.state
 
     def _begin(self) -> Conversion:
-        """The state of this conversion: new, or what an earlier process left."""
+        """The state of this conversion, which is new or left by an earlier process."""
         second = None if self.job.second is None else self.job.second.name
         settings = {"calibration": self.job.calibration.name, "evaluate": second, **self.settings.to_dict()}
         if not self.state_path.is_file():
@@ -170,14 +171,14 @@ class _Run:
         return subject
 
     def _autocast(self) -> torch.autocast:
-        """Without the cache of cast weights, which would outlive a change of the weights inside the block."""
+        """Autocast without its cache of weights, which would miss a change of the weights inside the block."""
         dtype = find_dtype(self.settings.dtype)
         return torch.autocast(
             torch.device(self.settings.device).type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
         )
 
     def _shown(self, label: str, batches: Sequence[Any]) -> Iterator[Any]:
-        """The batches, each shown as a step of the phase `label`."""
+        """Yield the batches, and show each as a step of the phase `label`."""
         self.display.start(label, len(batches))
         for batch in batches:
             yield batch
@@ -185,7 +186,7 @@ class _Run:
         self.display.finish("")
 
     def _read(self) -> _Text:
-        """The text, each split read once and only as far as it is needed."""
+        """Read the text, each split once and only as far as needed."""
         job, settings = self.job, self.settings
         self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
         read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
@@ -209,7 +210,7 @@ class _Run:
             return _Domain(name, batches, self.original.outputs(self._shown(f"the original on {name}", batches)))
 
     def _record(self, stage: str, subject: Subject, tokens: int = 0, *, midway: bool = False) -> None:
-        """Measure a stage, print it and keep it. `midway` through healing one domain will do."""
+        """Measure a stage, print it and keep it; `midway` through healing, on the first domain only."""
         quality = [self._measure(stage, subject, domain) for domain in self.domains[: 1 if midway else 2]]
         measured = Stage(stage=stage, tokens=tokens, quality=quality[0], elsewhere=next(iter(quality[1:]), None))
         self.display.note(str(measured))
@@ -244,13 +245,13 @@ class _Run:
         self._write(refitted, job.work / "refitted", torch.float32)
 
     def _costs(self) -> list[dict[int, float]]:
-        """What each layer's query heads are worth on a quarter of the calibration text."""
+        """The cost of fewer heads in each layer, on a quarter of the calibration text."""
         part = self.text.fit[: -(-len(self.text.fit) // 4)]
         batches = self._shown("measuring what each layer's heads are worth", part)
         return allocation.layer_costs(self.original, batches, self.job.choices())
 
     def _write(self, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
-        """Write a model inside the work folder, where nothing is left behind when this process is killed."""
+        """Write a model to a folder inside the work folder, whole or not at all."""
         with storage.new_directory(folder) as temporary:
             subject.save(temporary, self.job.source, dtype)
 
@@ -297,9 +298,9 @@ class _Run:
             self._record(stage, subject, offset + progress.tokens)
 
     def _marks(self, steps: int) -> set[int]:
-        """The steps before the last after which quality is measured: as many as take a tenth of the time with the last.
+        """The steps after which quality is measured, beside the last one. All take about a tenth of the time together.
 
-        Measuring a token takes some third of a training step's.
+        Measuring takes about a third of the time of training on as many tokens.
         """
         affordable = int(0.3 * steps * self.settings.tokens_per_step / self.settings.evaluation_tokens)
         count = max(1, min(MEASUREMENTS, affordable))
@@ -313,7 +314,7 @@ class _Run:
 
     @torch.no_grad()
     def _samples(self, converted: Subject) -> tuple[Sample, ...]:
-        """Continuations of the beginnings of validation rows, greedy, by both models; none of an encoder."""
+        """Greedy continuations of the beginnings of validation rows by both models; none for an encoder."""
         if not self.kind.predicts:
             return ()
         tokenizer, found = self.original.tokenizer(self.job.source), []
@@ -325,7 +326,7 @@ class _Run:
         return tuple(found)
 
     def _speed(self, converted: Subject) -> tuple[Speed, ...]:
-        """Seconds of prefill and of forward and backward at each length, before and after in turns."""
+        """Time prefill, and forward with backward, at each length, before and after in turns."""
 
         def timed(subject: Subject, what: str, row: Any) -> None:
             if what == "prefill":
@@ -360,7 +361,7 @@ class _Run:
 
 
 def _peak_bytes() -> int | None:
-    """The most memory that this process had so far; None where the system does not say (Windows)."""
+    """The peak memory of this process so far; None on Windows."""
     try:
         import resource
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is asked of a conversion, checked before a weight is read."""
+"""The settings of a conversion, checked before any weight is read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ from sqa.records import Checked
 class Settings(Checked):
     """Everything that decides what a conversion gives.
 
-    `query_heads` and `kv_heads` a layer (None: as surgery.plan_heads says). `allocation` says how query heads are
-    shared out: `uniform` gives every layer as many, `measured` gives as many in all to the layers that need them most.
-    `method` chooses heads; `pooling` says how KV heads are joined. `sequences` rows of `length` tokens calibrate, an
-    eighth of them held out. `heal_tokens` are spent on healing, of them `layerwise` (a share) layer by layer first;
-    `train` says which parameters move. `control` also trains the original on the same tokens. `evaluation_tokens`
-    measure, on each domain. `speed_at` are the lengths timed (None: 512, 2,048 and 8,192; of an encoder 128, 256 and
-    512). `dtype` bfloat16 is autocast, of everything that is computed; `compile` compiles what healing trains.
-    `device` is PyTorch's name of one, `threads` of the CPU 0 for PyTorch's choice.
+    `query_heads`, `kv_heads`: in each layer (None: as surgery.plan_heads says). `allocation`: `uniform` gives every
+    layer the same number of query heads, `measured` gives the same total, with more to layers that need them most.
+    `method` chooses heads; `pooling` merges KV heads. `sequences`: rows of `length` tokens that calibrate, an eighth
+    of them held out. `heal_tokens`: for healing, of which the share `layerwise` trains layer by layer first; `train`:
+    the parameters that healing changes. `control` also trains the original on these tokens. `evaluation_tokens`: to
+    measure on, in each domain. `speed_at`: lengths to time (None: 512, 2,048 and 8,192; for an encoder 128, 256 and
+    512). `dtype` bfloat16 means autocast for all computing; `compile` compiles the model that healing trains.
+    `device`: PyTorch's name of it. `threads`: of the CPU, 0 for PyTorch's choice.
 
     Raises InputError, naming the field, for what cannot be run.
     """
@@ -91,7 +91,7 @@ class Settings(Checked):
 
     @property
     def layerwise_steps(self) -> int:
-        """Those of the steps that heal layer by layer; they come first."""
+        """The first steps, which heal layer by layer."""
         return round(self.layerwise * self.steps)
 
 
@@ -105,14 +105,14 @@ def subject_class(directory: Path) -> type[Subject]:
 
 
 Plan = tuple[AttentionConfig, list[range]]
-"""Of a layer: its shape afterwards, and the pools of heads of which it keeps the same number each."""
+"""A layer's new shape, and its pools of heads, of which it keeps the same number each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A conversion that is known to fit: from which directory, to where, with which text.
+    """A conversion that has been checked: source, output, text and settings.
 
-    `second` is the second domain that measures, if there is one. `before` are the attention layers of the original.
+    `second`: the second domain to measure on, if there is one. `before`: the original's attention layers.
     """
 
     source: Path
@@ -125,11 +125,11 @@ class Job:
 
     @property
     def work(self) -> Path:
-        """Where a conversion keeps what it can go on from."""
+        """The folder from which a stopped conversion continues."""
         return self.out.with_name(f".{self.out.name}.converting")
 
     def choices(self) -> list[dict[int, list[range]]]:
-        """Of each layer the counts of query heads that its KV heads allow, each with its pools of heads."""
+        """For each layer the numbers of query heads that its KV heads allow, each with its pools of heads."""
         found = []
         for layer in self.before:
             multi_head = layer.num_query_heads == layer.num_kv_heads  # where KV heads go with their query heads
@@ -139,9 +139,9 @@ class Job:
         return found
 
     def plans(self, costs: Sequence[Mapping[int, float]] | None = None) -> list[Plan]:
-        """The plan of each layer. `costs` of the `choices` decide how many heads it keeps where that is measured.
+        """The plan of each layer. For a measured allocation, `costs` of the `choices` decide how many heads it keeps.
 
-        Without them it is one of the allocations with the same total, all of which take as much time.
+        Without costs it is any allocation with the same total; all take the same time.
         """
         counts = [self.settings.query_heads] * len(self.before)
         if self.settings.allocation == "measured":
@@ -152,7 +152,7 @@ class Job:
 
 
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
-    """Check all that can be checked without reading a weight or a text. Raises InputError; nothing is written."""
+    """Check all that needs no weights and no text. Raises InputError, and writes nothing."""
     directory = local_path(source)
     storage.refuse_inside(out, directory)
     subject = subject_class(directory)
@@ -167,7 +167,9 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
         before=before,
         speed_at=tuple(n for n in speed_at if n <= longest),
     )
-    if not ((job.work / "state.json").is_file() and (out / "conversion.json").is_file()):  # only figures are missing
+    if not (
+        (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
+    ):  # else only figures are missing
         storage.refuse_existing(out)
     if settings.allocation == "measured" and settings.kv_heads is not None:
         raise InputError("convert: allocation measured keeps the KV heads of each layer; leave kv_heads out")

@@ -1,4 +1,4 @@
-"""What conversion needs of a model, whatever its class.
+"""The interface of a model for conversion, whatever its class.
 
 Shapes: B rows, T tokens a row, N real tokens, d = d_model, F = what a projection reads.
 """
@@ -28,7 +28,7 @@ def joined(linear: nn.Linear) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """New values of the four projections of an attention layer, each (out, in) with any bias as one more column."""
+    """New weights of the four projections of an attention layer, (out, in) each, with any bias as last column."""
 
     q: Tensor
     k: Tensor
@@ -38,7 +38,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class AttentionView:
-    """One attention layer of a model, whatever class it is written in: its shape and its four projections."""
+    """One attention layer of a model of any class: its shape and its four projections."""
 
     config: AttentionConfig
     q: nn.Linear
@@ -53,7 +53,7 @@ class AttentionView:
 
     @torch.no_grad()
     def write(self, weights: AttentionWeights) -> None:
-        """Take these values; a column for a bias that a projection lacks is left aside."""
+        """Copy these weights; a bias column is ignored if the projection has no bias."""
         for values, linear in zip((weights.q, weights.k, weights.v, weights.o), self.projections, strict=True):
             linear.weight.copy_(values[:, : linear.in_features])
             if linear.bias is not None:
@@ -62,7 +62,7 @@ class AttentionView:
 
 @contextmanager
 def watched(modules: Sequence[nn.Linear]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """A list that holds, after each forward pass inside the block, what every module read and gave."""
+    """A list that has each module's input and output after each forward pass in the block."""
     seen = [(torch.empty(0), torch.empty(0))] * len(modules)
 
     def keep(index: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -81,10 +81,10 @@ class Subject(ABC):
 
     default_speed_at: ClassVar[tuple[int, ...]]
     predicts: ClassVar[bool]
-    """Whether it is a language model: it has a loss and can continue a text."""
+    """Whether it is a language model, which has a loss and can continue text."""
 
     def __init__(self, model: Any) -> None:
-        """`model` as it was read: its weights become fp32, and `dtype` keeps what they were."""
+        """Turn the model's weights to fp32; `dtype` keeps their own dtype."""
         self.dtype = next(model.parameters()).dtype
         self.model = model.float().eval()
 
@@ -101,7 +101,7 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Raise InputError where `save` could not write a model with these layers, or not copy what is beside it."""
+        """Raise InputError if `save` could not write a model with these layers or copy the other files."""
 
     @property
     @abstractmethod
@@ -135,16 +135,16 @@ class Subject(ABC):
         """A batch of these tokens (1, T), none of them padding."""
 
     def tokens(self, x: Tensor, batch: Any) -> Tensor:
-        """(B, T, ...) -> (N, ...): the positions of a batch that are no padding."""
+        """(B, T, ...) -> (N, ...): the positions of x that are no padding."""
         return x.flatten(0, 1)
 
     def count(self, batch: Any) -> int:
-        """N, the tokens of a batch that are no padding."""
+        """N, the number of tokens that are no padding."""
         return len(self.tokens(batch.input_ids, batch))
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """What the outputs depend on, and so has a gradient in healing."""
+        """The parameters that get a gradient in healing."""
         return list(self.model.parameters())
 
     @abstractmethod
@@ -157,23 +157,23 @@ class Subject(ABC):
 
     @abstractmethod
     def hidden(self, batch: Any) -> Tensor:
-        """What the output head reads, (B, T, d)."""
+        """The last hidden state, (B, T, d)."""
 
     def prefill(self, batch: Any) -> object:
-        """What reading a prompt takes."""
+        """Read a prompt, for timing."""
         return self.hidden(batch)
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        """What training minimises."""
+        """The model's own training loss."""
 
     @abstractmethod
     def distance(self, hidden: Tensor, teacher: Any, teacher_hidden: Tensor, batch: Any) -> Tensor:
-        """How far outputs are from the teacher's, which distillation minimises."""
+        """The loss of distillation: how far the outputs are from the teacher's."""
 
     @abstractmethod
     def outputs(self, batches: Iterable[Any]) -> list[Tensor]:
-        """What `measure` compares with, when this model is the teacher."""
+        """What `measure` takes as `reference` when this model is the teacher."""
 
     @abstractmethod
     def measure(self, batches: Iterable[Any], teacher: Any, reference: Sequence[Tensor]) -> Quality:
@@ -181,7 +181,7 @@ class Subject(ABC):
 
     @abstractmethod
     def with_heads(self, attention: Sequence[AttentionConfig]) -> Self:
-        """A new model with these attention layers, their projections still to be written; all else is copied."""
+        """A copy of the model with these attention layers, whose projections are still to be written."""
 
     def continued(self, batch: Any, new_tokens: int) -> Tensor:
         """Greedy continuation (B, new_tokens) of the rows of a batch, by a model that predicts."""
@@ -190,14 +190,14 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def serve(cls, directory: Path) -> str:
-        """How to use what `save` wrote: a command, or a line of Python."""
+        """How to use the written model: a command, or a line of Python."""
 
     @abstractmethod
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
-        """Write the kind of directory that `source` is; the model itself takes that dtype."""
+        """Turn the model to `dtype`, and write it as a directory of the same kind as `source`."""
 
     def check_finite(self, where: Path) -> None:
-        """Raise InputError naming a weight that holds nan or an infinity."""
+        """Raise InputError, naming the weight, for nan or infinity."""
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise InputError(f"model: {name} of {where} holds nan or infinity; convert a model with finite weights")

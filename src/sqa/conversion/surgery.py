@@ -14,19 +14,19 @@ from sqa.conversion.subject import AttentionView, AttentionWeights, joined
 from sqa.errors import InputError
 
 DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
-"""Shares of the mean of the diagonal that are tried as ridge penalty."""
+"""The ridge penalties to try, as shares of the mean of the diagonal."""
 ROUNDING = 2**-16
-"""The share of energy that rounding to bf16 takes: where less is missing, there is nothing to refit."""
+"""The share of energy that rounding to bf16 loses. A smaller error needs no refit."""
 
 
 def plan_heads(
     config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None
 ) -> tuple[AttentionConfig, list[range]]:
-    """The layer with fewer heads, and the pools of query heads of which it keeps the same number each.
+    """The layer with fewer heads, and the pools of query heads, of which it keeps the same number each.
 
-    Without `num_kv_heads` a layer keeps its own, and one of multi-head attention as many as query heads. Query heads
-    that share a KV head stay together, so a pool is what will share one; where each query head has a KV head of its
-    own and keeps it, all heads are one pool. Raises InputError with the numbers that would fit.
+    Without `num_kv_heads` a layer keeps all of its KV heads; multi-head attention keeps one for each query head. Query
+    heads that will share a KV head are one pool. If each query head keeps a KV head of its own, all heads are one
+    pool. Raises InputError with the numbers that would fit.
     """
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     if heads < kv_heads:
@@ -53,11 +53,10 @@ def plan_heads(
 def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Moments | None = None) -> AttentionWeights:
     """Weights of a layer with the query heads `kept` (in rising order).
 
-    Where several KV heads that are still read come into one pool, their mean takes their place; with the moments of
-    the layer's `inputs` (d and the constant 1 as features) they are turned to agree first: values by any rotation,
-    undone in the output projection; keys and their queries by rotations inside rotary pairs, which positions do not
-    see (not under QK-norm, whose weights they would not pass). Where no pool joins KV heads, each kept head computes
-    what it computed before.
+    KV heads of one pool that kept heads still read are replaced by their mean. With the moments of the layer's `inputs`
+    (d and the constant 1 as features) they are rotated to agree first: values by any rotation, undone in the output
+    projection; keys and their queries inside rotary pairs, which commutes with positions (but not with QK-norm, where
+    keys stay). If no pool merges KV heads, each kept head computes what it did before.
     """
     config, size = view.config, view.config.head_dim
     shared = config.num_query_heads // config.num_kv_heads
@@ -88,13 +87,13 @@ def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Mom
 
 
 def _head_rows(linear: nn.Linear, size: int) -> tuple[Tensor, ...]:
-    """Each head's rows (D, d + 1) in fp64, the bias (or zero) as last column."""
+    """The rows of each head, (D, d + 1) in fp64, with the bias or zeros as last column."""
     own = joined(linear)
     return (own if linear.bias is not None else nn.functional.pad(own, (0, 1))).split(size)
 
 
 def _rotary_pairs(config: AttentionConfig) -> Tensor | None:
-    """(D / 2, 2): which dimensions of a head are rotated together; None without rotary positions."""
+    """(D / 2, 2): the pairs of dimensions that rotary positions rotate; None without them."""
     if config.rope is None:
         return None
     order = torch.arange(config.head_dim)
@@ -102,7 +101,7 @@ def _rotary_pairs(config: AttentionConfig) -> Tensor | None:
 
 
 def _align(blocks: Sequence[Tensor], gram: Tensor, pairs: Tensor | None) -> list[Tensor]:
-    """Rotations (D, D) that bring the outputs of `blocks` (D, d + 1) on inputs of moments `gram` close to their mean.
+    """Rotations (D, D) that bring the outputs of `blocks` (D, d + 1) close to their mean, on inputs of moments `gram`.
 
     Generalised Procrustes analysis in three rounds; with `pairs`, only rotations inside each pair of dimensions.
     """
@@ -128,10 +127,10 @@ def _rotation(correlation: Tensor, pairs: Tensor | None) -> Tensor:
 
 
 def refit(weight: Tensor, fit: Moments, held_out: Moments) -> Tensor:
-    """The output projection (d, F) that makes the features that are left give the targets: ridge least squares.
+    """The output projection (d, F) that fits the remaining features to the targets, by ridge least squares.
 
-    The penalty is on the change from `weight`, so the error on the text fitted on never grows; how strong it is, is
-    what serves `held_out` best. `weight` itself is the answer where nothing does better, or nothing is missing.
+    The penalty is on the change from `weight`, so the error on the fitted text never grows. Its strength is the one
+    with the lowest error on `held_out`. If none is better, or the error is tiny, the result is `weight` itself.
     """
     best, lowest = weight, held_out.error(weight)
     if max(lowest, fit.error(weight)) < ROUNDING:
@@ -145,7 +144,7 @@ def refit(weight: Tensor, fit: Moments, held_out: Moments) -> Tensor:
 
 
 def solve_damped(gram: Tensor, cross: Tensor, share: float) -> Tensor:
-    """W (d, F) with W (gram + penalty) = cross (d, F), the penalty being `share` of the mean of gram's diagonal."""
+    """W (d, F) with W (gram + penalty) = cross (d, F), where the penalty is `share` of the mean of gram's diagonal."""
     penalty = share * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=gram.dtype)
     solved: Tensor = torch.linalg.solve(gram + penalty, cross.T).T
     return solved

@@ -1,4 +1,4 @@
-"""Text to batches: a corpus, a tokenizer trained on it, and both of its splits encoded on disk."""
+"""From text to batches: a corpus, a tokenizer trained on it, and both splits encoded on disk."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ __all__ = ["Corpus", "Prepared", "Tokenizer", "open_corpus", "prepare"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Everything a comparison reads its batches from."""
+    """What a comparison reads its batches from."""
 
     corpus: Corpus
     tokenizer: Tokenizer
@@ -23,7 +23,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest that two comparisons share exactly when they train and evaluate on the same tokens."""
+        """Hex digest. Two comparisons share it exactly when they train and evaluate on the same tokens."""
         return fingerprint_of(self.train.fingerprint, self.validation.fingerprint, self.tokenizer.fingerprint)
 
 
@@ -38,7 +38,7 @@ def prepare(
 ) -> Prepared:
     """Open `source`, train its tokenizer and encode both splits, or take them from the cache.
 
-    `cache_dir` defaults to `default_cache_dir()`. `note` gets lines of text to show while this lasts.
+    `cache_dir` defaults to `default_cache_dir()`. `note` gets lines of text about the progress.
     Raises InputError as `open_corpus`, `load_or_train_tokenizer` and `load_or_encode` do.
     """
     check_vocab_size(vocab_size)

@@ -53,7 +53,7 @@ class Batches:
 
     Epoch e visits all documents in a permutation of its own, drawn from (seed, e). It has `batches_per_epoch` whole
     batches; the rows left over at its end, fewer than a batch, are dropped. Only the order of the epoch in use is in
-    memory. Raises InputError where the split does not fill one batch.
+    memory. Raises InputError when the split does not fill one batch.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batches:
         """Batch t >= 0 of an endless sequence of epochs: (batch_size, context_length)."""
         epoch, index = divmod(t, self.batches_per_epoch)
         if epoch != self._epoch:
-            # raw bits, because numpy keeps them the same between releases and its shuffles not
+            # raw bits stay the same between releases of numpy, shuffles do not
             bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch])).random_raw(self._shards.num_documents)
             order = np.argsort(bits, kind="stable")
             self._source = self._rows(self._shards, order, self._context_length, self._pad_id)
@@ -97,14 +97,33 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """The fixed evaluation set: whole documents in stored order until they hold `max_tokens` real tokens.
 
-    All documents where they hold fewer. The last batch may have fewer rows, none is empty; the last packed
-    row is filled with `pad_id`, which has no target and a document id of its own.
+    If all documents hold fewer, it is all of them. The last batch may have fewer rows. The last packed row is filled
+    up with `pad_id`, which has no target and a document id of its own.
     """
     packed = layout == "packed"
     targets = shards.lengths - 1 if packed else np.minimum(shards.lengths - 1, context_length)
     num_documents = min(int(np.searchsorted(np.cumsum(targets), max_tokens)) + 1, shards.num_documents)
     source = (_PackedRows if packed else _PaddedRows)(shards, np.arange(num_documents), context_length, pad_id)
     return (source.read(i, min(i + batch_size, source.count)) for i in range(0, source.count, batch_size))
+
+
+def pack(
+    tokens: np.ndarray, documents: np.ndarray, context_length: int, *, has_target: np.ndarray | bool = True
+) -> Batch:
+    """Rows of `context_length` tokens, cut from documents that lie end to end.
+
+    tokens: int64 (B * context_length + 1,); documents: the number of each token's document, rising. The last token of
+    a document has no target. has_target: bool, like tokens[1:], False where there is none for another reason.
+    """
+    shape = (-1, context_length)
+    same = documents[:-1] == documents[1:]
+    numbers = documents[:-1].reshape(shape)
+    return Batch(
+        input_ids=torch.from_numpy(tokens[:-1].reshape(shape).copy()),
+        labels=torch.from_numpy(np.where(same & has_target, tokens[1:], IGNORE).reshape(shape)),
+        labels_all_positions=None,
+        document_ids=torch.from_numpy((numbers - numbers[:, :1]).astype(np.int32)),
+    )
 
 
 class _PaddedRows:
@@ -148,12 +167,4 @@ class _PackedRows:
             low, high = max(start, self._bounds[rank]), min(stop, self._bounds[rank + 1])
             offset = self._shards.offsets[self._order[rank]] - self._bounds[rank]
             tokens[low - start : high - start] = self._shards.tokens(offset + low, offset + high)
-        has_target = (ranks[:-1] == ranks[1:]) & (positions[1:] < self._size)
-        shape = (last - first, self._context_length)
-        documents = ranks[:-1].reshape(shape)
-        return Batch(
-            input_ids=torch.from_numpy(tokens[:-1].reshape(shape).copy()),
-            labels=torch.from_numpy(np.where(has_target, tokens[1:], IGNORE).reshape(shape)),
-            labels_all_positions=None,
-            document_ids=torch.from_numpy((documents - documents[:, :1]).astype(np.int32)),
-        )
+        return pack(tokens, ranks, self._context_length, has_target=positions[1:] < self._size)

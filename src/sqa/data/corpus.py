@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Corpus:
     """Documents in a fixed order, each in at most one split.
 
-    `name` is for people and holds no absolute path. `read` yields the documents of a split, empty ones included;
-    `identify` gives the fingerprint, which takes a look at all of them.
+    `name` is for people and holds no absolute path. `read` yields the documents of a split, empty ones included.
+    `identify` gives the fingerprint, for which it reads all of them.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex; follows from the content and from how it is split: two corpora that share it have the same documents."""
+        """Hex digest of the content and of how it is split: two corpora that share it have the same documents."""
         return self.identify()
 
     def documents(self, split: Split) -> Iterator[str]:
-        """The documents of `split` that are not empty, one at a time: memory does not grow with the corpus.
+        """The documents of `split` that are not empty, one at a time, so that memory does not grow with the corpus.
 
         Raises InputError for a source that cannot be read as text, or a Hub out of reach.
         """
@@ -80,7 +80,7 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
     bounds = {"train": (0.0, train_fraction), "validation": (train_fraction, train_fraction + validation_fraction)}
 
     def hashed(name: str, identity: Callable[[], Iterable[object]], texts: Callable[[], Iterator[str]]) -> Corpus:
-        """A corpus without splits of its own: the hash of a text places it."""
+        """A corpus without splits of its own: the hash of each text decides its split."""
 
         def read(split: Split) -> Iterator[str]:
             low, high = bounds[split]
@@ -110,12 +110,12 @@ def open_corpus(source: str, *, train_fraction: float = 0.95, validation_fractio
 
 
 def fingerprint_of(*parts: object) -> str:
-    """A short hex digest of the given parts, which must have an exact text form (strings, integers)."""
+    """A short hex digest of the parts, which must have an exact text form (strings, integers)."""
     return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=16).hexdigest()
 
 
 def _place(text: str) -> float:
-    """Where a document lies in [0, 1): the same for the same text, wherever it is."""
+    """A document's place in [0, 1), by its text alone."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest) >> 11) / 2**53
 
@@ -128,7 +128,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _read_builtin() -> Iterator[str]:
-    """The standard library of this Python, and the topics of its help."""
+    """The standard library of this Python, and the topics of its `help()`."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_path("stdlib"))
@@ -160,7 +160,7 @@ def _read_wikipedia() -> Iterator[str]:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """The file itself, or those of a folder. Raises InputError for what cannot be read as text."""
+    """The file itself, or the data files of a folder. Raises InputError for what cannot be read as text."""
     if not path.exists():
         raise InputError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
     kinds = ", ".join(_SUFFIXES)
@@ -204,7 +204,7 @@ def _read_files(files: Sequence[Path]) -> Iterator[str]:
 
 @contextmanager
 def _naming_parquet(path: Path) -> Iterator[None]:
-    """What the library says of a file that it cannot read names the file."""
+    """Name the file in the errors of the library about it."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

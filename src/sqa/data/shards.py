@@ -25,7 +25,7 @@ _CHARACTERS_PER_CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What manifest.json holds, beside where the documents come from."""
+    """What manifest.json says of the files beside it."""
 
     format: int
     dtype: Literal["<u2", "<u4"]
@@ -35,12 +35,12 @@ class _Manifest:
     sha256: dict[str, str]
 
     def check_counts(self, folder: Path) -> None:
-        """Raise InputError where counts and sizes of the files do not belong together."""
+        """Raise InputError when the files do not have the sizes that the counts give."""
         if min(self.num_documents, self.tokens_per_file) < 1 or self.num_tokens < self.num_documents:
             raise InputError("its counts cannot be true")
         sizes = {"offsets.bin": 8 * (self.num_documents + 1)}
         starts = range(0, self.num_tokens, self.tokens_per_file)
-        for i, start in zip(range(len(self.sha256)), starts, strict=False):  # the counts may be beyond all sense
+        for i, start in zip(range(len(self.sha256)), starts, strict=False):  # damaged counts may be huge
             sizes[f"tokens-{i:05d}.bin"] = int(self.dtype[2:]) * min(self.tokens_per_file, self.num_tokens - start)
         if sizes.keys() != self.sha256.keys():
             raise InputError("its files are not those of its counts")
@@ -85,7 +85,7 @@ class TokenShards:
         ]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) uint16 or uint32: that stretch of all documents laid end to end."""
+        """(stop - start,) uint16 or uint32: tokens start .. stop - 1 of all documents laid end to end."""
         size = self._tokens_per_file
         files = range(start // size, (stop - 1) // size + 1)
         parts = [self._files[i][max(start - i * size, 0) : stop - i * size] for i in files]
@@ -109,10 +109,10 @@ def load_or_encode(
     cache_dir: Path,
     note: Callable[[str], None] = lambda text: None,
 ) -> TokenShards:
-    """The documents of one split, encoded in parallel as they stream by, or opened where that is done.
+    """The documents of one split: encoded in parallel as they stream by, or opened if they are in the cache.
 
     `note` gets a line with the counts so far after every chunk of about a million characters. One process at a
-    time encodes, and others wait for it. Of the processes that train together on a machine one checks the files.
+    time encodes, and others wait for it. One of the processes that train together on a machine checks the files.
 
     Raises InputError if the split has no documents or cached files are damaged.
     """

@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on a corpus by the `tokenizers` library, cached, wrapped thinly."""
+"""Byte-level BPE by the `tokenizers` library: trained on a corpus, and cached."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ _FORMAT = 1  # part of the cache key: raise it when the same corpus would give a
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary: every text can be encoded, and decoding gives it back exactly.
+    """A byte-level BPE vocabulary. It can encode every text, and decoding gives back exactly that text.
 
-    `<|endoftext|>` and `<|pad|>` are never produced by encoding: in a text they are ordinary characters.
+    Encoding never produces `<|endoftext|>` and `<|pad|>`: in a text they are ordinary characters.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
@@ -136,7 +136,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> tokenizers.Tokenizer:
     try:
         interruptible(lambda: backend.train_from_iterator(takewhile(lambda text: not ended.is_set(), texts), trainer))
     finally:
-        ended.set()  # a call that was left goes through no more text
+        ended.set()  # an interrupted call reads no more text
     return backend
 
 

@@ -1,4 +1,4 @@
-"""BERT encoders, stock ones and ours with fewer heads: read strictly, cut to fewer heads, written for transformers."""
+"""BERT encoders, stock and with fewer heads: read strictly, given other heads, written for transformers."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ _BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|ou
 
 
 def load_config(directory: Path) -> BertConfig:
-    """The config of a directory that `load_bert` reads. Raises InputError as that does."""
+    """The config of a directory that `load_bert` reads. Raises InputError for any other."""
     values = storage.read_config(directory)
     kind = values.get("model_type")
     if kind not in tuple(MODEL_TYPES):
@@ -58,10 +58,10 @@ def load_config(directory: Path) -> BertConfig:
 
 
 def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, bytes]:
-    """What `save_bert` copies, by its place in the directory: of the tokenizer, and what sentence-transformers reads.
+    """The files that `save_bert` copies, by their path in the directory: the tokenizer's and sentence-transformers'.
 
-    That is its JSON files and the folders of its further modules such as 1_Pooling. Raises InputError for a file that
-    is damaged, and for a link to another place.
+    The latter has JSON files, and a folder for each further module, such as 1_Pooling. Raises InputError for a damaged
+    file and for a link to another place.
     """
     read_text_side(directory, values, vocab_size=vocab_size)
     found = [directory / name for name in (*FILES, *SENTENCE_FILES) if storage.regular_file(directory / name)]
@@ -79,7 +79,7 @@ def _side_files(directory: Path, values: Mapping[str, Any], vocab_size: int) -> 
 
 @contextmanager
 def _plain_errors(directory: Path) -> Iterator[None]:
-    """InputError for what transformers raises on a config that it cannot build, which is of any kind."""
+    """Raise InputError for what transformers raises, of any kind, when it cannot build a config."""
     try:
         yield
     except InputError:
@@ -92,7 +92,7 @@ def load_bert(directory: Path) -> BertModel:
     """A BertModel, or a SqaBertModel where `save_bert` wrote the directory, in the dtype of its file and in eval mode.
 
     Tensor names may start with "bert."; a pooler may be absent. Raises InputError, naming what is wrong, for anything
-    missing, unknown, damaged, misshapen, pickled or quantised, and for what is no plain encoder.
+    missing, unknown, damaged, misshapen, pickled or quantised, and for anything but a plain encoder.
     """
     config = load_config(directory)
     tensors = {key.removeprefix("bert."): value for key, value in storage.read_tensors(directory).items()}
@@ -129,8 +129,8 @@ def attention_config(config: BertConfig) -> AttentionConfig:
 def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> SqaBertModel:
     """A copy of `model` with other head counts, same dtype, device and mode.
 
-    Random, and for the caller to fill: weights and biases of `attention.self.{query,key,value}` and
-    `attention.output.dense.weight`. Raises InputError for counts that do not fit.
+    Weights and biases of `attention.self.{query,key,value}` and `attention.output.dense.weight` are random, for the
+    caller to fill. Raises InputError for counts that do not fit.
     """
     shape = attention_config(model.config).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
     ours = {name: getattr(shape, name) for name in _OURS}
@@ -143,14 +143,11 @@ def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> 
 
 
 def save_bert(model: SqaBertModel, folder: Path, source: Path) -> None:
-    """Write `model` into `folder`, one of `storage.new_directory`, for AutoModel with trust_remote_code.
-
-    Its tokenizer and what sentence-transformers reads are copied from the directory `source`.
-    """
+    """Write `model` into `folder`, for AutoModel with trust_remote_code; `_side_files` are copied from `source`."""
     values = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         values.pop(name, None)
-    values.setdefault("tokenizer_class", "BertTokenizer")  # what transformers takes for bert where nothing is said
+    values.setdefault("tokenizer_class", "BertTokenizer")  # transformers' default for bert
     values["dtype"] = dtype_name(model.dtype)
     values |= own_code(folder, "modeling_sqa_bert", AutoConfig="SqaBertConfig", AutoModel="SqaBertModel")
     write_safetensors(folder / "model.safetensors", model.state_dict())

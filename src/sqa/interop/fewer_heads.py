@@ -1,4 +1,4 @@
-"""How many query heads an existing shape could have instead, and the config to train such a model from."""
+"""Smaller numbers of query heads for an existing shape, and configs to train such models from."""
 
 import copy
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ _SHARES = [VARIANTS[name].query for name in ("lsqa", "sqa", "xsqa")]
 
 @dataclass(frozen=True, kw_only=True)
 class FewerHeads:
-    """One choice of head counts. `config` is a ModelConfig, or the transformers config that was given, changed.
+    """One choice of head counts. `config` is a ModelConfig, or the given transformers config with these counts.
 
-    `attention_saving`: how many times fewer FLOPs scores and weighted values take than in the shape it is made from.
+    `attention_saving`: FLOPs of scores and weighted values in the original shape over those in this one.
     """
 
     num_query_heads: int
@@ -28,15 +28,15 @@ class FewerHeads:
 
 
 def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads]:
-    """The sensible numbers of query heads nearest to 3/4, 1/2 and 1/4 of those that a model has, most heads first.
+    """Choices of about 3/4, 1/2 and 1/4 of a model's query heads, most heads first.
 
     `source` is a config of transformers (Llama, Mistral, Qwen2, Qwen3), a ModelConfig, a model directory, a .gguf file
-    or a name on the Hub. KV heads and head_dim stay as they are, so the number of query heads is a multiple of the KV
-    heads; only a model with as many of one as of the other (MHA) gets as many KV heads as query heads.
+    or a name on the Hub. KV heads and head_dim stay, so the number of query heads is a multiple of the KV heads; only
+    multi-head attention (as many KV as query heads) gets fewer KV heads too.
 
     Raises InputError for a model with one query head, with layers of several kinds, or of an unknown type.
 
-    Of 9 query and 3 KV heads: 6 and 3, then 3 and 3.
+    From 9 query and 3 KV heads: 6 and 3, then 3 and 3.
     """
     config = _model_config(source)
     layer = config.layers[0]

@@ -1,7 +1,7 @@
-"""GGUF files of llama.cpp: the header read and checked as a whole, the weights dequantised.
+"""Reader of llama.cpp's GGUF files: the header is checked as a whole, the weights are dequantised.
 
-The format is that of docs/gguf.md in ggml, versions 2 and 3, little-endian. The `gguf` package's own reader follows
-any length that a damaged file states and takes seconds for a vocabulary; here every length is checked against the file.
+The format is docs/gguf.md in ggml, versions 2 and 3, little-endian. The `gguf` package's own reader trusts every length
+in a damaged file and takes seconds for a vocabulary; this one checks each length against the file.
 """
 
 import math
@@ -30,9 +30,9 @@ except ImportError:
     raise MissingExtraError("GGUF needs the gguf package", "gguf") from None
 
 ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
-INTERLEAVED = ("llama", "deci")  # those that pair rotary dimensions (2j, 2j+1), the others as Llama in transformers
+INTERLEAVED = ("llama", "deci")  # these pair rotary dimensions (2j, 2j+1), the others as Llama in transformers
 _OUTER_BIAS = re.compile(r"blk\.0\.(attn_output|ffn_gate|ffn_up|ffn_down)\.bias")
-# keys that change what a model computes, and the value that ours computes
+# keys that change what a model computes, and the value for which ours computes the same
 _FIXED: dict[str, Any] = {
     "expert_count": 0,
     "attention.sliding_window": 0,
@@ -49,7 +49,7 @@ _TEXT, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as the file holds it: `data` are its bytes, a row at a time."""
+    """One tensor of the file; `data` are its stored bytes, (rows, bytes of a row)."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -63,14 +63,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a file says of its model, and its tensors by llama.cpp's names."""
+    """A file's metadata, and its tensors by llama.cpp's names."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key, of this type, or the default where there is none. Raises InputError for another type."""
+        """The value of a key, or the default if it is missing. Raises InputError for a value of another type."""
         value = self.metadata.get(key, default)
         if value is not default and type(value) is not kind:
             raise InputError(f"model: {key} in {self.path} must be of type {kind.__name__}, got {shown(repr(value))}")
@@ -85,7 +85,7 @@ class GgufFile:
 
 
 class _Cursor:
-    """Reads a header from its beginning. Raises InputError for whatever lies past the end of the file."""
+    """Reads a header from its start. Raises InputError instead of reading past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
@@ -127,9 +127,9 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file and check that its tensors are there and can be dequantised.
+    """Read the header of a GGUF file, and check that its tensors are there and can be dequantised.
 
-    Raises InputError for a file that is none, truncated, damaged, or quantised in a way that `gguf` cannot read.
+    Raises InputError for a file that is no GGUF, truncated, damaged, or quantised in a way that `gguf` cannot read.
     """
     with open(path, "rb") as opened:
         if opened.read(4) != b"GGUF":
@@ -186,7 +186,7 @@ def _kind(path: Path, name: str, number: int) -> GGMLQuantizationType:
 
 
 def model_config(file: GgufFile) -> ModelConfig:
-    """The config of a file of one of ARCHITECTURES. Raises InputError for another one and for what ours has not."""
+    """The config of a file of one of ARCHITECTURES. Raises InputError for another one and for unsupported features."""
     arch = file.get("general.architecture", str)
     if arch not in ARCHITECTURES:
         raise InputError(
@@ -231,7 +231,7 @@ def model_config(file: GgufFile) -> ModelConfig:
 
 
 def _counts(file: GgufFile, key: str, num_layers: int, default: list[int] | None = None) -> list[int]:
-    """Heads of each layer: of one number for all of them, or of a list."""
+    """Heads of each layer, from one number for all of them or from a list."""
     value = file.metadata.get(key, default)
     if not isinstance(value, list):
         return [file.count(key)] * num_layers
@@ -265,9 +265,9 @@ def _read_rope(file: GgufFile, arch: str, head_dim: int, max_seq_len: int) -> Ro
 
 
 def _llama3_rope(path: Path, base: float, factors: Tensor, head_dim: int) -> Rope:
-    """The scaling of Llama 3 whose division of each frequency the file holds as a tensor.
+    """Llama 3's rope scaling, found from the file's tensor, which holds the divisor of each frequency.
 
-    Solved from conversion/llama.py of llama.cpp, for the low and high frequency factors 1 and 4 of all Llama 3 models.
+    This inverts conversion/llama.py of llama.cpp for the low and high frequency factors 1 and 4 of all Llama 3 models.
     """
     plain = inverse_frequencies(Rope(base=base), head_dim)[0].double()
     if factors.shape == plain.shape and bool((factors == 1).all()):
@@ -286,7 +286,7 @@ def _llama3_rope(path: Path, base: float, factors: Tensor, head_dim: int) -> Rop
 
 
 def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors from the file's, dequantised: in half precision where all matrices are, else in fp32."""
+    """The file's tensors under our names, dequantised to fp32; half precision stays if all matrices have it."""
     kinds = {stored.kind for stored in file.tensors.values() if len(stored.shape) > 1}
     half = {GGMLQuantizationType.F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
     dtype = half.get(next(iter(kinds)), torch.float32) if len(kinds) == 1 else torch.float32
@@ -303,7 +303,7 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def their_names(config: ModelConfig) -> dict[str, str]:
-    """What llama.cpp calls each tensor of a model of ours."""
+    """llama.cpp's name of each tensor of a model of ours."""
     with torch.device("meta"):
         ours = Transformer(config).state_dict()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_layers)  # the names of the others, and QK-norm

@@ -1,6 +1,6 @@
 """The tokenizer of a GGUF file, rebuilt for the `tokenizers` library from its vocabulary, merges and scores.
 
-How text is split before merging is named by `tokenizer.ggml.pre`; the table follows llama.cpp's src/llama-vocab.cpp.
+`tokenizer.ggml.pre` names how text is split before merging; the table follows llama.cpp's src/llama-vocab.cpp.
 """
 
 import json
@@ -33,13 +33,13 @@ _SPLITS: dict[str | None, tuple[str, ...]] = {
 }  # fmt: skip
 _SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
 _LLAMA3 = _SPLIT_OF["llama-bpe"]
-_NFC = ("qwen2", "deepseek-r1-qwen")  # Qwen's tokenizer composes characters first, which a GGUF file does not say
+_NFC = ("qwen2", "deepseek-r1-qwen")  # Qwen's tokenizer composes characters first; GGUF files do not say so
 _UNUSED, _CONTROL, _USER_DEFINED = 5, 3, 4  # of gguf.TokenType
 _KEYS = "tokenizer.ggml"
 
 
 def read_text_side(file: GgufFile, *, vocab_size: int, max_seq_len: int) -> TextSide:
-    """The text side of a GGUF file, empty where it has no tokenizer. Raises InputError for one that cannot be built."""
+    """The text side of a GGUF file; empty without a tokenizer. Raises InputError for one that cannot be built."""
     kind = file.get(f"{_KEYS}.model", str)
     special = SpecialIds(
         bos=_token_id(file, "bos", vocab_size),
@@ -98,7 +98,7 @@ def _texts(file: GgufFile, name: str) -> list[str]:
 
 
 def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """Byte-level BPE, and whether llama.cpp puts the first token before a text unless the file says otherwise."""
+    """Byte-level BPE, and whether a text begins with the bos token unless the file says otherwise."""
     pre = file.get(f"{_KEYS}.pre", str, "default")
     if pre not in _SPLIT_OF:
         raise InputError(
@@ -126,7 +126,7 @@ def _splitter(split: str | None) -> Any:
 
 
 def pre_of(tokenizer: Tokenizer) -> str | None:
-    """What `tokenizer.ggml.pre` calls the way this byte-level tokenizer splits text; None where it has no name."""
+    """The name in `tokenizer.ggml.pre` for how this byte-level tokenizer splits text; None if there is none."""
     values = json.loads(tokenizer.to_str())
     model, normalizer = values["model"], (values.get("normalizer") or {}).get("type")
     if model["type"] != "BPE" or normalizer not in (None, "NFC"):
@@ -142,13 +142,13 @@ def pre_of(tokenizer: Tokenizer) -> str | None:
 
 
 def _parts(splitter: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, without what changes offsets alone."""
+    """The steps of a pre-tokenizer, without the option that affects only offsets."""
     steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps]
 
 
 def _sentencepiece(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    """BPE over characters that falls back to bytes, as Llama 2 and Mistral have it; merges follow from the scores."""
+    """BPE over characters with a fallback to bytes, as in Llama 2 and Mistral; merges are in the order of scores."""
     scores = file.get(f"{_KEYS}.scores", list)
     if scores is None or any(not 0 <= i < len(scores) for i in vocab.values()):
         raise InputError(f"tokenizer: {file.path} lacks the scores of its tokens ({_KEYS}.scores)")

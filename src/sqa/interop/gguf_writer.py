@@ -1,4 +1,4 @@
-"""One GGUF file for llama.cpp: weights, tokenizer and metadata, through the `gguf` package."""
+"""Writer of GGUF files for llama.cpp, with weights, tokenizer and metadata, by the `gguf` package."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ _WRITTEN = WRITTEN - {"window", "qkv_bias", "scaling"}
 
 
 def check_gguf(config: ModelConfig, tokenizer: Any, out: Path) -> None:
-    """Raise InputError for what no GGUF file of architecture llama, deci or qwen3 can hold, and what to change."""
+    """Raise InputError, which says what to change, for what no file of architecture llama, deci or qwen3 can hold."""
     if out.suffix != ".gguf":
         raise InputError(f"export: gguf is one file whose name ends in .gguf, got {out.name}")
     for layer in set(config.layers):  # the counts of each, given to all, must make a stock model
@@ -46,7 +46,7 @@ def check_gguf(config: ModelConfig, tokenizer: Any, out: Path) -> None:
 
 
 def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> None:
-    """Write `out`, whole or not at all, after check_gguf. Norms, and rows that blocks do not divide, stay wider."""
+    """Write `out`, whole or not at all, after check_gguf. Norms and some odd rows keep a wider dtype (`_quantized`)."""
     config, layer = model.config, model.config.layers[0]
     query_heads: Any = [each.num_query_heads for each in config.layers]
     kv_heads: Any = [each.num_kv_heads for each in config.layers]
@@ -80,7 +80,7 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
             if text.tokenizer is not None:
                 _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
             else:
-                writer.add_tokenizer_model("no_vocab")  # llama.cpp then takes token ids
+                writer.add_tokenizer_model("no_vocab")  # llama.cpp then reads token ids
             for key, tensor in tensors.items():
                 data, stored = _quantized(tensor, kind)
                 writer.add_tensor(names[key], data, raw_dtype=stored)
@@ -97,7 +97,7 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
 
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
-    """The data of one tensor: vectors stay F32, and rows that blocks do not divide F16."""
+    """The data and dtype of one tensor: F32 for vectors, F16 for rows that blocks do not divide."""
     data = tensor.numpy()
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
     if data.ndim == 1:

@@ -16,7 +16,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_path(source: str | Path) -> Path:
-    """`source` if it is a folder or a GGUF file; else the Hub's model of that name, downloaded into the Hub's cache.
+    """`source` if it is a folder or a GGUF file; else the model of that name, downloaded into the Hub's cache.
 
     Raises InputError when it is none of these, ImportError when huggingface-hub is missing.
     """
@@ -49,7 +49,7 @@ def model_card(
     plan: Mapping[str, Any] | None = None,
     usage: str = "",
 ) -> str:
-    """A README.md: shape and cost; from a row of results.jsonl what training reached, on which data; the plan."""
+    """A README.md with shape and cost; with `result`, a row of results.jsonl, what training reached; with the plan."""
     layer, n = config.layers[0], config.max_seq_len
     heads = f"{layer.num_query_heads} / {layer.num_kv_heads}" if len(config.head_counts) == 1 else "differ by layer"
     rows: dict[str, Any] = {
@@ -93,7 +93,7 @@ def push_to_hub(
     """Export `source` as a `format` that transformers loads, add a model card and upload it; returns the commit's URL.
 
     `licence` is the Hub's identifier, such as "apache-2.0"; `result`, a row of results.jsonl, and `plan` go into the
-    card. The token is huggingface-hub's own (`hf auth login`). Raises InputError for a format or name that cannot be.
+    card. The token is huggingface-hub's own (`hf auth login`). Raises InputError for an unknown format or bad name.
     """
     from sqa.interop import export, load_config
     from sqa.interop.writers import FORMATS

@@ -22,7 +22,7 @@ _SCALING_FIELDS = {
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
-# fields of their config.json and of ModelConfig that hold the same
+# the same sizes, named in their config.json and in ModelConfig
 _SIZES = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -35,14 +35,14 @@ WRITTEN = frozenset({
     "window", "qkv_bias", "qk_norm", "scale", "rope", "base", "interleaved", "scaling", "kind",
     *(name for names in _SCALING_FIELDS.values() for name in names),
 })  # fmt: skip
-"""The fields of our configs that `stock_config` writes or judges. Any other must have its default."""
+"""The fields of our configs that `stock_config` handles. Any other must have its default."""
 OUTER = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-"""What our `bias` adds one to, beside the head."""
+"""The layers that get a bias by our `bias`, beside the head."""
 _ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows are rotary dimensions
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Read a config.json of one of MODEL_TYPES. Raises InputError for what such a model may have and ours has not."""
+    """Read a config.json of one of MODEL_TYPES. Raises InputError for features that ours does not have."""
     kind = values["model_type"]
     optional = [name for name in ("head_dim", "num_key_value_heads") if values.get(name)]
     require_counts(values, "hidden_size", "num_attention_heads", *_SIZES, *optional)
@@ -89,7 +89,7 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
 def _read_rope(values: Mapping[str, Any]) -> Rope:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
     given: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):  # transformers lets the older name win
+    for name in ("rope_parameters", "rope_scaling"):  # the older name wins, as in transformers
         if not isinstance(values.get(name) or {}, dict):
             raise InputError(f"model: {name} must be a JSON object, got {shown(repr(values[name]))}")
         given |= {key: value for key, value in (values.get(name) or {}).items() if value is not None}
@@ -121,7 +121,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
 def state_from_stock(
     tensors: Mapping[str, Tensor], config: ModelConfig, values: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Our tensors from theirs: the names are the same; biases that theirs lacks are zero; tables are dropped."""
+    """Their tensors as ours: the names are the same; missing biases become zero; rotary tables are dropped."""
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors
@@ -130,7 +130,7 @@ def state_from_stock(
 
 
 def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors, and zeros for the biases of these parts of a layer, or of lm_head, that they do not have."""
+    """The tensors, with zeros added as biases of these parts of each layer, or of lm_head."""
     sizes = {"lm_head": config.vocab_size, "mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff}
     dtype = next((tensor.dtype for tensor in tensors.values()), None)
     result = dict(tensors)
@@ -142,9 +142,9 @@ def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: 
 
 
 def stock_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json, but for the dtype, of the stock class that holds this model: Llama, Mistral, Qwen2 or Qwen3.
+    """The config.json, without dtype, of the stock class for this model: Llama, Mistral, Qwen2 or Qwen3.
 
-    Raises InputError with the reasons, and what to change, when there is none.
+    Raises InputError, with the reasons and what to change, when there is none.
     """
     layer = config.layers[0]
     windows = [each.window for each in config.layers]
@@ -224,16 +224,13 @@ def _write_rope(rope: Rope) -> dict[str, Any]:
 
 
 def stock_state(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors as Llama pairs rotary dimensions."""
+    """Our tensors, with rotary pairs in Llama's order."""
     rope, head_dim = config.layers[0].rope, config.layers[0].head_dim
     return repaired(tensors, head_dim, interleaved=False) if rope is not None and rope.interleaved else tensors
 
 
 def repaired(tensors: Mapping[str, Tensor], head_dim: int, *, interleaved: bool) -> dict[str, Tensor]:
-    """Tensors with the rows of queries and keys in another order of rotary pairs.
-
-    From (j, j + head_dim/2) to (2j, 2j+1) if `interleaved`, else the other way.
-    """
+    """Reorder the rotary pairs of queries and keys: (j, j + head_dim/2) to (2j, 2j+1) if `interleaved`, or back."""
     shape = (-1, 2, head_dim // 2) if interleaved else (-1, head_dim // 2, 2)
     return {
         key: value.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous() if _ROTARY.search(key) else value

@@ -15,7 +15,7 @@ from sqa.config import AttentionConfig, ModelConfig, Rope
 from sqa.errors import InputError, shown
 from sqa.storage import require_counts, require_values
 
-# fields that change the computation, and the value that this reader implements
+# fields that change what a model computes, and the values that this reader supports
 _FIXED: dict[str, tuple[Any, ...]] = {
     "use_moe_ff": (False, None),
     "use_moe_att": (False, None),
@@ -39,12 +39,12 @@ _NAMES = {
 
 
 def is_reactive(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this format."""
+    """Whether a config.json has this format."""
     return "att_type" in values and "embed_dim" in values
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Read their config.json. Raises InputError for mixtures of experts and other shapes that are not published."""
+    """Read their config.json. Raises InputError for mixtures of experts and other unsupported shapes."""
     require_counts(values, *_SIZES, "embed_dim", "att_heads")
     if values.get("use_moe_ff") or values.get("use_moe_att"):
         raise InputError(
@@ -82,9 +82,9 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def state_from_reactive(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors from theirs; other names are kept, for `Transformer.from_tensors` to refuse.
+    """Their tensors under our names. Unknown names are kept, for `Transformer.from_tensors` to refuse.
 
-    Raises InputError for a rotary table or a height of `fc1` that is not expected.
+    Raises InputError for an unexpected rotary table or number of rows of `fc1`.
     """
     head_dim = config.layers[0].head_dim
     frequencies, _ = inverse_frequencies(Rope(), head_dim)

@@ -1,4 +1,4 @@
-"""Put freshly initialised Sparse Query Attention into a model that exists."""
+"""Replace the attention layers of an existing model by new ones of a variant."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from sqa.variants import variant as variant_config
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """What `replace_attention` did: the attention layers by name, before and after, and what was left out."""
+    """The result of `replace_attention`: the layers by name, before and after; notes on what was left out."""
 
     before: Mapping[str, AttentionConfig]
     after: Mapping[str, AttentionConfig]
@@ -45,10 +45,10 @@ class Replacement:
 
 
 class MultiheadSparseQueryAttention(nn.Module):
-    """SparseQueryAttention that is called as nn.MultiheadAttention is; made by `replace_attention`.
+    """SparseQueryAttention with the interface of nn.MultiheadAttention; made by `replace_attention`.
 
-    Attention weights are never returned (None in their place). The one attention mask it takes is the causal one, and
-    only if made with causal=True.
+    It never returns attention weights (None in their place). The only attention mask it takes is the causal one, if it
+    was made with causal=True.
     """
 
     in_proj_bias = None  # keeps nn.TransformerEncoderLayer off its fused path, which would bypass this layer

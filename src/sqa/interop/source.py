@@ -1,4 +1,4 @@
-"""A model on disk, whatever its kind: ours, one of transformers, one of the SQA authors, or a GGUF file."""
+"""Models on disk of every kind: ours, those of transformers and of the SQA authors, and GGUF files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from sqa.model import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model whose config is read and checked, and whose weights are not read yet.
+    """A model whose config has been read and checked, but not its weights.
 
-    `stock` says that transformers has a class of its own for this kind of model.
+    `stock`: whether transformers has its own class for this kind of model.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""The text side of a model: its tokenizer, the ids that begin, end and pad a text, and its chat template."""
+"""The text side of a model: its tokenizer, its special token ids and its chat template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from sqa.data.tokenizer import END_TOKEN, PAD_TOKEN
 from sqa.errors import InputError, shown
-from sqa.files import read_text, write_text
+from sqa.files import json_text, read_text, write_text
 from sqa.records import read_json
 from sqa.storage import regular_file
 
@@ -23,26 +23,26 @@ FILES = (*_JSON, TEMPLATE)
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialIds:
-    """The token ids that begin a text, end it (the usual one first), and fill up a batch; None and () if unknown."""
+    """Ids of the tokens that begin a text, end it (the usual one first) and pad it; None and () if unknown."""
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The three fields of transformers' configs, null where an id is not known."""
+        """The three fields as transformers' configs have them; null for an unknown id."""
         eos: int | list[int] | None = list(self.eos) if len(self.eos) > 1 else next(iter(self.eos), None)
         return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
 
     def tokens(self, tokenizer: Tokenizer) -> dict[str, str | None]:
-        """The known ones as tokens, by the names that transformers has for them."""
+        """The known ids as tokens, under transformers' names."""
         ids = {"bos_token": self.bos, "eos_token": next(iter(self.eos), None), "pad_token": self.pad}
         return {name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSide:
-    """`tokenizer` is None where a model has none. `files` are written beside a copy of the model, by their names."""
+    """`tokenizer` is None for a model without one. `files` (text by name) belong beside each copy of the model."""
 
     tokenizer: Tokenizer | None = None
     special: SpecialIds = field(default_factory=SpecialIds)
@@ -51,7 +51,7 @@ class TextSide:
 
     @property
     def end_of_document(self) -> int | None:
-        """The id that closes a document in training text: of the token that is called so, else the usual end."""
+        """The id that ends a document in training text: that of <|endoftext|>, else of the usual end of a text."""
         named: int | None = self.tokenizer.token_to_id(END_TOKEN) if self.tokenizer is not None else None
         return next(iter(self.special.eos), None) if named is None else named
 
@@ -61,7 +61,7 @@ class TextSide:
             write_text(folder / name, text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the token that begins one where the tokenizer adds it."""
+        """Token ids of a text, with a beginning token if the tokenizer adds one."""
         assert self.tokenizer is not None
         return list(self.tokenizer.encode(text).ids)
 
@@ -84,7 +84,7 @@ class TextSide:
 
 
 def _render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str]) -> str:
-    """A chat template, as transformers renders it: sandboxed, without newlines after blocks."""
+    """Render a chat template as transformers does: sandboxed, without newlines after blocks."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -109,7 +109,7 @@ def _render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, 
 def text_side(
     tokenizer: Tokenizer, special: SpecialIds, max_seq_len: int | None, chat_template: str | None = None
 ) -> TextSide:
-    """The text side of a tokenizer that has no files of its own yet; transformers reads those it gets."""
+    """The text side of a tokenizer without files of its own. It gets files that transformers reads."""
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **({} if max_seq_len is None else {"model_max_length": max_seq_len}),
@@ -117,7 +117,7 @@ def text_side(
         "clean_up_tokenization_spaces": False,
         **special.tokens(tokenizer),
     }
-    files = {TOKENIZER: tokenizer.to_str(), CONFIG: _as_json(values), GENERATION: _as_json(special.to_dict())}
+    files = {TOKENIZER: tokenizer.to_str(), CONFIG: json_text(values), GENERATION: json_text(special.to_dict())}
     if chat_template is not None:
         files[TEMPLATE] = chat_template
     return TextSide(tokenizer=tokenizer, special=special, chat_template=chat_template, files=files)
@@ -128,9 +128,9 @@ def read_text_side(
 ) -> TextSide:
     """The text side of a model directory whose config.json holds `values`; every file of it is read and checked.
 
-    Special ids stand in generation_config.json, else config.json, else as tokens in tokenizer_config.json; ours go by
-    the names of the tokens. Raises InputError for a file that is damaged or a link to another place, ids that are
-    none, and a tokenizer of more entries than the model has.
+    Special ids come from generation_config.json, else config.json, else from the tokens in tokenizer_config.json, else
+    from our own tokens' names. Raises InputError for a file that is damaged or a link to another place, for ids that
+    are no tokens, and for a tokenizer with more entries than the model.
     """
     paths = [directory / name for name in FILES]
     files = {path.name: read_text(path) for path in paths if regular_file(path)}
@@ -143,12 +143,8 @@ def read_text_side(
         made = text_side(tokenizer, special, max_seq_len, template)
         files = {**made.files, **files}
     if special != SpecialIds():
-        files[GENERATION] = _as_json({**parsed.get(GENERATION, {}), **special.to_dict()})
+        files[GENERATION] = json_text({**parsed.get(GENERATION, {}), **special.to_dict()})
     return TextSide(tokenizer=tokenizer, special=special, chat_template=template, files=files)
-
-
-def _as_json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _parse_tokenizer(path: Path, text: str, vocab_size: int) -> Tokenizer:
@@ -201,7 +197,7 @@ def _checked_ids(what: str, given: Any, *, several: bool, size: int) -> tuple[in
 
 
 def _chat_template(path: Path, given: Any) -> str | None:
-    """What tokenizer_config.json says: a template, or a list of named ones, of which the default one is taken."""
+    """The template of tokenizer_config.json, or of a list of named ones the default."""
     if isinstance(given, list):
         named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
         given = named.get("default")

@@ -18,8 +18,8 @@ from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
 def register() -> None:
     """Make `attn_implementation="sqa"` known to every transformers model, and model_type "sqa" to the Auto classes.
 
-    The attention then uses our kernel choice. Uncached calls pass causality, window and padding on as such, so that
-    kernels may skip what they hide; other masks (static caches, packed sequences) are dense, as with `sdpa`.
+    The attention then uses our choice of kernels. In uncached calls they know of causality, window and padding, and may
+    skip what these hide; other masks (static caches, packed sequences) are dense, as with `sdpa`.
     """
     AttentionInterface.register("sqa", sqa_attention)
     AttentionMaskInterface.register("sqa", sqa_mask)

@@ -1,4 +1,4 @@
-"""Models written for other software, and other software's models written as ours."""
+"""Export of models to other software's formats, and import of other models into ours."""
 
 import shutil
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from sqa.model import Transformer
 
 
 def import_model(source: str | Path, out: str | Path) -> list[str]:
-    """Read a model of any kind and write it as our own directory, with its tokenizer; returns notes to print.
+    """Read a model of any kind and write our own kind of directory, with its tokenizer; returns notes to print.
 
-    Raises InputError for whatever `load_model` refuses, for a tokenizer that is damaged, and when `out` exists.
+    Raises InputError for anything that `load_model` refuses, for a tokenizer that is damaged, and when `out` exists.
     """
     out = Path(out)
     storage.refuse_existing(out)
@@ -72,9 +72,9 @@ _REMOTE = llama.WRITTEN | {"bias", "final_norm", "num_sink_tokens", "logit_softc
 
 
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
-    """Write the kind of directory that `source` is, with its tokenizer: a stock one of transformers, else ours.
+    """Write a directory of the kind of `source`, with its tokenizer: for a stock class of transformers, or ours.
 
-    Layers that differ in their heads have no stock class: they come with ours (hf-remote).
+    No stock class has layers that differ in their heads: such a model gets our class (hf-remote).
     """
     opened = open_source(source)
     text = opened.read_text_side()
@@ -163,9 +163,9 @@ FORMATS = {
 
 
 def own_code(folder: Path, module: str, **classes: str) -> dict[str, Any]:
-    """Copy a module of this folder beside a model, and give the fields of its config.json that make it known.
+    """Copy a module of this package into a model's `folder`; returns the fields of config.json that refer to it.
 
-    `classes` maps each Auto class of transformers to the class in the module that it loads. The model's comes last.
+    `classes` maps each Auto class of transformers to the class in the module that it loads, the model's last.
     """
     shutil.copyfile(Path(__file__).with_name(f"{module}.py"), folder / f"{module}.py")
     *_, model_class = classes.values()

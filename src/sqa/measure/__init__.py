@@ -1,1 +1,1 @@
-"""How time is measured, and on what machine: used by benchmarks, comparisons and conversions."""
+"""Timing, and the description of the machine: for benchmarks, comparisons and conversions."""

@@ -1,4 +1,4 @@
-"""What a figure was measured on: machine, versions, revision. No host name, no path."""
+"""Where a figure was measured: machine, versions and revision, without host name or path."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "numpy", "tokenizers", "accelerate", "transformers", "x-tr
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and those installed that a figure depends on."""
+    """Versions of Python, of this package, and of installed packages that a figure depends on."""
     found = {"python": platform.python_version()}
     for name in ("sparse-query-attention", *_PACKAGES):
         try:
@@ -37,7 +37,7 @@ class Machine:
     gpu_memory_gib: int | None = None
 
     def to_dict(self) -> dict[str, str | int]:
-        """As result files hold it, without what is None."""
+        """The fields that are not None, for result files."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -56,7 +56,7 @@ def machine(device: str = "cpu") -> Machine:
 
 
 def find_device(name: str) -> torch.device:
-    """The device. Raises InputError when PyTorch does not know it or there is none here."""
+    """The device of that name. Raises InputError when PyTorch does not know it or this machine has none."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -66,7 +66,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _processor() -> str:
-    """The model, and the vector extensions that decide speed. Family and number tell models of one name apart."""
+    """The model (family and number tell those of one name apart), and the vector extensions that decide speed."""
     fields = _cpuinfo()
     if not fields:
         return platform.processor() or platform.machine()
@@ -77,7 +77,7 @@ def _processor() -> str:
 
 
 def flags() -> list[str]:
-    """Those of the vector extensions avx2, avx512f, avx512_bf16 and amx_bf16 that the processor has."""
+    """Which of the vector extensions avx2, avx512f, avx512_bf16 and amx_bf16 the processor has."""
     found = _cpuinfo().get("flags", "").split()
     return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found]
 
@@ -101,7 +101,9 @@ def git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "machine.py")  # a package installed inside somebody's checkout is not it
+        git(
+            "ls-files", "--error-unmatch", "machine.py"
+        )  # fails for a package that is installed inside another checkout
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""What rates of multiply-adds a machine reaches, so that others can be shares of them."""
+"""The highest rates of multiply-adds that a machine reaches, to compare other rates with."""
 
 import ctypes
 import time
@@ -11,10 +11,8 @@ from sqa import native
 from sqa.measure.machine import flags
 from sqa.measure.timing import take_turns
 
-_TURNS = 1 << 18
-"""Of the probe's loop, a call: some two milliseconds."""
-
-_CALLS = 100
+_TURNS, _CALLS = 1 << 18, 100
+"""Turns of the probe's loop in a call, which take some two milliseconds, and the number of calls."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Peak:
     processor: float | None
 
     def shares(self, rate: float) -> tuple[float, float | None]:
-        """A rate in FLOP/s as shares of both."""
+        """A rate in FLOP/s as shares of the two peaks."""
         return rate / self.product, None if self.processor is None else rate / self.processor
 
     def __str__(self) -> str:
@@ -39,9 +37,9 @@ def measure_peak(dtype: torch.dtype, device: torch.device) -> Peak:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the product of two square matrices, the best fifth of ten.
+    """FLOP/s of the product of two square matrices, by the 20th percentile of ten times.
 
-    Of 2,048 rows, and on a GPU of 8,192: it would spend the smaller product waiting for the launch.
+    They have 2,048 rows, on a GPU 8,192: there the smaller product would mostly wait for its launch.
     """
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -50,7 +48,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def processor_peak(dtype: torch.dtype) -> float | None:
-    """FLOP/s of independent multiply-adds in registers, on as many threads as PyTorch has; the best of many calls.
+    """FLOP/s of independent multiply-adds in registers, on PyTorch's number of threads; the best of many calls.
 
     In bf16 these are dot products with fp32 sums where the processor has them (AVX-512-BF16), else fp32 as well. None
     without a compiler, and for bf16 where there are matrix tiles (AMX), which the probe does not use.

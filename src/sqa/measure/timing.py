@@ -1,4 +1,4 @@
-"""Timing, one way for everything: warm every contestant first, take turns, report median with p20 and p80."""
+"""Timing, for everything that is timed: warm up all contestants, take turns, report median, p20 and p80."""
 
 import math
 import time
@@ -17,7 +17,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one contestant's turns, of so many rounds (0: the file that it was read from does not say).
+    """Seconds of one contestant's turns, over `rounds` rounds (0: not known, when read from a file).
 
     Raises InputError for a time that is not above 0.
     """
@@ -45,7 +45,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeLimit:
-    """Seconds that may be spent, counted from when it was made; None is no limit."""
+    """A limit on time: seconds from the moment it is made; None is no limit."""
 
     seconds: float | None = None
     start: float = field(default_factory=time.monotonic)
@@ -60,7 +60,7 @@ class TimeLimit:
         return math.inf if self.seconds is None else self.start + self.seconds - time.monotonic()
 
     def fitting(self, lengths: Iterable[int], notes: list[str], what: str = "The budget") -> Iterator[int]:
-        """Ever longer `lengths`, until one would not fit: it takes twice the one before at least. A note says so."""
+        """The rising `lengths` that fit; each takes at least twice as long as the one before. A note names the next."""
         took = 0.0
         for n in lengths:
             before = self.left
@@ -68,7 +68,7 @@ class TimeLimit:
                 notes.append(f"{what} was spent before N = {n:,}.")
                 return
             yield n
-            took = before - self.left  # not a number without a limit, and then never too long
+            took = before - self.left  # nan without a limit, which compares as never too long
 
 
 def at_least_one(**values: int) -> None:
@@ -79,7 +79,7 @@ def at_least_one(**values: int) -> None:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait for the device, where it runs ahead of the program."""
+    """Wait until the device has done its work."""
     device = torch.device(device)
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type == device.type:
@@ -87,7 +87,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
-    """Run once: None when that works, else why it does not (a kernel that cannot do the shape, memory, no compiler)."""
+    """Run once. None if that works, else why not (the kernel cannot do the shape, memory, no compiler)."""
     try:
         run()
         synchronize(device)
@@ -108,10 +108,9 @@ def take_turns(
 ) -> dict[Name, Timing]:
     """Time each contestant `rounds` times, in turns, so that a machine that drifts slows all of them alike.
 
-    All are warmed `warmup` times before any is timed; every other round goes backwards, so that nobody always runs
-    after the same neighbour. `around` encloses every turn of a contestant and `on_turn` is called after it, outside the
-    clock. With a limit, no round is started that would not fit into what is left of it; the first always runs, and
-    everybody gets equally many.
+    All run `warmup` times before any is timed. Every other round runs in reverse, so that nobody always follows the
+    same neighbour. `around` encloses each turn of a contestant, and `on_turn` is called after it, off the clock. With
+    a limit, a round starts only if it fits into the time left; the first always runs, and all get equally many.
     """
     for name, run in contestants.items():
         for _ in range(warmup):

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: tensors as safetensors, scalars and checksums as JSON, the last two kept, each whole or absent.
+"""Checkpoints of a run: tensors as safetensors, scalars and checksums as JSON. The last two are kept.
 
-A checkpoint is a folder `step-N`, written under a temporary name, synced and renamed. Each process writes one file, of
-the parts that it holds (torch.distributed.checkpoint's safetensors format); any number of processes read them back.
+A checkpoint is a folder `step-N`, written under a temporary name, synced and renamed. Each process writes its parts of
+the tensors to one file, in torch.distributed.checkpoint's safetensors format; any number of processes can read them.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ _RECORD = "progress.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come. `wall_s`: seconds spent training, over all its starts, as process 0 counted them."""
+    """How far a run is. `wall_s`: seconds of training, over all its starts, as process 0 counted them."""
 
     step: int
     tokens: int
@@ -51,17 +51,17 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`. Of several processes all call every method, and write while training goes on."""
+    """The checkpoints in `folder`. Several processes all call every method, and write while training goes on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # a group of its own: writing and training would take each other's messages
+        # a group of its own, so that writing and training do not receive each other's messages
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def close(self) -> None:
-        """Wait as `wait` does, and give the group and the thread back."""
+        """Wait as `wait` does, and end the group and the thread."""
         try:
             self.wait()
         finally:
@@ -84,7 +84,7 @@ class Checkpoints:
             self._pending = self._thread.submit(self._write, staged, progress, config)
 
     def wait(self) -> None:
-        """Until what was saved last is on disk. Raises what kept it from getting there."""
+        """Wait until the last checkpoint is on disk. Raises the error that its writing met."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -92,9 +92,11 @@ class Checkpoints:
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, at_most: int | None = None) -> Progress:
         """Restore the last whole checkpoint, of step `at_most` or before; step 0 when there is none.
 
-        Damaged ones are named and passed. Raises InputError for a checkpoint of a model of another shape.
+        Damaged ones are skipped with a warning. Raises InputError for a checkpoint of a model of another shape.
         """
-        found = of_main(_last_whole(self._folder, at_most) if _is_main() else None)  # all must go on from one step
+        found = of_main(
+            _last_whole(self._folder, at_most) if _is_main() else None
+        )  # all processes must start from the same step
         if found is None:
             return Progress(step=0, tokens=0, wall_s=0.0)
         if isinstance(model, Transformer) and found.model is not None and found.model != model.config:
@@ -140,7 +142,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A whole checkpoint, as its progress.json describes it."""
+    """A whole checkpoint, described by its progress.json."""
 
     path: Path
     progress: Progress
@@ -148,14 +150,14 @@ class _Checkpoint:
 
     @classmethod
     def describe(cls, path: Path, progress: Progress, config: ModelConfig | None) -> None:
-        """Write progress.json, last of the files."""
+        """Write progress.json, after all other files."""
         record: dict[str, Any] = {**asdict(progress), "model": config and config.to_dict()}
         record["sha256"] = {file.name: sha256(file) for file in sorted(path.glob("*.safetensors"))}
         write_json(path / _RECORD, record | {"checksum": _checksum(record)})
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Check everything. Raises InputError for what is missing or was changed."""
+        """Read a checkpoint's description and check its files. Raises InputError for what is missing or was changed."""
         record = read_json(path / _RECORD)
         if record.pop("checksum", None) != _checksum(record):
             raise InputError(f"{_RECORD} does not match its checksum")
@@ -167,7 +169,7 @@ class _Checkpoint:
 
 
 def of_main(value: T) -> T:
-    """What process 0 gives, in all processes: they must decide alike, or they would wait for each other."""
+    """Process 0's value, in all processes: if they decided differently, they would wait for each other for ever."""
     values = [value]
     broadcast_object_list(values)
     return values[0]
@@ -212,7 +214,7 @@ def _checksum(record: dict[str, Any]) -> str:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Each parameter under its name (a tied head once), and what the optimiser keeps of it under `name.key`."""
+    """Each parameter under its name (a tied head once), and the optimiser's state of it under `name.key`."""
     found = {}
     for name, parameter in model.named_parameters():
         found[name] = parameter.detach()
@@ -221,7 +223,7 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _read(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill the tensors, or this process's shards of them, in place. Nothing is unpickled: the files are safetensors."""
+    """Fill the tensors, or this process's shards of them, in place. The files are safetensors: nothing is unpickled."""
     with warnings.catch_warnings(), _plain_errors():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(path)))
@@ -229,7 +231,7 @@ def _read(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """The first process's own error: the library's is a BaseException, which passes every `except`."""
+    """Raise the first process's own error: the library raises a BaseException, which no `except Exception` catches."""
     try:
         yield
     except CheckpointException as error:

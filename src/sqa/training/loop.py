@@ -1,6 +1,6 @@
-"""One model trained once: batches that are a function of the step, losses weighted by tokens, exact resumption.
+"""The training loop: batches are a function of the step, all tokens weigh the same, and resuming is exact.
 
-What is minimised is a `Task`, so that training on next tokens and distillation share this loop.
+It minimises a `Task`, so that next-token training and distillation share it.
 """
 
 import json
@@ -36,10 +36,9 @@ from sqa.training.checkpoint import Checkpoints, Progress
 class Recipe:
     """How a model is trained.
 
-    micro_batch_size rows of a batch at a time (0: all) go through the model, on each process; clip_norm 0 is no
-    clipping. Attention's output projections learn at output_projection_rate times the learning rate. sharding
-    "full", for a Transformer, gives each process its part of the parameters, gradients and optimiser state, "none"
-    all. A checkpoint is written every checkpoint_seconds.
+    micro_batch_size: rows that go through the model at a time, on each process (0: all). clip_norm: 0 for none.
+    output_projection_rate: the learning rate of attention's output projections over that of the rest. sharding: "full"
+    (for a Transformer) gives each process a part of parameters, gradients and optimiser state, "none" all of them.
     """
 
     steps: int
@@ -54,7 +53,7 @@ class Recipe:
 
 
 class Rows(Protocol):
-    """A batch, of whatever kind: rows that can be taken apart."""
+    """A batch of any kind: rows that can be split."""
 
     def __len__(self) -> int:
         """How many rows it has."""
@@ -71,18 +70,18 @@ class Task(Protocol[B_contra]):
     """What a step minimises: the sum of `loss_sum` over the parts of a batch, divided by its `count`."""
 
     def count(self, batch: B_contra, /) -> int:
-        """How many tokens of a whole batch are learnt from. The run counts them."""
+        """The number of tokens of a whole batch that are learnt from."""
 
     def loss_sum(self, model: nn.Module, part: B_contra, /) -> Tensor:
-        """The loss of some of the rows, as a scalar that can be differentiated: its mean over tokens times their count.
+        """The summed loss of some of the rows, a scalar with a gradient.
 
-        `model` is to be called as a function: it may be wrapped, and shares gradients with other processes.
+        Call `model` as a function: it may be a wrapper that shares gradients with other processes.
         """
 
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the next token; with `padding_in_loss`, padding is a target too (the published convention)."""
+    """Cross-entropy of the next token. With `padding_in_loss`, padding is a target too (the published convention)."""
 
     padding_in_loss: bool = False
 
@@ -92,7 +91,7 @@ class NextToken:
         return labels
 
     def count(self, batch: Batch) -> int:
-        """Targets of the batch."""
+        """The number of targets."""
         return int((self._labels(batch) != IGNORE).sum())
 
     def loss_sum(self, model: nn.Module, part: Batch) -> Tensor:
@@ -106,7 +105,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Learner(Generic[M]):
-    """A model with all that a step needs. `called` is the model as a task calls it, shared between processes."""
+    """A model and all that a training step needs. `called` is what a task calls: the model, wrapped for processes."""
 
     model: M
     called: nn.Module
@@ -116,14 +115,14 @@ class Learner(Generic[M]):
 
 @dataclass(frozen=True)
 class Hooks:
-    """`on_step` is told of each step, and its time is not counted; it may raise Interrupted. `stop` ends the run."""
+    """`on_step` gets a report of each step, off the clock, and may raise Interrupted. `stop` ends the run."""
 
     on_step: Callable[[StepReport], None] = lambda report: None
     stop: StopFlag = field(default_factory=StopFlag)
 
 
 class _Accelerator(Accelerator):
-    """accelerate's, with a precision of its own: accelerate would keep the first of a process for all that follow."""
+    """An Accelerator with its own precision: accelerate keeps the precision of a process's first one for all others."""
 
     def __init__(self, *, cpu: bool, dtype: str) -> None:
         super().__init__(
@@ -140,7 +139,7 @@ class _Accelerator(Accelerator):
 def make_accelerator(device: str, dtype: str) -> Accelerator:
     """An Accelerator for `device` ("auto", "cpu", "cuda") with autocast for dtype bfloat16.
 
-    It joins the processes that torchrun or `accelerate launch` started. Raises InputError when the device is not there
+    It joins the processes that torchrun or `accelerate launch` started. Raises InputError when the device is missing
     and when the launcher asks accelerate to shard.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -163,8 +162,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in its fused form: one pass over each parameter."""
-    groups: dict[float, list[nn.Parameter]] = {}  # by how many times the learning rate they learn at
+    """Fused AdamW: one pass over each parameter."""
+    groups: dict[float, list[nn.Parameter]] = {}  # by their factor on the learning rate
     for name, parameter in model.named_parameters():
         groups.setdefault(recipe.output_projection_rate if ".o_proj." in name else 1.0, []).append(parameter)
     return torch.optim.AdamW(
@@ -176,9 +175,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def set_up(model: M, recipe: Recipe, accelerator: Accelerator, *, compile: bool = False) -> Learner[M]:
-    """A model ready to be trained, on the accelerator's device; `compile` calls the model's own `compile`.
+    """Put a model on the accelerator's device, ready to train its parameters that require gradients.
 
-    Its parameters that require gradients are trained. Every process must give the same model.
+    `compile` calls the model's own `compile`. Every process must give the same model.
     """
     called: nn.Module = model
     if recipe.sharding == "full" and accelerator.num_processes > 1:
@@ -196,7 +195,7 @@ def set_up(model: M, recipe: Recipe, accelerator: Accelerator, *, compile: bool 
 
 
 def train_step(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe, rate: float) -> tuple[float, int]:
-    """One optimiser step on one batch. Returns the mean loss over the tokens that the task counts, and that count.
+    """One optimiser step on one batch. Returns the mean loss a token that the task counts, and the number of them.
 
     Every token of the batch weighs the same, however the rows are split over micro-batches and processes.
     """
@@ -206,10 +205,10 @@ def train_step(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe, rat
 
 
 def _add_gradients(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe) -> tuple[Tensor, int]:
-    """The sum of the loss over the whole batch, and how many tokens it is of."""
+    """The summed loss of the whole batch, and the number of its tokens."""
     accelerator = learner.accelerator
     count = task.count(batch)
-    share = len(batch) // accelerator.num_processes  # each process takes as many rows: they work in step
+    share = len(batch) // accelerator.num_processes  # the same number of rows for each process
     mine = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     micro = recipe.micro_batch_size or len(batch)
     total = torch.zeros((), device=accelerator.device)
@@ -227,7 +226,7 @@ def _add_gradients(learner: Learner[M], task: Task[B], batch: B, recipe: Recipe)
 
 @contextmanager
 def _gradients_shared(called: nn.Module, *, last: bool) -> Iterator[None]:
-    """Processes share the gradients of a batch once, with its last part."""
+    """Share gradients between processes only with the last part of a batch."""
     if isinstance(called, FSDPModule):
         called.set_requires_gradient_sync(last)
         yield
@@ -257,8 +256,8 @@ def train(
 ) -> Progress:
     """Train to the end, or on from the last checkpoint in `folder`. Step t takes `batch_at(t)`, 0 <= t < recipe.steps.
 
-    `folder` gets curve.jsonl (a StepReport a line) and checkpoints. The last step has one, so that a run which is over
-    is not trained again. The model stays in its mode (train or eval).
+    `folder` gets curve.jsonl (a StepReport a line) and checkpoints, one of them after the last step, so that a finished
+    run is not trained again. The model stays in its mode (train or eval).
 
     Raises NonFiniteLoss, and Interrupted after saving when `hooks.stop` has a signal.
     """
@@ -272,18 +271,18 @@ def train(
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(curve_path, "".join(whole[: progress.step]))  # later steps are trained again
-    # a line at a time: others read the curve meanwhile
+    # written line by line, for others to read meanwhile
     with stop.held(), open(curve_path, "a", encoding="utf-8", buffering=1) as curve:
 
         def save() -> None:
             if main:
-                os.fsync(curve)  # no step of a checkpoint is missing in its curve
+                os.fsync(curve)  # the curve must have every step of the checkpoint
             checkpoints.save(learner.model, learner.optimizer, progress)
 
         try:
             while progress.step < recipe.steps:
                 start = time.perf_counter()
-                # several processes must end at one step; one alone drops what it has of the next
+                # a process alone can stop within a step; several must end after the same one
                 with stop.at_once(_stopped(progress, recipe)) if alone else nullcontext():
                     total, count = _add_gradients(learner, task, batch_at(progress.step), recipe)
                 _update(learner, recipe, learning_rate(recipe, progress.step))
@@ -338,7 +337,7 @@ def _whole_lines(curve: Path) -> list[str]:
 
 
 def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Whether any process says so: all must do the same thing next, or they would wait for each other."""
+    """Whether any process sets each flag: all must do the same next, or they would wait for each other."""
     if accelerator.num_processes == 1:
         return list(flags)
     given = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
@@ -346,7 +345,7 @@ def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 
 def save_model(model: Transformer, folder: Path, accelerator: Accelerator) -> None:
-    """Write config.json and model.safetensors; a sharded model is gathered on process 0 for it."""
+    """Write config.json and model.safetensors; process 0 gathers a sharded model first."""
     if isinstance(model, FSDPModule):
         tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         with torch.device("meta"):
@@ -359,7 +358,7 @@ def save_model(model: Transformer, folder: Path, accelerator: Accelerator) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Measured on the validation set. Loss in nats a token over real tokens; `_all_positions` counts padding too."""
+    """Figures of the validation set. Loss is in nats a real token; `_all_positions` counts padding too."""
 
     loss: float
     perplexity: float
@@ -377,7 +376,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, accelerator: Accelerator) -> Evaluation:
-    """Sums over all batches and processes, divided once. `token_bytes` (V,): UTF-8 bytes each token stands for."""
+    """Evaluate on all batches, over all processes. `token_bytes` (V,): UTF-8 bytes each token stands for."""
     model.eval()
     sums = [(0.0, 0, 0, 0, 0.0, 0, 0)]
     padded = False
@@ -411,7 +410,7 @@ def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: Tensor, 
 
 
 def _share_of(batch: Batch, accelerator: Accelerator) -> Batch:
-    """This process's rows of a batch; where none is left, one without targets (a sharded model runs on all or none)."""
+    """This process's rows of a batch, or one row without targets: a sharded model must run in every process."""
     rows = range(accelerator.process_index, len(batch.labels), accelerator.num_processes)
     share = batch.take(list(rows) or [0])
     if not rows:

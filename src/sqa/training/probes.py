@@ -1,8 +1,8 @@
-"""Cheap questions asked of a model while it trains: when does it begin to use its context?
+"""Probes of a model while it trains: when does it begin to use its context?
 
-Two are asked. Loss by position: a model that attends well has a lower loss late in a document than early. And the
+There are two. Loss by position: a model that uses its context has a lower loss late in a document than early. The
 repeated sequence (arXiv 2209.11895, induction heads): random tokens repeated once; only attention to the first half
-makes the second predictable.
+makes the second half predictable.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _FIRST_BOUND = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was measured after `step` steps. All losses are means, in nats a token.
+    """The figures after `step` steps. All losses are means, in nats a token.
 
     `positions` are the bounds of the ranges of document positions that `loss_by_position` is given for: 0, 16, 64, ...
     `repeated_loss` is over the second half of a random sequence that repeats its first half; `unrepeated_loss` is over
@@ -42,7 +42,7 @@ class Probe:
 
 
 def probe_steps(steps: int, count: int) -> frozenset[int]:
-    """The steps after which a run of `steps` is probed: `count` of them from a hundredth to the end, evenly in log."""
+    """The steps after which a run of `steps` is probed: `count`, evenly in log from a hundredth of it to its end."""
     return frozenset(max(1, round(steps * 100 ** ((i + 1) / count - 1))) for i in range(count))
 
 
@@ -72,7 +72,7 @@ class Prober:
 
     @torch.no_grad()
     def measure(self, model: Transformer, accelerator: Accelerator, *, step: int, tokens: int) -> Probe:
-        """Ask a model that is being trained; it is left in training mode."""
+        """Probe a model that is being trained, and leave it in training mode."""
         model.eval()
         documents, repeated = (self._mean_losses(model, text, accelerator) for text in self._texts)
         model.train()
