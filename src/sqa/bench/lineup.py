@@ -103,8 +103,8 @@ def compiled(name: str, module: nn.Module) -> nn.Module:
 def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torch.device) -> LineUp:
     """Our model of each variant and its peers, in fp32.
 
-    Peers get our weights and must compute what ours does, where they can. Each peer of PyTorch is there eager and, with
-    `compile`, compiled as well; both share one module. Ours is compiled or not, as asked.
+    Peers get our weights, if they can, and must then compute the same. Each peer in PyTorch takes part eager and, with
+    `compile`, also compiled; both share one module. Ours is compiled or not.
     """
     found = LineUp([], {})
     for variant, config in models.configs.items():
@@ -135,7 +135,7 @@ def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torc
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every contestant of a table does: `kind` is step or prefill, of `batch_size` rows of `n` tokens, or decode.
+    """What all contestants of a table do: a step or prefill (`kind`) of `batch_size` rows of `n` tokens, or decode.
 
     A turn of decode makes `new_tokens` in each row, after `n` cached ones.
     """
@@ -184,7 +184,7 @@ def measure(
     rounds: int,
     limit: TimeLimit,
 ) -> list[Measurement]:
-    """Time the `work` of each runner, in turns: a measurement for each implementation and variant in its best setting.
+    """Time the `work` of all runners in turns. An implementation and variant gets one measurement, its best setting's.
 
     A peer's says whether it was shown to compute what ours does; who is absent or cannot run has a note. In the order
     of `configs`, ours before its peers.
@@ -210,7 +210,7 @@ def measure(
 
 
 def best_settings(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """For each implementation and variant the one with the least median, with the medians `tried`."""
+    """The measurement with the lowest median of each implementation and variant, with all medians as `tried`."""
     rivals: dict[tuple[str | None, str], list[Measurement]] = {}
     for m in measurements:
         rivals.setdefault((m.implementation, m.variant), []).append(m)
@@ -223,7 +223,7 @@ def best_settings(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def beside_peers(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Sets, in ours, the time of the fastest peer of the same variant and the memory of the thriftiest over our own."""
+    """Set, in our measurements, the ratios to the fastest peer of the variant and to that with the least memory."""
 
     def compared(m: Measurement) -> Measurement:
         if m.implementation != OURS:

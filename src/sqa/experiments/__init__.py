@@ -1,1 +1,1 @@
-"""A comparison: a plan in a file, runs that train every variant on the same text, and the table of what came out."""
+"""Comparisons: a plan in a file, runs that train every variant on the same text, and reports of the results."""

@@ -42,15 +42,14 @@ def compare(
     tracker: type[TensorBoard] | None = None,
     any_kernel: bool = False,
 ) -> Comparison:
-    """Run what of the plan is not finished in the folder `out`, and return all that is.
+    """Run those of the plan's runs that are not finished in the folder `out`, and return all results.
 
-    `resume` goes on with a comparison that was begun there (`Directory(out).resumed({})` is its plan). `data_source`
-    replaces the plan's where the text lies elsewhere now; it must be the same text. `only` leaves all other runs to
-    other processes, which may work in `out` at the same time. Runs follow one another here (LOCAL) or are spread over
-    the machines of a Ray cluster (RAY); the timing phase is always here. Several processes that torchrun started train
-    each run together, and process 0 writes. `tracker` gets the curves of each local run, in a folder of `out` named
-    after it. `display` is told what happens. `any_kernel` lets runs go on with another attention kernel than the
-    comparison was begun with; it rounds differently.
+    `resume` continues the comparison in `out` (its plan is `Directory(out).resumed({})`). `data_source` is where the
+    plan's text is now, if it moved. With `only`, other processes do the other runs, in `out` and perhaps at the same
+    time. Runs follow one another in this process (LOCAL) or are spread over a Ray cluster (RAY); the timing phase is
+    always here. Processes that torchrun started train each run together, and process 0 writes. `tracker` gets the
+    curves of each local run, in a folder of `out` named after it. `any_kernel` lets runs continue with another
+    attention kernel, which rounds differently.
 
     Raises InputError for whatever keeps the comparison from starting, before anything is written, Interrupted when
     stopped, and NonFiniteLoss at the end when that happened to a run.
@@ -119,7 +118,7 @@ def compare(
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many threads inside the block; PyTorch's own number for 0."""
+    """Use so many threads in the block; 0 keeps the present number."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)
@@ -131,7 +130,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _Left:
-    """The runs that are left, and how long they will take: by the timing phase, later by those that have ended."""
+    """The runs that are left and an estimate of their time, from the timing phase and later from finished runs."""
 
     def __init__(self, record: Record, cells: Sequence[Cell]) -> None:
         plan = record.plan
@@ -142,7 +141,7 @@ class _Left:
         self._seconds = self._all if record.step_s else None
 
     def without(self, cell: Cell) -> bool:
-        """Take out a run that has ended; whether any is left."""
+        """Remove a run that has ended. Returns whether any is left."""
         del self._work[cell]
         rest = sum(self._work.values())
         self._seconds = (time.monotonic() - self._start) * rest / (self._all - rest)
@@ -159,7 +158,7 @@ def _stored(plan: Plan) -> Plan:
 
 
 def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> Record:
-    """Time the variants and say what plan.json holds."""
+    """Time the variants, and make the content of plan.json."""
     timings = time_steps(plan, data, accelerator, display)
     medians = {name: timing.median for name, timing in timings.items()}
     batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
@@ -186,7 +185,7 @@ def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Displa
 
 
 def unigram_entropy(data: Prepared) -> float:
-    """Nats a token of the validation text under its own token frequencies: what a model without context can reach."""
+    """Nats a token of the validation text by its token frequencies: the best loss of a model without context."""
     tokens = torch.from_numpy(data.validation.tokens(0, data.validation.num_tokens).astype("int64"))
     frequencies = tokens.bincount().double() / len(tokens)
     frequencies = frequencies[frequencies > 0]

@@ -1,4 +1,4 @@
-"""What runs left of their training, as points of figures: curves, differences of curves, and probes."""
+"""Points of figures from the files of runs: training curves, differences of curves, and probes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -22,9 +22,9 @@ Kept = TypeVar("Kept", StepReport, Probe)
 def kept(
     experiment: Experiment, name: str, held: Sequence[Directory], read: Callable[[Directory, Cell], list[Kept]]
 ) -> list[list[Kept]]:
-    """What the longest runs of a variant left in the directories `held`, a list a run.
+    """The records in the directories `held` of a variant's longest runs, a list for each run.
 
-    Runs whose records do not go on to the last step are left out.
+    Runs without a record of their last step are left out.
     """
     found = []
     for result in experiment.runs(name):
@@ -34,7 +34,7 @@ def kept(
 
 
 def training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
-    """The curves of the longest horizon's runs, as far as they were kept; each variant's at its own step time."""
+    """The curves of the longest horizon's runs that are still there, with the step time of each variant."""
     points = []
     for name in experiment.names:
         if runs := kept(experiment, name, held, Directory.curve):
@@ -43,9 +43,9 @@ def training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[R
 
 
 def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float | None = None) -> list[Row]:
-    """One line of a figure: the mean of a variant's runs step by step, smoothed and thinned.
+    """One line of a figure: the mean of a variant's runs at each step, smoothed and thinned out.
 
-    With `step_seconds` its time is that of so many steps, else what the runs took.
+    Its time is that of so many steps of `step_seconds`, or without it what the runs took.
     """
     steps = min(len(run) for run in runs)
     values = [[(report.tokens, report.seconds, report.loss) for report in run[:steps]] for run in runs]
@@ -69,7 +69,7 @@ def curve(label: str, runs: Sequence[Sequence[StepReport]], step_seconds: float 
 
 
 def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
-    """How far each line is above the baseline's at the same number of tokens, as far as both go."""
+    """Each line minus the baseline's at the same number of tokens, as far as both go."""
     own = np.array([(row["tokens"], row["loss"]) for row in curves if row["variant"] == baseline]).reshape(-1, 2)
     tokens, loss = own.T
     return [
@@ -85,7 +85,7 @@ def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
 
 
 def probe_points(experiment: Experiment, held: Sequence[Directory], value: Callable[[Probe], float]) -> list[Row]:
-    """A value of the probes of the longest horizon's runs, the mean of the seeds."""
+    """A value of each probe of the longest horizon's runs, as the mean of the seeds."""
     points = []
     for name in experiment.names:
         for same in zip(*kept(experiment, name, held, Directory.probes), strict=False):  # of the same step

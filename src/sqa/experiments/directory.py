@@ -1,4 +1,4 @@
-"""The directory of a comparison: what is in it, who writes it, and whether it holds what is asked for."""
+"""The directory of a comparison: its files, and the locks of the processes that work in it."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from sqa.training.probes import Probe
 
 @dataclass(frozen=True)
 class Directory:
-    """`plan.json` (written before training), `results.jsonl` (a line a finished run), a folder `variant-seed` a run.
+    """`plan.json`, written before training; `results.jsonl`, a line for each finished run; a folder for each run.
 
-    Several processes may work in it, each on cells that it has claimed.
+    Several processes may work in it, each on the cells that it has claimed.
     """
 
     path: Path
@@ -37,23 +37,23 @@ class Directory:
         return (self.path / "plan.json").exists()
 
     def read(self) -> Comparison:
-        """All of it, as far as it has run. Raises InputError when there is nothing or a file is damaged."""
+        """The comparison, as far as it has run. Raises InputError when there is none or a file is damaged."""
         try:
             return Comparison(record=self.record(), results=self.results())
         except InputError as error:
             raise error if str(self.path) in str(error) else InputError(f"{self.path}: {error}") from None
 
     def results(self) -> list[RunResult]:
-        """The finished runs: all whole lines. Raises InputError for a damaged one inside the file."""
+        """The finished runs. Raises InputError for a damaged line, unless it is the last and torn."""
         advice = "remove it (a run without its result trains again)"
         return read_lines(RunResult, self.path / "results.jsonl", advice)
 
     def curve(self, cell: Cell) -> list[StepReport]:
-        """What a run reported of each step; nothing where the curve was not kept."""
+        """A run's reports of its steps; none if the file is gone."""
         return self._lines(StepReport, cell, "curve.jsonl")
 
     def probes(self, cell: Cell) -> list[Probe]:
-        """What a run was asked while it trained; nothing where the plan has no probes."""
+        """A run's probes; none if the plan has none."""
         return self._lines(Probe, cell, "probes.jsonl")
 
     def _lines(self, kind: type[Any], cell: Cell, name: str) -> list[Any]:
@@ -87,12 +87,12 @@ class Directory:
         write_json(self.path / "plan.json", record.to_dict())
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those of the cells that have not finished, in their order."""
+        """The cells that have not finished, in the same order."""
         done = {result.cell for result in self.read().results} if self.begun else set()
         return [cell for cell in cells if cell not in done]
 
     def resumed(self, changes: Mapping[str, Any]) -> Plan:
-        """The plan that it was begun with. Raises InputError when `changes` (but of `data`) would make it another."""
+        """The plan in the directory. Raises InputError when `changes`, except that of `data`, would make it another."""
         plan = self.record().plan
         if changed := differences(plan.to_dict(), plan.replace(**{**changes, "data": plan.data}).to_dict()):
             raise InputError(f"resume: {self.path} was begun with another plan ({'; '.join(changed)})")
@@ -111,9 +111,9 @@ class Directory:
 
     @contextmanager
     def claimed(self, cells: Iterable[Cell]) -> Iterator[None]:
-        """Be the only one to run these cells; a directory in which nothing was begun is removed again.
+        """Lock these cells for this process. Removes the directory afterwards if no comparison was begun in it.
 
-        Raises InputError with the process that runs one of them already.
+        Raises InputError, which names the process, when another one has a cell.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -129,5 +129,5 @@ class Directory:
                         folder.rmdir()
 
     def writing(self, waiting: Callable[[str], None] = lambda text: None) -> AbstractContextManager[None]:
-        """Be the only one to write plan.json or results.jsonl, after whoever does it now; `waiting` is told who."""
+        """Lock plan.json and results.jsonl for writing. `waiting` is told which process to wait for."""
         return locked(self.path / LOCK, waiting)

@@ -1,4 +1,4 @@
-"""Everything worth knowing about one machine within a few minutes, in one file: benchmarks, and GQA and SQA trained."""
+"""All benchmarks of one machine within a few minutes, in one file, with GQA and SQA trained for comparison."""
 
 import logging
 import tempfile
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = ("full", "tiny")
 COMPARE_SHARE = 3 / 8
-"""Of the whole budget, for the comparison: 3 of 8 minutes."""
+"""The share of the budget for the comparison: 3 of 8 minutes."""
 
 
 def measure_everything(
@@ -36,8 +36,7 @@ def measure_everything(
     """Attention with every kernel pinned and checked, training steps, prefill, decoding, and a comparison.
 
     Each part gets a share of the `budget` (seconds) and stops when that is spent. A part that fails becomes a note, and
-    the others still run. Needs neither a network nor `datasets`. Raises InputError for an unknown size or a device that
-    is not there.
+    the others still run. Needs no network and no `datasets`. Raises InputError for an unknown size or missing device.
     """
     if size not in SIZES:
         raise unknown("size", size, SIZES)
@@ -55,7 +54,7 @@ def measure_everything(
         try:
             # a share and a half: parts that stop early leave time to others
             result = part(budget=min(left, 1.5 * left / (len(parts) - done)))
-        except Exception as error:  # far from whoever can fix it, the other parts are worth having
+        except Exception as error:  # the other parts are still worth having
             logger.exception("%s failed", name)
             notes[f"{name} failed: {type(error).__name__}: {first_line(error)}"] = None
         else:
@@ -70,7 +69,7 @@ def measure_everything(
 
 
 def _parts(device: str, *, full: bool) -> dict[str, Callable[..., BenchResult]]:
-    """The benchmarks by name, the most telling first; each takes a `budget`."""
+    """The benchmarks by name, the most informative first; each takes a `budget`."""
     attention = partial(run_attention, num_heads=16 if full else 8, device=device)
     lengths = (1024, 4096, 16_384, 65_536, 131_072) if full else (64, 128)
     kernels = ("flash", "cudnn", "efficient") if full else ("flash", "math")
@@ -95,7 +94,7 @@ def _parts(device: str, *, full: bool) -> dict[str, Callable[..., BenchResult]]:
 
 
 def _trained(display: Display, device: str, seconds: float) -> Iterator[Measurement]:
-    """GQA and SQA on the built-in text, each for a third of the time; the rest is for timing and evaluation."""
+    """Train GQA and SQA on the built-in text, each for a third of the time; timing and evaluation have the rest."""
     plan = Plan.read("demo").replace(
         variants=("gqa", "sqa"), budget=f"time={max(1, round(seconds / 3))}s", device=device, dtype="bfloat16"
     )

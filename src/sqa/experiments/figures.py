@@ -22,7 +22,7 @@ COLOURS = {
     "mha": "#808488", "gqa": "#e0585b", "mqa": "#d2761a", "sqa": "#3a86d8", "ssqa": "#279f8a", "xsqa": "#a266c8",
     "xsmqa": "#cf6ba9", "lsqa": "#3f9bd6", "rsqa": "#7f8c24", "wide-mha": "#b5754b", "wide-gqa": "#b08900",
 }  # fmt: skip
-"""Of middle lightness: each has a contrast of 3 and more with white paper and with nearly black paper."""
+"""Of medium lightness: the contrast to white and to nearly black paper is at least 3."""
 
 _GREY = "#808488"
 _ROW_HEIGHT = 30  # pixels, of charts with a row a variant
@@ -41,9 +41,9 @@ class Figure:
 
 
 def make_figures(experiment: Experiment, held: Sequence[Directory], front: Sequence[str]) -> list[Figure]:
-    """Those that the results have figures for: no curves without curve.jsonl, no speed without the timing phase.
+    """All figures that the results allow: curves need curve.jsonl, speed needs the timing phase.
 
-    `held` are the experiment's directories; `front` the variants of the Pareto front, the fastest first.
+    `held`: the experiment's directories. `front`: the variants of the Pareto front, the fastest first.
     """
     lines, plan, colours = experiment.longest(), experiment.plan, Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
@@ -74,7 +74,7 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
 
 
 class Colours:
-    """One colour a variant in all figures, and dashes for those that have all of their query heads."""
+    """The colour of each variant in all figures, and dashes for variants with all of their query heads."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._labels = [experiment.plan.label(name) for name in experiment.names]
@@ -92,7 +92,7 @@ class Colours:
         return alt.StrokeDash("variant:N", scale=self._scale(data, self._dashes))
 
     def _scale(self, data: Sequence[Row], values: Sequence[Any]) -> Any:
-        """The legend names what the chart shows, in the order of the table."""
+        """A scale whose legend names only what the chart shows, in the order of the table."""
         shown = {row["variant"] for row in data}
         pairs = [(label, value) for label, value in zip(self._labels, values, strict=True) if label in shown]
         return alt.Scale(domain=[label for label, _ in pairs], range=[value for _, value in pairs])
@@ -107,19 +107,19 @@ def _dots(base: Any, size: int, **encodings: Any) -> Any:
 
 
 def _by_variant() -> Any:
-    """The axis of a chart with a row a variant."""
+    """The axis of a chart with a row for each variant."""
     return alt.Y("variant:N", title=None, sort=None)
 
 
 def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
-    """An axis with ticks at `ends` alone, where the runs of all horizons end."""
+    """A logarithmic axis, with ticks only at `ends` if they are given."""
     scale = alt.Scale(type="log", nice=False, padding=20)
     ticks = {"format": "~s", "tickCount": 4} if ends is None else {"format": ".2~s", "values": ends}
     return alt.X(f"{field}:Q", title=title, scale=scale, axis=alt.Axis(**ticks))
 
 
 def _zero(axis: str) -> Any:
-    """The baseline's own line in a chart of differences from it."""
+    """A dashed line at zero: the baseline in a chart of differences to it."""
     rule = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeDash=[4, 4], color=_GREY)
     return rule.encode(**{axis: alt.datum(0)})
 
@@ -139,7 +139,7 @@ _TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
 
 
 def _difference_by_variant(lines: Sequence[Summary], colours: Colours) -> Figure | None:
-    """The differences of the table with their intervals, a row a variant."""
+    """The differences of the table with their intervals, a row for each variant."""
     data = [{"variant": line.label, **_with_interval(line.difference)} for line in lines if line.difference is not None]
     if not data:
         return None
@@ -205,7 +205,7 @@ def _ends(data: Sequence[Row]) -> list[int]:
 
 
 def _lines_with_points(base: Any, data: Sequence[Row], colours: Colours, x: str) -> tuple[Any, Any]:
-    """A line a variant through the means, and a point each that says what it is."""
+    """A line for each variant through its means, and points with tooltips."""
     y = alt.Y("mean:Q", title="nats a token", scale=alt.Scale(zero=False, padding=10))
     drawn = base.encode(y=y, color=colours.encoding(data))
     tips = [*_TIPS, alt.Tooltip(x, format=",.0f")]
@@ -214,7 +214,7 @@ def _lines_with_points(base: Any, data: Sequence[Row], colours: Colours, x: str)
 
 
 def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
-    """Loss by head counts, where the plan has all pairs of several counts at one head_dim and as many parameters."""
+    """Loss by head counts, if the plan has all pairs of several counts with the same head_dim and parameters."""
     layers = {name: experiment.plan.model_config(name).layers[0] for name in experiment.plan.variants}
     narrow = {name: layer for name, layer in layers.items() if layer.head_dim * layer.num_heads == layer.d_model}
     pairs = {(layer.num_query_heads, layer.num_kv_heads): name for name, layer in narrow.items()}
@@ -234,7 +234,7 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
         x=alt.X("hkv:O", title="KV heads", sort=counts, axis=alt.Axis(labelAngle=0)),
         y=alt.Y("hq:O", title="query heads", sort=counts),
     )
-    # both ends are light: the numbers are dark on the paper of either scheme
+    # light colours, because the numbers are dark in both colour schemes
     shade = alt.Color("mean:Q", scale=alt.Scale(range=["#7fbcf0", "#f6e6c8"], domain=[low, high]), legend=None)
     cells = base.mark_rect(stroke=_GREY).encode(
         color=shade, tooltip=["variant:N", alt.Tooltip("mean:Q", format=".4f"), "interval:N"]
@@ -248,7 +248,7 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
 
 
 def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: Colours) -> list[Figure]:
-    """When the models of the longest horizon began to use their context, as far as they were asked."""
+    """When the models of the longest horizon began to use their context, if they were probed."""
     values: list[tuple[str, str, str, Callable[[Probe], float]]] = [
         (
             "repeated-sequence", "A random sequence, repeated",
@@ -307,7 +307,7 @@ def _curve_figures(curves: Sequence[Row], baseline: str, colours: Colours, *, ti
 
 
 def _curves(texts: tuple[str, str, str], data: Sequence[Row], colours: Colours, *, x: Any, y: Any) -> Figure:
-    """A line a variant, and points that show their values under the pointer; texts: name, title and caption."""
+    """A line for each variant, and points that show values under the pointer; texts: name, title and caption."""
     base = _chart(data, x=x, y=y, color=colours.encoding(data))
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
@@ -430,6 +430,6 @@ def laid_out(figure: Figure, width: int | str, *, hover: bool = False) -> Any:
 
 
 def for_page(figure: Figure) -> Any:
-    """The chart as the HTML file has it: as wide as its place, no paper of its own, values under the pointer."""
+    """The chart for the HTML file: as wide as its container, transparent, with values under the pointer."""
     autosize = {"type": "fit-x", "contains": "padding"}
     return laid_out(figure, width="container", hover=True).properties(background="transparent", autosize=autosize)

@@ -1,7 +1,7 @@
-"""Where the runs of a comparison are trained: one after another here, or as Ray tasks on the machines of a cluster.
+"""Launchers train the runs of a comparison, one after another in this process or as Ray tasks on a cluster.
 
-All machines of a cluster see the run directory, the text and this package under the same paths. Only the driver, which
-is the process that called `compare`, writes plan.json and results.jsonl.
+All machines of a cluster must see the run directory, the text and this package under the same paths. Only the driver,
+the process that called `compare`, writes plan.json and results.jsonl.
 """
 
 import json
@@ -29,9 +29,9 @@ Outcomes = Generator[tuple[Cell, RunResult | NonFiniteLoss], None, None]
 class Launcher:
     """A way of training runs.
 
-    `opened(plan, device, num_runs)` holds what it needs, and raises InputError or MissingExtraError when that cannot
-    be had. `run(session, cells, display)` yields each cell with its outcome as it comes. It raises Interrupted when
-    asked to stop, after the runs in progress have saved their checkpoints.
+    `opened(plan, device, num_runs)` is a context with what it needs, and raises InputError or MissingExtraError when
+    that is missing. `run(session, cells, display)` yields each cell with its outcome as soon as there is one. It raises
+    Interrupted when asked to stop, after the runs in progress have saved checkpoints.
     """
 
     opened: Callable[[Plan, str, int], AbstractContextManager[None]]
@@ -39,7 +39,7 @@ class Launcher:
 
 
 def run_local(session: Session, cells: Sequence[Cell], display: Display) -> Outcomes:
-    """One run after another in this process, or in all of those that torchrun started."""
+    """One run after another in this process, or in all processes that torchrun started."""
     all_cells = session.plan.cells
     for cell in cells:
         place = f"run {all_cells.index(cell) + 1} of {len(all_cells)}"
@@ -60,16 +60,16 @@ _STOP_SECONDS = 120.0
 
 
 def _resources(device: str) -> dict[str, int]:
-    """What one run asks Ray for: the threads that a run in this process would have, or a GPU."""
+    """What a run needs of Ray: as many CPUs as this process has threads, or a GPU."""
     return {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": torch.get_num_threads()}
 
 
 @contextmanager
 def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
-    """Join the cluster of $RAY_ADDRESS or of this machine's last `ray start`; where there is none, be one alone.
+    """Join the Ray cluster of $RAY_ADDRESS or of this machine's last `ray start`, or else start one on this machine.
 
-    Raises MissingExtraError without the extra `ray`, and InputError under torchrun, when no machine can take a run, and
-    when a budget in time would be spent by several runs on one processor.
+    Raises MissingExtraError without the extra `ray`, and InputError under torchrun, when no machine has room for a run,
+    and when a budget in time would be spent by several runs on one processor.
     """
     if torch.distributed.is_initialized() and (count := torch.distributed.get_world_size()) > 1:
         raise InputError(f"launcher: a run under ray has one process, got {count}; leave out torchrun")
@@ -98,10 +98,10 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
 
 
 def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcomes:
-    """All cells as tasks of the joined cluster, each outcome as it comes.
+    """All cells as tasks of the joined cluster.
 
-    A run whose worker or machine is lost starts again, elsewhere if need be, from its last checkpoint. One that loses
-    too many is Interrupted, which is raised after all others have ended.
+    A run whose worker or machine is lost starts again from its last checkpoint, on another machine if necessary. After
+    too many losses its outcome is Interrupted, which is raised when all others have ended.
     """
     import ray
 
@@ -119,7 +119,7 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     stopping = False
 
     def cancel() -> None:
-        """What Ctrl-C is to a run here: one that trains saves a checkpoint and ends."""
+        """Interrupt the tasks, as Ctrl-C does a local run: those that train save a checkpoint and end."""
         for reference in running:
             ray.cancel(reference)
 
@@ -164,13 +164,13 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
 
 
 def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool], cell: Cell) -> RunResult | Exception:
-    """One run in a worker. What a user can act on comes back as a value: raised here, Ray would wrap its traceback."""
+    """One run in a worker. Errors that a user can fix are returned: Ray would wrap a raised one in its traceback."""
     source, device, threads, any_kernel = how
     torch.set_num_threads(threads)
     folder = directory.run_folder(*cell)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # a worker whose driver was killed may still be saving here
+        # a worker of a killed driver may still be saving here
         with stop_flag() as stop, locked(folder / ".lock", waiting=print):
             session = Session(
                 record=record,

@@ -1,4 +1,4 @@
-"""A comparison as a file: what is trained, on what, for how long. Read from TOML, validated before anything runs."""
+"""The plan of a comparison: what to train, on what, for how long. Read from TOML and checked before anything runs."""
 
 import re
 import tomllib
@@ -18,7 +18,7 @@ Cell = tuple[str, int]
 """One run of a comparison: the name of a variant, or of a shape of the plan's own, and a seed."""
 
 BUDGETS = {"steps": 1e10, "tokens": 1e16, "epochs": 1e6, "flops": 1e30, "time": 1e9}
-"""What a budget may be counted in, and the most of it: beyond that lies what no machine can do."""
+"""The kinds of budgets and the largest of each, far above what a machine can do."""
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -26,7 +26,7 @@ _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run trains. The same for every variant, in one currency."""
+    """How long a run trains: the amount of one kind, the same for every variant."""
 
     kind: str
     amount: float
@@ -55,19 +55,17 @@ class Budget:
 class Plan(Checked):
     """Every field of a comparison; a TOML file gives some, the command line may override single ones.
 
-    `shape` names a model shape and `model` replaces fields of it; `shapes` holds a table of more such fields for
-    single variants. A table under another name is a shape of the plan's own, which `variants` may list beside the
-    variants: it says `variant = ...`, or `num_query_heads` and `num_kv_heads` (and `head_dim`) itself, and may have
-    a `label` for tables and figures. `context` is the tokens a row is trained at. `batch_size` rows make a step, of
-    all processes together, taken `micro_batch_size` at a time on each (0: at once). `budget` is as Budget.parse
-    reads it. `learning_rates` holds a rate of its own for single variants; attention's output projections learn at
-    `output_projection_rate` times the variant's. `padding_in_loss` trains on padding too, as the published
-    experiment did (padded layout only). `evaluation_tokens` bounds the real tokens of the validation set. `probes`
-    is how often a model is asked whether it uses its context while it trains (`sqa.training.probes`), at steps
-    evenly spaced in log from a hundredth of the run to its end. `dtype` bfloat16 means autocast.
-    `activation_checkpointing` runs each block again for its gradient: less memory, slower. `sharding` "full" gives
-    each of several processes its part of the model (FSDP2), "none" a copy (DDP). `threads` 0 leaves PyTorch's own
-    number. `timing_rounds` 0 skips the phase that times all variants in turns.
+    `shape` names a model shape, and `model` replaces fields of it; `shapes` has a table of further changes for single
+    variants. A table under another name is a shape of the plan's own, which `variants` may list too: it has a
+    `variant`, or `num_query_heads` and `num_kv_heads` (and `head_dim`), and perhaps a `label` for tables and figures.
+    `context`: tokens of a row. `batch_size`: rows of a step, in all processes together, of which `micro_batch_size` at
+    a time (0: all) go through the model on each. `budget`: see Budget.parse. `learning_rates` has a rate for single
+    variants; attention's output projections learn at `output_projection_rate` times the rate. `padding_in_loss` trains
+    on padding too, as the published experiment did (padded layout only). `evaluation_tokens`: real tokens of the
+    validation set, at most. `probes`: how often a run is probed (`sqa.training.probes`). `dtype` bfloat16 means
+    autocast. `activation_checkpointing` computes each block again for its gradient: less memory, slower. `sharding`
+    "full" gives each process a part of the model (FSDP2), "none" a copy (DDP). `threads` 0 keeps PyTorch's number.
+    `timing_rounds` 0 skips the phase that times all variants in turns.
 
     Raises InputError, naming the field, for anything that cannot be run.
     """
@@ -145,7 +143,7 @@ class Plan(Checked):
                 raise InputError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
 
     def _check_names(self) -> None:
-        """Names are those of variants, or of shapes that say what they are."""
+        """Check that all names are those of variants, or of complete shapes of the plan's own."""
         for name, given in self.shapes.items():
             own = sorted(given.keys() & {"variant", "num_query_heads", "head_dim"})
             if name in VARIANTS and own:
@@ -172,12 +170,12 @@ class Plan(Checked):
                 raise InputError(f"plan: {table} must be of the variants {list(names)}, got {shown(repr(unused[0]))}")
 
     def base(self, name: str) -> str | None:
-        """The variant that gives `name` its head counts; None where its shape gives them."""
+        """The variant that gives `name` its head counts; None if its shape gives them."""
         given = self.shapes.get(name, {})
         return None if "num_query_heads" in given else given.get("variant", name).lower()
 
     def label(self, name: str) -> str:
-        """What tables and figures call it."""
+        """Its name in tables and figures."""
         known = VARIANTS[name].label if name in VARIANTS else name
         return str(self.shapes.get(name, {}).get("label", known))
 
@@ -201,7 +199,7 @@ class Plan(Checked):
         return [(name, seed) for seed in self.seeds for name in self.variants]
 
     def find_cells(self, names: Sequence[str]) -> list[Cell]:
-        """The runs called `variant:seed`, in the plan's order. Raises InputError for one that is not in the plan."""
+        """The runs with these names, `variant:seed`, in the plan's order. Raises InputError for one not in it."""
         known = {f"{name}:{seed}": (name, seed) for name, seed in self.cells}
         for name in names:
             if name.lower() not in known:
@@ -233,10 +231,9 @@ class Plan(Checked):
 
     @classmethod
     def read(cls, source: str, changes: Mapping[str, Any] | None = None) -> Self:
-        """A plan of the package by its name, or that of a TOML file, which is named after the file unless it says so.
+        """The package's plan of that name, or the plan in a TOML file, named after the file unless it has a name.
 
-        `changes` replace fields of it before anything is validated; other variants leave the shapes and rates of
-        those they replace behind.
+        `changes` replace fields before anything is checked. Shapes and rates of variants that they drop are dropped.
         """
         if source in shipped_plans():
             raw, stem = (files("sqa.experiments") / "plans" / f"{source}.toml").read_bytes(), source
@@ -262,7 +259,7 @@ class Plan(Checked):
     def read_single(
         cls, source: str, variant: str = "sqa", seed: int = 0, changes: Mapping[str, Any] | None = None
     ) -> Self:
-        """As `read`, but of one run alone: its steps are not timed, unless a budget in time needs that."""
+        """As `read`, for one run alone, without the timing phase unless a budget in time needs it."""
         plan = cls.read(source, {**(changes or {}), "variants": (variant,), "seeds": (seed,)})
         return plan if Budget.parse(plan.budget).kind == "time" else plan.replace(timing_rounds=0)
 
@@ -273,7 +270,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "clip_norm": (0, 1e30), "probes": (0, 1000),
     "timing_rounds": (0, 10_000), "checkpoint_seconds": (0, 1e9), "threads": (0, 1024),
 }  # fmt: skip
-"""The least and the most of a field; far above what a machine can do, far below what a computer counts."""
+"""The smallest and the largest value of a field; the largest is far above what a machine can do."""
 
 
 def shipped_plans() -> list[str]:

@@ -1,4 +1,4 @@
-"""A comparison to look at: one HTML file that needs no network, and every figure as PNG and SVG beside it."""
+"""The report of a comparison: one HTML file that needs no network, and every figure as PNG and SVG."""
 
 import json
 import logging
@@ -33,9 +33,9 @@ PUBLISHED = {
 
 
 def read_experiment(directories: Sequence[Path], step_times: Path | None = None) -> Experiment:
-    """What `sqa compare` left in the directories, joined; `step_times` is one whose timing phase gives all step times.
+    """The comparisons in the directories, joined; `step_times` is one whose timing phase gives all step times.
 
-    Raises InputError where no run has finished, the directories do not belong together, or nothing was timed.
+    Raises InputError when one has no finished run, when they do not fit together, or when nothing was timed.
     """
     comparisons = [Directory(path).read() for path in directories]
     for path, comparison in zip(directories, comparisons, strict=True):
@@ -50,8 +50,8 @@ def read_experiment(directories: Sequence[Path], step_times: Path | None = None)
 def write_report(directories: Sequence[Path], out: Path | None = None, *, step_times: Path | None = None) -> list[Path]:
     """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the last directory).
 
-    Several directories are horizons of one experiment, on one page. An unfinished comparison is reported as far as it
-    got. Returns the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError
+    Several directories are horizons of one experiment. An unfinished comparison is reported as far as it is. Returns
+    the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError
     without the extra `report`.
     """
     experiment = read_experiment(directories, step_times)
@@ -83,7 +83,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         library=vl_convert.javascript_bundle(
             "window.vegaEmbed = vegaEmbed", vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2])
         ),
-        # a text that begins or closes a comment or a script element would end ours, wherever it stands
+        # a "<" in a text could begin a comment or close our script element
         specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("<", "\\u003c"),
     )
     out = out or directories[-1] / "report"
@@ -101,7 +101,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
-    """The names whose (seconds, loss) no other has both lower, the fastest first."""
+    """The names for which no other has both lower seconds and lower loss, the fastest first."""
     front: list[str] = []
     for name in sorted(points, key=lambda name: points[name]):
         if not front or points[name][1] < points[front[-1]][1]:
@@ -120,14 +120,14 @@ class _Table:
     rows: Sequence[Sequence[str | tuple[str, str]]]
 
     def without_empty_columns(self) -> Self:
-        """What was not measured has no column."""
+        """A copy without columns of things that were not measured."""
         filled = [any(column) for column in zip(*self.rows, strict=True)]
         rows = [tuple(compress(row, filled)) for row in self.rows]
         return replace(self, headings=tuple(compress(self.headings, filled)), rows=rows)
 
 
 def _facts(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[str, str]]]]:
-    """By heading and field: the value that all comparisons have, or each one's own behind the comparison's name."""
+    """By heading and field: the value that all comparisons share, or each one's own with the comparison's name."""
     groups: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for record in records:
         plan = {name: value for name, value in record.plan.to_dict().items() if name != "name" and value != {}}
@@ -145,13 +145,13 @@ def _facts(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[str, str
 
 
 def _shared(by_variant: Mapping[str, Any]) -> Any:
-    """One value for all variants where it is one."""
+    """The one value of all variants, or the table if they differ."""
     values = list(by_variant.values())
     return values[0] if all(value == values[0] for value in values) else by_variant
 
 
 def _said(value: Any) -> str:
-    """A field's value in words."""
+    """A field's value, for people to read."""
     match value:
         case bool():
             return "yes" if value else "no"
@@ -181,7 +181,7 @@ def _headline(record: Record, experiment: Experiment) -> str:
 
 
 def _findings(experiment: Experiment, front: Sequence[str]) -> list[str]:
-    """What the table says of the longest horizon, in sentences."""
+    """Sentences on the table's longest horizon."""
     summary = experiment.longest()
     different = [(line.label, line.difference) for line in summary if line.difference is not None]
     judged = [(label, difference) for label, difference in different if difference.half_width is not None]
@@ -289,7 +289,7 @@ def _horizon(line: Summary) -> Iterable[str | tuple[str, str]]:
 
 
 def _published_table(summary: Sequence[Summary]) -> _Table:
-    """Ours in the published convention beside what was published; empty cells where there is no such figure."""
+    """Our figures in the published convention beside the published ones; missing ones are empty cells."""
     step = PUBLISHED[BASELINE][2]
     headings = (
         "variant", "loss, published", "loss, here", "accuracy, published", "accuracy, here",

@@ -1,4 +1,4 @@
-"""What a comparison leaves: a record of how it was begun, and a result a finished run. Each has a JSON form."""
+"""The files of a comparison: a record of its start, and a result for each finished run, with their JSON forms."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from sqa.training.loop import Evaluation
 
 
 def _check_kernels(field: str, names: str) -> None:
-    """Raise InputError unless it is one kernel, or several with ", " between."""
+    """Raise InputError unless it names one kernel, or several separated by ", "."""
     if not names or any(name not in KERNELS for name in names.split(", ")):
         raise InputError(f"{field} must be of {', '.join(KERNELS)}, got {shown(repr(names))}")
 
@@ -26,8 +26,8 @@ def _check_kernels(field: str, names: str) -> None:
 class RunResult:
     """One finished run: a line of results.jsonl.
 
-    `variant` is the plan's name of the model. `tokens` are the targets trained on; `wall_s` the seconds of training,
-    whatever else the machine did; `step_s` the step's time of the timing phase, None where there was none.
+    `variant`: the plan's name of the model. `tokens`: targets trained on. `wall_s`: seconds of training, whatever else
+    the machine did. `step_s`: the time of a step in the timing phase, None without one.
     """
 
     variant: str
@@ -68,7 +68,7 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """The text of a comparison. `unigram_entropy`: nats a token that its token frequencies alone leave unknown."""
+    """The text of a comparison. `unigram_entropy`: nats a token, of a model that knows token frequencies only."""
 
     name: str
     fingerprint: str
@@ -85,9 +85,9 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """plan.json: the plan as it was begun, and where. Tables by name of the variant.
+    """plan.json: the plan, and the machine and text at the start. Tables are by name of the variant.
 
-    `steps` is what the budget gives each variant; `step_s` the timing phase's seconds of a step, empty without one.
+    `steps`: what the budget gives each variant. `step_s`: seconds of a step in the timing phase, empty without one.
     """
 
     plan: Plan
@@ -114,11 +114,11 @@ class Record:
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """The median of each variant that was timed."""
+        """The median seconds of a step of each variant that was timed."""
         return {name: timing.median for name, timing in self.step_s.items()}
 
     def check_steps(self, batches_per_epoch: int) -> None:
-        """Raise InputError when `steps` is not what the plan's budget gives: something changed the file."""
+        """Raise InputError if `steps` is not what the plan's budget gives, so that the file was changed."""
         given = self.plan.steps(batches_per_epoch=batches_per_epoch, step_seconds=self.step_seconds)
         for name, steps in given.items():
             if self.steps[name] != steps:
@@ -142,7 +142,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison as far as it has run. `results` come from one set of data, each cell of the plan once at most."""
+    """A comparison, as far as it has run. `results` are of the same data, and of each cell at most once."""
 
     record: Record
     results: Sequence[RunResult] = ()

@@ -1,4 +1,4 @@
-"""One run of a comparison: its data, batches and recipe, its training and evaluation, and the result."""
+"""One run of a comparison: data, batches and recipe, training, evaluation, and the result."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What the runs of one process share. `source` is where the text lies here; `tracker` gets their curves.
+    """What the runs of one process share. `source`: where the text is here. `tracker` gets the runs' curves.
 
-    `any_kernel`: go on though a run has another kernel here than when the comparison was begun. Raises InputError when
-    `data` is other text than the comparison was begun on.
+    `any_kernel`: continue runs even with another kernel than at the comparison's start. Raises InputError when `data`
+    is not the text of the comparison's start.
     """
 
     record: Record
@@ -65,7 +65,7 @@ class Session:
 
 
 def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda text: None) -> Prepared:
-    """The text of `source` with the plan's tokenizer and splits. Raises InputError when it cannot be evaluated on."""
+    """The text of `source` with the plan's tokenizer and splits. Raises InputError for too little text."""
     data = prepare(
         source,
         vocab_size=plan.model_config(plan.variants[0]).vocab_size,
@@ -91,20 +91,20 @@ def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
 
 
 def make_recipe(plan: Plan, name: str, steps: int) -> Recipe:
-    """The part of a plan that the training loop needs for one variant."""
+    """A variant's recipe for the training loop."""
     shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
     return Recipe(steps=steps, **shared | {"learning_rate": plan.learning_rates.get(name, plan.learning_rate)})
 
 
 def make_learner(plan: Plan, name: str, recipe: Recipe, accelerator: Accelerator) -> Learner[Transformer]:
-    """A new model of a variant, ready to be trained as the plan says."""
+    """A new model of a variant, ready to train."""
     model = Transformer(plan.model_config(name))
     model.model.activation_checkpointing = plan.activation_checkpointing
     return set_up(model, recipe, accelerator, compile=plan.compile)
 
 
 def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
-    """Names of the kernels that the layers of a model use in training, as a result has them."""
+    """The names of the kernels that a model's layers use in training, separated by ", "."""
     dtype, documents = find_dtype(plan.dtype), plan.layout == "packed"
     calls = (
         Call.of_layer(layer, length=plan.context, device=device, dtype=dtype, documents=documents)
@@ -114,19 +114,19 @@ def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
 
 
 def label(plan: Plan, cell: Cell) -> str:
-    """What a display calls a run."""
+    """A run's name for a display."""
     return f"{cell[0]} seed {cell[1]}" if len(plan.seeds) > 1 else cell[0]
 
 
 def outcome_text(cell: Cell, outcome: RunResult | NonFiniteLoss) -> str:
-    """What a display says of a run that has ended."""
+    """A display's line about a run that has ended."""
     if isinstance(outcome, NonFiniteLoss):
         return f"{cell[0]} seed {cell[1]} stopped: {outcome}"
     return f"{cell[0]} seed {cell[1]}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
 
 
 def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambda report: None) -> RunResult:
-    """Train one run to its end, or on from its last checkpoint, and evaluate it; `show` gets a report of each step.
+    """Train one run, from its last checkpoint if there is one, and evaluate it; `show` gets a report of each step.
 
     Raises NonFiniteLoss, and Interrupted after saving a checkpoint when the session is to stop.
     """
@@ -192,9 +192,9 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
 
 
 def _kernel_here(session: Session, cell: Cell) -> str:
-    """The kernels of a run as its result has them; with those it was begun with, where it goes on from a checkpoint.
+    """The kernels of a run; if it continues from a checkpoint, also those of the comparison's start.
 
-    Raises InputError when they differ and the session does not allow it.
+    Raises InputError when they differ and the session does not allow that.
     """
     name, plan = cell[0], session.plan
     begun, here = session.record.kernel[name], kernel_of(plan, plan.model_config(name), session.accelerator.device.type)
@@ -210,7 +210,7 @@ def _kernel_here(session: Session, cell: Cell) -> str:
 
 
 def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[StepReport], None]:
-    """What writes a line of probes.jsonl after each of the plan's probes; a step trained again replaces its line."""
+    """A function that probes after the planned steps, and writes probes.jsonl; a step done again replaces its line."""
     plan, path = session.plan, session.directory.run_folder(*cell) / "probes.jsonl"
     due = probe_steps(session.record.steps[cell[0]], plan.probes)
     if not due:
@@ -234,7 +234,7 @@ def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[S
 
 
 def text_here(plan: Plan, source: str | None, *, resuming: bool) -> str:
-    """Where the text lies: `source`, or else the plan's. Raises InputError when a resumed plan's path leads nowhere."""
+    """Where the text is: `source`, or else the plan's path. Raises InputError if a resumed plan's path is missing."""
     if source is None and resuming and plan.data not in ("builtin", "wikipedia") and not Path(plan.data).exists():
         raise InputError(
             f"data: {plan.data!r}, as the comparison was begun, is not there from here ({os.path.abspath(plan.data)}); "

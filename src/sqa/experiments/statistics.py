@@ -46,11 +46,11 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Speedup:
-    """The time in which the baseline reaches a variant's loss over the variant's time, from so many paired seeds.
+    """The baseline's time to reach a variant's loss over the variant's time, from `runs` paired seeds.
 
-    `ratio` is the geometric mean over seeds, `low` to `high` its 95 % interval (None from a single seed). `why` says
-    what keeps it from being known; `ratio` is None then. Where the baseline never reaches the loss, `more_than` is what
-    its longest runs allow to say.
+    `ratio`: the geometric mean over seeds. `low` to `high`: its 95 % interval (None from a single seed). If the ratio
+    is not known it is None, and `why` is the reason. If the baseline never reaches the loss, the ratio is above
+    `more_than`, by the baseline's longest runs.
     """
 
     ratio: float | None = None
@@ -65,16 +65,16 @@ NEVER = "never reached"
 """The baseline's longest run ends above the loss."""
 
 EXTRAPOLATED = "above GQA's runs"
-"""The baseline's shortest run ends below the loss, so that no complete training tells when it would be reached."""
+"""The baseline's shortest run ends below the loss, so no complete training shows when the loss is reached."""
 
 Curve = Sequence[tuple[float, float]]
 """(seconds, final loss) of complete runs, the shortest first."""
 
 
 def time_to_reach(loss: float, curve: Curve) -> float | str:
-    """Seconds after which a run would end at `loss`, the loss being linear in log time between the curve's points.
+    """Seconds of a run that would end at `loss`, which is taken as linear in log time between the curve's points.
 
-    NEVER or EXTRAPOLATED where the points do not enclose it.
+    NEVER or EXTRAPOLATED if the points do not enclose it.
     """
     if loss > curve[0][1]:
         return EXTRAPOLATED
@@ -86,9 +86,9 @@ def time_to_reach(loss: float, curve: Curve) -> float | str:
 
 
 def effective_speedup(losses: Mapping[int, float], seconds: float, baseline: Mapping[int, Curve]) -> Speedup | None:
-    """Of a variant that reaches `losses` (by seed) in `seconds` each; None where the baseline has no such seed.
+    """The speed-up of a variant that reaches `losses` (by seed) in `seconds` each; None without a common seed.
 
-    Raises no error for losses that the baseline's curves do not enclose: one such seed makes the ratio unknown.
+    If the baseline's curve of one seed does not enclose its loss, the ratio is unknown.
     """
     shared = sorted(losses.keys() & baseline.keys())
     if not shared:

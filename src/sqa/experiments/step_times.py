@@ -1,4 +1,4 @@
-"""The timing phase: a training step of every variant, in turns, with the memory of one model."""
+"""The timing phase: training steps of all variants in turns, in the memory of one model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _WARMUP = 2
 
 
 def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> dict[str, Timing]:
-    """Seconds of a training step of each variant, all warm, in turns; nothing where the plan has no timing rounds."""
+    """Seconds of a training step of each variant, timed in turns after a warm-up; empty without timing rounds."""
     if not plan.timing_rounds:
         return {}
     display.start("timing all variants in turns", (plan.timing_rounds + _WARMUP) * len(plan.variants))
@@ -30,7 +30,7 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
     held = {name: _Held(make_learner(plan, name, recipes[name], accelerator)) for name in plan.variants}
 
     def step(name: str) -> None:
-        # always batch 0: each contestant does the same work
+        # always batch 0, so that all contestants do the same work
         train_step(held[name].learner, task, batches.batch(0), recipes[name], recipes[name].learning_rate)
 
     timings = take_turns(
@@ -47,9 +47,9 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
 
 
 class _Held:
-    """A learner whose parameters and moments have memory during its turns alone.
+    """A learner whose parameters and moments have memory only during its turns.
 
-    Their values do not decide how long a step takes, so they are not kept: each turn begins with small random weights.
+    Their values are not kept, since a step's time does not depend on them: each turn starts with small random weights.
     """
 
     def __init__(self, learner: Learner[Transformer]) -> None:
@@ -74,7 +74,7 @@ class _Held:
         optimizer.zero_grad()
         moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
         for tensor in (*self.learner.model.parameters(), *moments):
-            if not isinstance(tensor, DTensor):  # of a sharded model each process has a part anyway
+            if not isinstance(tensor, DTensor):  # each process has only a part of a sharded model
                 storage = tensor.untyped_storage()
                 self._sizes[tensor] = storage.nbytes()
                 storage.resize_(0)

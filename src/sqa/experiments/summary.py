@@ -1,4 +1,4 @@
-"""What comparisons say: a line a variant, at one horizon or at several of one experiment, and the table of them."""
+"""Summaries of comparisons: a line for each variant and horizon of an experiment, and their table."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +19,9 @@ from sqa.variants import BASELINE, VARIANTS
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A variant at one horizon: means over its seeds, and what they are against the baseline's.
+    """A variant at one horizon: means over its seeds, and comparisons with the baseline.
 
-    `tokens` are targets trained on; `seconds` of training are steps times `step_s`, the median of the timing phase.
+    `tokens`: targets trained on. `step_s`: the median of the timing phase. `seconds`: steps times `step_s`.
     `effective_speedup` needs several horizons of the baseline.
     """
 
@@ -56,18 +56,18 @@ _SHARED = (
     "layout", "padding_in_loss", "context", "batch_size", "evaluation_tokens", "dtype", "train_fraction",
     "validation_fraction", "warmup_fraction", "output_projection_rate", "weight_decay", "clip_norm",
 )  # fmt: skip
-"""Fields that comparisons of one experiment must have alike. Budget, variants, seeds and rates may differ."""
+"""Fields that comparisons of one experiment must share. Budget, variants, seeds and rates may differ."""
 
 _TIMED = ("layout", "padding_in_loss", "context", "batch_size", "micro_batch_size", "dtype", "compile")
-"""Fields that decide how long a step takes."""
+"""Fields that the time of a step depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Comparisons of the same models on the same data, joined: those with one budget are one horizon.
+    """Comparisons of the same models on the same data, joined. Those with the same budget are one horizon.
 
-    `plan` has the variants, shapes and seeds of all. `horizons` holds the runs by budget, the shortest first.
-    `step_seconds` are of one timing phase, so that drifts of the machine between comparisons do not matter.
+    `plan`: with the variants, shapes and seeds of all. `horizons`: the runs by budget, the shortest first.
+    `step_seconds`: of a single timing phase, so that changes of the machine between comparisons do not matter.
     """
 
     plan: Plan
@@ -77,7 +77,7 @@ class Experiment:
 
     @classmethod
     def join(cls, comparisons: Sequence[Comparison], timed: Record | None = None) -> Self:
-        """Of one comparison or more; a run that two of them have counts once.
+        """Join one comparison or more; a run that two of them have counts once.
 
         Step times are those of `timed`, or of the longest comparison that has a timing phase. Raises InputError for
         comparisons of different data, models or recipes.
@@ -111,24 +111,24 @@ class Experiment:
 
     @property
     def names(self) -> list[str]:
-        """The variants that have finished runs, in the order of VARIANTS, each before the plan's shapes of it."""
+        """The variants with finished runs, in the order of VARIANTS, each followed by the plan's shapes of it."""
         have = {result.variant for results in self.horizons.values() for result in results}
         bases = [*VARIANTS, None]
         found = [name for name in self.plan.variants if name in have]
         return sorted(found, key=lambda name: (bases.index(self.plan.base(name)), name not in VARIANTS))
 
     def summaries(self) -> list[Summary]:
-        """A line a variant and horizon, the shortest horizon first."""
+        """A line for each variant and horizon, the shortest horizon first."""
         return [
             self._summary(name, budget) for budget in self.horizons for name in self.names if self.runs(name, budget)
         ]
 
     def longest(self) -> list[Summary]:
-        """The last horizon's alone."""
+        """The lines of the longest horizon."""
         return [line for line in self.summaries() if line.budget == list(self.horizons)[-1]]
 
     def runs(self, name: str, budget: str | None = None) -> list[RunResult]:
-        """The runs of a variant at one horizon, the last unless told otherwise."""
+        """The runs of a variant at one horizon, by default the longest."""
         results = self.horizons[list(self.horizons)[-1] if budget is None else budget]
         return [result for result in results if result.variant == name]
 
@@ -206,7 +206,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def results_table(experiment: Experiment, *, title: str | None = None) -> Table:
-    """The experiment as people read it, at most 80 columns wide; several horizons have their effective speed-up."""
+    """The table of an experiment, at most 80 columns wide; with several horizons it has the effective speed-up."""
     columns = _SEVERAL_HORIZONS if len(experiment.horizons) > 1 else _ONE_HORIZON
     built = make_table(*columns, title=title)
     lines = experiment.summaries()
@@ -230,7 +230,7 @@ def _speedup(value: Speedup | None) -> str:
 
 
 def _estimate(value: Estimate | None, sign: str = "") -> str:
-    """With several seeds the interval; after a difference a question mark where its sign is not established."""
+    """A mean, its interval if there are several seeds, and a question mark after a difference of unclear sign."""
     if value is None:
         return "-"
     unsure = "?" if sign and not value.established else ""
@@ -268,7 +268,7 @@ _SEVERAL_HORIZONS: _Columns = {
 
 
 def notes(experiment: Experiment) -> str:
-    """What the columns of the table mean, as far as it has them."""
+    """The meaning of the table's columns."""
     lines = experiment.summaries()
     several, timed = len(experiment.horizons) > 1, bool(experiment.step_seconds)
     said = {
@@ -291,7 +291,7 @@ def notes(experiment: Experiment) -> str:
 
 
 def comparison_text(comparison: Comparison) -> Group:
-    """What `sqa compare` prints of a comparison: the table, what its columns mean, and what is missing."""
+    """What `sqa compare` prints: the table, the meaning of its columns, and the missing runs."""
     plan, experiment = comparison.plan, Experiment.join([comparison])
     entropy = comparison.record.data.unigram_entropy
     lines = [f"A model that knows only how often each token occurs has {entropy:.4f}."]

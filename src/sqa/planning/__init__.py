@@ -1,1 +1,1 @@
-"""Closed forms and proposals: what the saving could buy, what a large model would take. Nothing here trains."""
+"""Planning without training: shapes that spend what SQA saves, and the cost of large models."""

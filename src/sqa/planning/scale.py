@@ -1,7 +1,7 @@
-"""What training a large model would take, on paper: closed forms and published rates of the hardware.
+"""An estimate of what training a large model takes, from closed forms and published rates of the hardware.
 
-A step is the slower of computing and communicating, since FSDP does both at once. Computing is attention at its
-published rate, and everything else at one share of the peak. What all that assumes is in ASSUMPTIONS.
+A step takes as long as the slower of computing and communicating, which FSDP does at the same time. Attention computes
+at its published rate, all else at one share of the peak. ASSUMPTIONS has the rest.
 """
 
 import math
@@ -21,7 +21,7 @@ from sqa.variants import BASELINE, MEASURED_VARIANTS, VARIANTS, find_variant, pr
 
 SCALE_VARIANTS = ("mha", *MEASURED_VARIANTS)
 BACKWARD = 2.5
-"""FLOPs of attention backward over forward: it computes the scores again."""
+"""FLOPs of attention's backward over its forward: the backward computes the scores again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ loading, checkpoints; in the links nothing but parameters and gradients."""
 
 @dataclass(frozen=True, kw_only=True)
 class StepEstimate:
-    """A training step. Bytes are a GPU's: of memory by part, and sent over links; `flops` are all GPUs' together."""
+    """A training step. `memory` (by part) and `communication` are bytes of one GPU; `flops` are those of all GPUs."""
 
     variant: str
     n: int
@@ -104,7 +104,7 @@ def compute_seconds(config: ModelConfig, n: int, hardware: Hardware, *, recomput
 
 
 def communication(num_parameters: int, gpus: int, hardware: Hardware) -> tuple[float, float]:
-    """Bytes that a GPU sends in a step, and seconds: two gathers and one reduction, of bf16, over the slower link."""
+    """Bytes that a GPU sends in a step, and their seconds over the slower link: two gathers and a reduction in bf16."""
     size = 3 * 2 * num_parameters
     nodes = math.ceil(gpus / hardware.node_size)
     inside = size * (gpus - 1) / gpus / hardware.inside
@@ -112,7 +112,7 @@ def communication(num_parameters: int, gpus: int, hardware: Hardware) -> tuple[f
 
 
 def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
-    """Bytes of a GPU by part, with `tokens` positions on it."""
+    """Bytes of a GPU's memory by part, with `tokens` positions on it."""
     total, layer, d = parameters(config), config.layers[0], config.d_model
     ends = 2 * config.vocab_size * d
     widths = 5 * d + 2 * layer.query_width + layer.output_width + 3 * layer.kv_width + 4 * config.d_ff
@@ -128,9 +128,9 @@ def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
 
 
 def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_384) -> StepEstimate:
-    """A step of a named shape on so many H100s, each with rows of `n` tokens, `tokens` in all or one row.
+    """A step of a named shape on so many H100s, each with rows of `n` tokens: `tokens` in all, or one row.
 
-    Raises InputError for a shape or variant that is unknown or numbers that are not at least 1.
+    Raises InputError for an unknown shape or variant and for numbers below 1.
     """
     for name, value in (("n", n), ("gpus", gpus), ("tokens", tokens)):
         if value < 1:
@@ -152,13 +152,13 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
 
 
 def saving(shape: str, variant: str, n: int) -> float:
-    """Share of the baseline's computing that the attention operation alone saves at `n` tokens."""
+    """The share of the baseline's computing time that attention saves at `n` tokens."""
     (own, _), (theirs, rest) = (compute_seconds(preset(shape, v, max_seq_len=n), n, H100) for v in (variant, BASELINE))
     return (theirs - own) / (theirs + rest)
 
 
 def first_length(shape: str, variant: str, share: float) -> int | None:
-    """The least number of tokens at which attention saves that share; None where it does not at 16M tokens."""
+    """The smallest number of tokens at which attention saves that share; None if it is above 16M."""
     lengths = range(1, 1 << 24)
     found = bisect_left(lengths, share, key=lambda n: saving(shape, variant, n))
     return lengths[found] if found < len(lengths) else None
@@ -184,7 +184,7 @@ def steps_table(shape: str, estimates: Sequence[StepEstimate]) -> Table:
 
 
 def lengths_table(shape: str, variants: Sequence[str]) -> Table:
-    """Below which N attention's saving disappears under the rest: it is less than this share of GQA's computing."""
+    """The lengths N from which attention saves certain shares of GQA's computing time."""
     shares = (0.05, 0.1, 0.25)
     headings = ("variant", *(f"{share:.0%} from N" for share in shares), "at most")
     built = make_table(*headings, title=f"{shape}: attention saved, as a share of GQA's step", gap=2)

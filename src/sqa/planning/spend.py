@@ -1,4 +1,4 @@
-"""Spend what a variant saves: shapes that cost what another variant costs, and plans that compare them."""
+"""Shapes that spend what a variant saves: they cost as much as another variant; and plans that compare them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +25,15 @@ BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
 WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
 
 _GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1)}
-"""The field that a way makes larger, and by how much at a time."""
+"""The field that a way increases, and the size of its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A variant, a model shape and rows of `context` tokens; `share` is its cost over that of the first proposal.
+    """A variant, a model's shape and rows of `context` tokens. `share` is its cost over that of the first proposal.
 
-    `model` holds the fields that differ from the preset's. `step_s`, for equal-time alone, is measured, in seconds;
-    `share` is then of the other's time in the same turns.
+    `model`: the fields that differ from the preset's. `step_s`: measured seconds of a step, for equal-time only;
+    `share` is then the ratio of times measured in the same turns.
     """
 
     preset: str
@@ -54,17 +54,17 @@ class Proposal:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return parameters(self.config)
 
     @property
     def flops(self) -> int:
-        """Of a training step of the whole batch."""
+        """FLOPs of a training step of the whole batch."""
         return train_step_flops(self.config, self.context, self.batch_size)
 
     @property
     def cost(self) -> int:
-        """Closed form of what the budget holds equal; an equal time is reached through FLOPs."""
+        """What the budget keeps equal, in closed form; for equal-time FLOPs stand in for time."""
         return self.parameters if self.budget == "equal-parameters" else self.flops
 
 
@@ -74,9 +74,9 @@ def propose(
 ) -> list[Proposal]:  # fmt: skip
     """First `like` in the preset's shape, then each variant in the largest shapes that cost no more.
 
-    `batch` rows of `n` tokens are a training step; with a longer context there are fewer rows. Layers and width come
-    in large steps, so what they leave over goes to the feed-forward. A way in which nothing fits is left out. For
-    equal-time whole fp32 training steps are measured, `rounds` of each in turns. Raises InputError for bad options.
+    A training step has `batch` rows of `n` tokens, or fewer and longer rows. Layers and width come in large steps, so
+    the feed-forward gets what they leave. A way in which nothing fits is left out. For equal-time, fp32 training steps
+    are timed, `rounds` of each in turns. Raises InputError for bad options.
     """
     if budget not in BUDGETS:
         raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {shown(repr(budget))}")
@@ -91,7 +91,7 @@ def propose(
         ways = WAYS if budget == "equal-flops" else WAYS[:-1]  # a longer context has no more parameters
         chosen = [_largest(way, start, reference.cost) for way in ways for start in starts]
         return [reference, *(replace(p, share=p.cost / reference.cost) for p in chosen if p is not None)]
-    # a step's time follows its FLOPs at the variant's own rate, and once more at the rate that the new shape shows
+    # guess a shape from its FLOPs at the variant's measured rate, measure it, and guess again from its own rate
     reference, *starts = _measure([reference, *starts], rounds, device)
     bases, found = {start.variant: start for start in starts}, []
     for way in WAYS:
@@ -104,7 +104,7 @@ def propose(
 
 
 def _largest(way: str, start: Proposal, limit: float) -> Proposal | None:
-    """The last of the growing shapes that costs no more than `limit`; None where even the first does."""
+    """The largest of the growing shapes that costs no more than `limit`; None if even the first costs more."""
     found = None
     for grown in takewhile(lambda proposal: proposal.cost <= limit, _grown(way, start)):
         found = replace(grown, way=way)
@@ -115,7 +115,7 @@ def _largest(way: str, start: Proposal, limit: float) -> Proposal | None:
 
 
 def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
-    """Ever dearer shapes, up to four times the first in the way's measure."""
+    """Shapes of rising cost, up to four times the start's value of the field that grows."""
     fields: dict[str, Any] = {**shape(start.preset), **start.model}
     if way == "longer-context":
         # fewer rows, as many tokens
@@ -135,7 +135,7 @@ def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
 
 
 def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Proposal]:
-    """With the time of their training steps, taken in turns; shares are of the first's."""
+    """Time a training step of each in turns, and set `step_s` and the share of the first one's time."""
 
     def step(proposal: Proposal) -> Any:
         config = proposal.config
@@ -150,7 +150,7 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
 
 
 def table(proposals: Sequence[Proposal]) -> Group:
-    """What was proposed and where nothing fitted, at most 80 columns wide."""
+    """The proposals, and the ways in which nothing fitted, at most 80 columns wide."""
     measured = [] if proposals[0].step_s is None else ["ms a\nstep"]
     headings = ("spent on", "variant", "shape", "params", "GFLOP\na step", *measured, "of\nall")
     built = make_table(*headings, names=("spent on", "variant", "shape"), gap=2)
@@ -178,7 +178,7 @@ def _changed(p: Proposal, reference: Proposal) -> str:
 
 
 def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
-    """One TOML for `sqa compare` a way of spending; longer contexts one each, since a plan has one context."""
+    """Write a TOML for `sqa compare` for each way; for longer contexts one for each, since a plan has one context."""
     reference, *others = proposals
     plans: dict[str, list[Proposal]] = {}
     for p in others:
