@@ -6,8 +6,7 @@ is two), with nothing recomputed.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError
@@ -98,9 +97,6 @@ class VariantCost:
     prefill_flops: int
     kv_cache_bytes_per_token: int
     attention_saving: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def variant_costs(preset_name: str, n: int, variants: Iterable[str]) -> tuple[list[VariantCost], list[str]]:

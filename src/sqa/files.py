@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from sqa.errors import InputError
+from sqa.records import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,13 +157,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON, whole or not at all."""
+    """Write indented JSON of plain values and records, whole or not at all."""
     write_text(path, json_text(value))
 
 
 def json_text(value: Any) -> str:
-    """Indented JSON, as files of people's models and runs have it."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Indented JSON of plain values and records."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=to_json) + "\n"
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

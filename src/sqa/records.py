@@ -168,6 +168,12 @@ def _with_lists(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
+def to_json(record: Any) -> dict[str, Any]:
+    """The `default` of json.dumps for records: `to_dict` if there is one, else the fields."""
+    to_dict = getattr(record, "to_dict", None)
+    return {item.name: getattr(record, item.name) for item in fields(record)} if to_dict is None else to_dict()
+
+
 def differences(held: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """`field: VALUE there, VALUE now` for each field of `given` that has another value in `held`."""
     changed = {name: value for name, value in given.items() if held.get(name) != value}

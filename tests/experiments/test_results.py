@@ -25,13 +25,18 @@ from sqa.experiments.statistics import (
 )
 from sqa.experiments.summary import Experiment, Summary, comparison_text, notes, results_table
 from sqa.measure.timing import Timing
-from sqa.records import read_value
+from sqa.records import read_value, to_json
 from sqa.training.loop import Evaluation
 from sqa.variants import DEFAULT_VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted(path.parent for path in (ROOT / "benchmarks" / "results").glob("*/plan.json"))
 STEP = {"mha": 1.2, "gqa": 1.0}
+
+
+def as_dict(record: object) -> dict[str, Any]:
+    """What a file holds of it."""
+    return dict(json.loads(json.dumps(record, default=to_json)))
 
 
 def comparison(plan: Plan, losses: dict[tuple[str, int], float], fingerprint: str = "f" * 32) -> Comparison:
@@ -283,7 +288,7 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
     with pytest.raises(InputError, match=r"results\.jsonl must be a regular file; remove it"):
         Directory(tmp_path / "out").results()
     for damaged in (b'{"a": ', b'{"a": "\xff"}', b"[" * 200_000):
-        path.write_bytes(damaged + b"\n" + json.dumps(result.to_dict()).encode() + b"\n")
+        path.write_bytes(damaged + b"\n" + json.dumps(result, default=to_json).encode() + b"\n")
         with pytest.raises(InputError, match=r"line 1 of .*results.jsonl is damaged; remove it"):
             directory.results()
 
@@ -316,7 +321,7 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: P
 def test_a_row_that_is_wrong_is_named(
     tmp_path: Path, result: RunResult, field: str, value: object, message: str
 ) -> None:
-    row = result.to_dict()
+    row = as_dict(result)
     inner = row
     *above, last = field.split(".")
     for name in above:
@@ -353,14 +358,14 @@ def test_a_row_that_is_wrong_is_named(
 def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, message: str) -> None:
     record = comparison(PUBLISHED, {}).record
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(record.to_dict()))
+    path.write_text(json.dumps(record, default=to_json))
     assert Record.read(path) == record
     field, _, inner = field.partition(".")
-    value = {**record.to_dict()[field], inner: value} if inner else value
-    path.write_text(json.dumps(record.to_dict() | {field: value}))
+    value = {**as_dict(record)[field], inner: value} if inner else value
+    path.write_text(json.dumps(as_dict(record) | {field: value}))
     with pytest.raises(InputError, match=rf"plan\.json is damaged: .*{message}"):
         Record.read(path)
-    without = record.to_dict()
+    without = as_dict(record)
     del without[field]
     path.write_text(json.dumps(without))
     with pytest.raises(InputError, match=rf"plan\.json is damaged: plan\.json lacks {field}"):
@@ -368,7 +373,7 @@ def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, me
 
 
 def test_processes_of_a_record_are_counted_from_1(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps(comparison(PUBLISHED, {}).record.to_dict() | {"processes": -2}))
+    (tmp_path / "plan.json").write_text(json.dumps(as_dict(comparison(PUBLISHED, {}).record) | {"processes": -2}))
     with pytest.raises(InputError, match=r"plan\.json is damaged: plan\.json\.processes must be at least 1, got -2"):
         Record.read(tmp_path / "plan.json")
 

@@ -203,7 +203,7 @@ def _run(
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
         console.print(text, soft_wrap=True)
-    save_json(json_path, [line.to_dict() for line in Experiment.join([comparison]).summaries()])
+    save_json(json_path, Experiment.join([comparison]).summaries())
 
 
 @app.command()
@@ -260,4 +260,4 @@ def report(
         written = write_report(directories, out, step_times=step_times)
     for path in written:
         print(path)
-    save_json(json_path, [line.to_dict() for line in experiment.summaries()])
+    save_json(json_path, experiment.summaries())

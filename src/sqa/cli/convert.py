@@ -103,6 +103,6 @@ def convert(
         conversion = run(job, display, stop)
     console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
     console.print(f"serve it: {conversion.serve}", soft_wrap=True)
-    save_json(json_path, conversion.to_dict())
+    save_json(json_path, conversion)
     if plot_path is not None:
         report.plot(conversion, plot_path)

@@ -50,7 +50,7 @@ def variants(
     console.print(table)
     for text in left_out:
         console.print(f"left out: {text}", soft_wrap=True)
-    options.save_json(json_path, [row.to_dict() for row in rows])
+    options.save_json(json_path, rows)
 
 
 @app.command(name="plan")
@@ -96,7 +96,7 @@ def scale(
         console.print(paper.steps_table(preset, same))
     console.print(paper.lengths_table(preset, chosen))
     console.print(paper.ASSUMPTIONS, style="dim")
-    options.save_json(json_path, [e.to_dict() for same in estimates for e in same])
+    options.save_json(json_path, [e for same in estimates for e in same])
 
 
 @app.command()

@@ -143,7 +143,7 @@ class Conversion:
         return next(each for each in reversed(self.stages) if each.stage == stage)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back equal."""
+        """Plain JSON values, which `from_dict` reads back equal."""
         values = asdict(self) | {
             "stages": [stage.to_dict() for stage in self.stages],
             "speed": [{**asdict(speed), "ratio": speed.ratio} for speed in self.speed],

@@ -139,7 +139,7 @@ class _Run:
             versions=versions(),
             git=git_revision(),
         )
-        write_json(job.out / "conversion.json", self.state.to_dict())
+        write_json(job.out / "conversion.json", self.state)
         shutil.rmtree(job.work)
         return self.state
 
@@ -163,7 +163,7 @@ class _Run:
     def _save(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
         self.job.work.mkdir(parents=True, exist_ok=True)
-        write_json(self.state_path, self.state.to_dict())
+        write_json(self.state_path, self.state)
 
     def _load(self, directory: Path) -> Subject:
         subject = self.kind.load(directory)
@@ -267,7 +267,7 @@ class _Run:
         self._save(parameters=tuple(sum(p.numel() for p in subject.model.parameters()) for subject in both))
         shutil.rmtree(job.work / "converted", ignore_errors=True)
         self._write(student, job.work / "converted", self.original.dtype)
-        write_json(job.work / "converted" / "conversion.json", self.state.to_dict())
+        write_json(job.work / "converted" / "conversion.json", self.state)
         (job.work / "converted").rename(job.out)
         self.display.note(f"wrote {job.out}")
 

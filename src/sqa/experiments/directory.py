@@ -14,7 +14,7 @@ from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.files import LOCK, locked, write_json
 from sqa.progress import StepReport
-from sqa.records import differences, read_lines
+from sqa.records import differences, read_lines, to_json
 from sqa.training.probes import Probe
 
 
@@ -68,7 +68,7 @@ class Directory:
         with self.writing(), open(path, "ab") as file:
             before, newline, _ = path.read_bytes().rpartition(b"\n")
             file.truncate(len(before + newline))
-            file.write(json.dumps(result.to_dict()).encode() + b"\n")
+            file.write(json.dumps(result, default=to_json).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(self.run_folder(*result.cell) / "checkpoints", ignore_errors=True)
@@ -84,7 +84,7 @@ class Directory:
 
     def write_record(self, record: Record) -> None:
         """Write plan.json, whole or not at all."""
-        write_json(self.path / "plan.json", record.to_dict())
+        write_json(self.path / "plan.json", record)
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """The cells that have not finished, in the same order."""

@@ -1,9 +1,9 @@
 """The files of a comparison: a record of its start, and a result for each finished run, with their JSON forms."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 
@@ -61,9 +61,6 @@ class RunResult:
     def cell(self) -> Cell:
         """Its place in the plan: variant and seed."""
         return self.variant, self.seed
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"step_s": None if self.step_s is None else self.step_s.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +123,9 @@ class Record:
                     f"steps.{name} must be {steps}, which budget {self.plan.budget} gives, got {self.steps[name]}"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
-        step_s = {name: timing.to_dict() for name, timing in self.step_s.items()}
-        return asdict(self) | {"plan": self.plan.to_dict(), "step_s": step_s}
-
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises InputError, naming the file and the field, for what `to_dict` did not write."""
+        """Raises InputError, naming the file and the field, for anything but a record."""
         values = read_json(path)
         try:
             return read_record(cls, values, "plan.json")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from sqa.experiments.results import Record, RunResult
 from sqa.files import write_text
 from sqa.model import Transformer
 from sqa.progress import NonFiniteLoss, StepReport, StopFlag
+from sqa.records import to_json
 from sqa.training.loop import Hooks, Learner, NextToken, Recipe, evaluate, save_model, set_up, train
 from sqa.training.probes import Prober, probe_steps
 
@@ -227,8 +228,8 @@ def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[S
             return
         found = prober.measure(model, session.accelerator, step=report.step, tokens=report.tokens)
         if session.accelerator.is_main_process:
-            kept = [asdict(line) for line in session.directory.probes(cell) if line.step < report.step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in [*kept, asdict(found)]))
+            kept = (line for line in session.directory.probes(cell) if line.step < report.step)
+            write_text(path, "".join(json.dumps(line, default=to_json) + "\n" for line in (*kept, found)))
 
     return probe
 

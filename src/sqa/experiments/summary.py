@@ -1,8 +1,8 @@
 """Summaries of comparisons: a line for each variant and horizon of an experiment, and their table."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 from rich.console import Group
 from rich.table import Table
@@ -47,9 +47,6 @@ class Summary:
     speed_vs_mha: float | None
     attention_saving: float
     effective_speedup: Speedup | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 _SHARED = (
