@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass returns: `logits` (B, T, V) without labels, the loss fields with them.
+    """The result of a forward pass: `logits` (B, T, V) without labels, the loss fields with them.
 
     nll_sum: sum of -log p over the labels != -100; num_tokens: how many those are; loss: their quotient.
     """
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """What the output head reads: (B, T, d)."""
+        """The last hidden states, which the output head reads: (B, T, d)."""
         _check_ids(input_ids)
         held = 0 if cache is None else cache.length
         if held + input_ids.shape[1] > self.config.max_seq_len:
@@ -375,7 +375,7 @@ def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Calla
 
 
 def _compiler_lacks() -> str | None:
-    """What torch.compile would miss on this machine's CPU, or None."""
+    """What torch.compile lacks on this machine's CPU, or None."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What a progress display is told after each step. `tokens` and `seconds` count the whole run so far."""
+    """The report of a training step for displays. `tokens` and `seconds` count the whole run so far."""
 
     step: int
     loss: float

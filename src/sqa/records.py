@@ -71,6 +71,13 @@ def check_least(record: Any, least: int, *names: str) -> None:
             raise InputError(f"{name} must be at least {least}, got {value}")
 
 
+def at_least_one(where: str, **values: int) -> None:
+    """Raise InputError for the first of these values that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{where}: {name} must be at least 1, got {value}")
+
+
 def nearest(name: object, known: list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing: the end of an error about an unknown name."""
     close = difflib.get_close_matches(str(name)[:100].lower(), known, n=1)

@@ -9,7 +9,8 @@ from sqa import measure, native
 from sqa.dtypes import find_dtype
 from sqa.measure.machine import find_device, flags
 from sqa.measure.peak import matmul_peak, measure_peak
-from sqa.measure.timing import TimeLimit, Timing, at_least_one, failure, synchronize, take_turns
+from sqa.measure.timing import TimeLimit, Timing, failure, synchronize, take_turns
+from sqa.records import at_least_one
 
 
 def test_everybody_is_warm_before_anybody_is_timed_and_rounds_alternate() -> None:
@@ -66,7 +67,7 @@ def test_a_contestant_that_cannot_run_says_why_and_a_bug_is_raised() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: at_least_one(rounds=3, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: at_least_one("benchmark", rounds=3, batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: find_dtype("bf61"), "'bf61' is unknown; did you mean 'bf16'"),
         (lambda: find_device("cuda:99"), "'cuda:99' cannot be used here"),
         (lambda: find_device("tpu?"), "cannot be used here"),

@@ -26,7 +26,8 @@ from sqa.dtypes import find_dtype
 from sqa.errors import first_line
 from sqa.measure.machine import find_device
 from sqa.measure.peak import Peak, measure_peak
-from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.measure.timing import TimeLimit
+from sqa.records import at_least_one
 from sqa.variants import MEASURED_VARIANTS, variant
 
 logger = logging.getLogger(__name__)
@@ -242,8 +243,10 @@ def run_attention(
         for name in names:
             if name not in allowed:
                 raise unknown(field, name, allowed)
-    at_least_one(variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels))
-    at_least_one(head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds)
+    at_least_one(
+        "benchmark", variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels)
+    )
+    at_least_one("benchmark", head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds)
     where, limit, baseline = find_device(device), TimeLimit(seconds=budget), choose_baseline(variants)
     configs = {
         head_dim: {name: layer_config(name, head_dim=head_dim, num_heads=num_heads) for name in variants}

@@ -15,7 +15,8 @@ from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.dtypes import find_dtype
 from sqa.measure.machine import find_device
-from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.measure.timing import TimeLimit
+from sqa.records import at_least_one
 
 DECODED_VARIANTS = ("mha", "gqa", "mqa", "sqa", "xsqa", "wide-gqa")
 """The variants that decode by default, among them those with other numbers of KV heads."""
@@ -54,7 +55,7 @@ def run_decode(
     Weights and cache are in `dtype`. The cache grows by `steps` tokens in each turn. `budget` is in seconds. Raises
     InputError for bad options.
     """
-    at_least_one(lengths=min(lengths, default=0), batch_size=batch_size, steps=steps, rounds=rounds)
+    at_least_one("benchmark", lengths=min(lengths, default=0), batch_size=batch_size, steps=steps, rounds=rounds)
     where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)
     room = steps * (rounds + 1)
     models = models.fitted(max(lengths) + room, ())

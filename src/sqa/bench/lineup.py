@@ -19,8 +19,9 @@ from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.interop import load_config, load_model
 from sqa.losses import IGNORE
-from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.measure.timing import TimeLimit
 from sqa.model import Transformer
+from sqa.records import at_least_one
 from sqa.variants import MEASURED_VARIANTS
 from sqa.variants import preset as model_preset
 
@@ -38,7 +39,7 @@ class Models:
     @classmethod
     def of_preset(cls, preset: str, variants: Sequence[str] = MEASURED_VARIANTS) -> Self:
         """A named shape in each variant. Raises InputError for an unknown name, or no variant."""
-        at_least_one(variants=len(variants))
+        at_least_one("benchmark", variants=len(variants))
         return cls(name=preset, configs={name: model_preset(preset, name) for name in variants})
 
     @classmethod

@@ -79,7 +79,7 @@ class Measurement:
         return self.seconds.median
 
     def to_dict(self) -> dict[str, Any]:
-        """As files hold it: what is None is left out, and `rounds` stands beside `seconds`."""
+        """The fields that are not None, for result files, with `rounds` beside `seconds`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values = {name: value for name, value in values.items() if value is not None}
         if self.seconds is not None:
@@ -88,7 +88,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave. Raises KeyError or TypeError for anything else."""
+        """Read `to_dict`'s output. Raises KeyError or TypeError for anything else."""
         given = dict(values)
         rounds = given.pop("rounds", 0)
         if "seconds" in given:

@@ -15,7 +15,8 @@ from sqa.config import ModelConfig
 from sqa.dtypes import find_dtype
 from sqa.measure.machine import find_device
 from sqa.measure.peak import Peak, measure_peak
-from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.measure.timing import TimeLimit
+from sqa.records import at_least_one
 
 PREPRINT_SECONDS: dict[int, dict[str, float]] = {
     1_024: {"xsqa": 0.0570, "sqa": 0.0642, "ssqa": 0.0669, "mqa": 0.0760, "gqa": 0.0785, "mha": 0.0869},
@@ -49,7 +50,7 @@ def run_prefill(
     Weights are in `dtype`; peers as in run_step, and llama.cpp with weights in F32, BF16 and Q8_0, of which the best
     counts. `budget` (seconds): longer N are left out when they would not fit. Raises InputError for bad options.
     """
-    at_least_one(lengths=min(lengths, default=0), rounds=rounds)
+    at_least_one("benchmark", lengths=min(lengths, default=0), rounds=rounds)
     check_peers(peers, training=False)
     where, torch_dtype, limit = find_device(device), find_dtype(dtype), TimeLimit(seconds=budget)
     models = models.fitted(max(lengths), peers)

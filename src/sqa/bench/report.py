@@ -60,7 +60,7 @@ class BenchResult:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What `write_json` wrote. Raises InputError when that is not what the file holds."""
+        """Read a file of `write_json`. Raises InputError for any other file."""
         try:
             header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
             if header.pop("kind") != "header":

@@ -21,8 +21,9 @@ from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.measure.machine import find_device
 from sqa.measure.peak import measure_peak
-from sqa.measure.timing import TimeLimit, at_least_one
+from sqa.measure.timing import TimeLimit
 from sqa.model import Transformer
+from sqa.records import at_least_one
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def run_step(
     counts. `memory` measures the peak memory of a step too, each contestant in a process of its own. `budget` is in
     seconds. Raises InputError for bad options.
     """
-    at_least_one(dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
+    at_least_one("benchmark", dtypes=len(dtypes), batch_size=batch_size, length=length, rounds=rounds)
     check_peers(peers, training=True)
     if "fp16" in dtypes:
         raise InputError("benchmark: dtype fp16 needs loss scaling to train, which is not measured; give fp32 or bf16")

@@ -143,5 +143,5 @@ class Encoder(Subject):
         return f"SentenceTransformer({directory.name!r}, trust_remote_code=True)"
 
     def save(self, folder: Path, source: Path, dtype: torch.dtype) -> None:
-        """For AutoModel with trust_remote_code."""
+        """Write a directory for AutoModel with trust_remote_code."""
         bert.save_bert(self.model.to(dtype), folder, source)

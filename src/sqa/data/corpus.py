@@ -1,4 +1,4 @@
-"""Where text comes from: streams of documents, split into train and validation."""
+"""Sources of text: streams of documents, split into train and validation."""
 
 import hashlib
 import json

@@ -28,7 +28,7 @@ class Directory:
     path: Path
 
     def run_folder(self, variant: str, seed: int) -> Path:
-        """Where one run keeps its curve, probes, checkpoints and model."""
+        """The folder of a run, with its curve, probes, checkpoints and model."""
         return self.path / f"{variant}-{seed}"
 
     @property

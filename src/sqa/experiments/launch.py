@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,7 +113,6 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     source = os.path.abspath(session.source) if Path(session.source).exists() else session.source
     how = source, device, wanted["CPU"], session.any_kernel
     running = {task.remote(record, shared, how, cell): cell for cell in cells}
-    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     shown: dict[Cell, Display] = {}
     seen: dict[Cell, int] = {}
     unfinished = []
@@ -139,13 +139,7 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
                         seen[cell] = report.step
                         shown[cell].step(report)
                 for reference in done:
-                    cell = running.pop(reference)
-                    try:
-                        outcome = ray.get(reference)
-                    except lost:
-                        outcome = Interrupted(f"its worker was lost {_RETRIES + 1} times")
-                    except ray.exceptions.TaskCancelledError:
-                        outcome = Interrupted("not begun")
+                    cell, outcome = running.pop(reference), _outcome(reference)
                     if isinstance(outcome, Interrupted):
                         unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
                         shown[cell].finish(unfinished[-1])
@@ -161,6 +155,19 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
     if unfinished:
         what = f"stopped with {len(unfinished)} of {len(cells)} runs unfinished"
         raise Interrupted(what if stopping else "; ".join(unfinished))
+
+
+def _outcome(reference: Any) -> Any:
+    """What a task returned; Interrupted where it was lost too often or cancelled before it began."""
+    import ray
+
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
+    try:
+        return ray.get(reference)
+    except lost:
+        return Interrupted(f"its worker was lost {_RETRIES + 1} times")
+    except ray.exceptions.TaskCancelledError:
+        return Interrupted("not begun")
 
 
 def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool], cell: Cell) -> RunResult | Exception:

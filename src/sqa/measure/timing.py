@@ -34,7 +34,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Self:
-        """Of the seconds of each turn."""
+        """The timing of these turns, in seconds."""
         p20, median, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)).tolist()
         return cls(p20=p20, median=median, p80=p80, rounds=len(seconds))
 
@@ -69,13 +69,6 @@ class TimeLimit:
                 return
             yield n
             took = before - self.left  # nan without a limit, which compares as never too long
-
-
-def at_least_one(**values: int) -> None:
-    """Raise InputError for the first option that is below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"benchmark: {name} must be at least 1, got {value}")
 
 
 def synchronize(device: torch.device | str) -> None:

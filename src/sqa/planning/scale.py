@@ -14,8 +14,8 @@ from rich.table import Table
 
 from sqa.config import ModelConfig
 from sqa.cost import attention_flops, forward_flops, parameters, train_step_flops
-from sqa.errors import InputError
 from sqa.losses import CHUNK_ELEMENTS
+from sqa.records import at_least_one
 from sqa.tables import make_table
 from sqa.variants import BASELINE, MEASURED_VARIANTS, VARIANTS, find_variant, preset
 
@@ -132,9 +132,7 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
 
     Raises InputError for an unknown shape or variant and for numbers below 1.
     """
-    for name, value in (("n", n), ("gpus", gpus), ("tokens", tokens)):
-        if value < 1:
-            raise InputError(f"scale: {name} must be at least 1, got {value}")
+    at_least_one("scale", n=n, gpus=gpus, tokens=tokens)
     config = preset(shape, variant, max_seq_len=n)
     rows = max(1, tokens // n)
     sent, seconds = communication(parameters(config), gpus, H100)

@@ -18,6 +18,7 @@ from sqa.errors import InputError, shown
 from sqa.files import write_text
 from sqa.measure.timing import take_turns
 from sqa.model import Transformer
+from sqa.records import at_least_one
 from sqa.tables import make_table
 from sqa.variants import MEASURED_VARIANTS, VARIANTS, find_variant, model_config, shape
 
@@ -80,9 +81,7 @@ def propose(
     """
     if budget not in BUDGETS:
         raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {shown(repr(budget))}")
-    for name, value in (("n", n), ("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise InputError(f"plan: {name} must be at least 1, got {value}")
+    at_least_one("plan", n=n, batch=batch, rounds=rounds)
     reference, *starts = (
         Proposal(preset=preset, budget=budget, variant=find_variant(name)[0], model={}, context=n, batch_size=batch)
         for name in (like, *(name for name in variants if name.lower() != like.lower()))

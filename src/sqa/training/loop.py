@@ -67,7 +67,7 @@ B_contra = TypeVar("B_contra", bound=Rows, contravariant=True)
 
 
 class Task(Protocol[B_contra]):
-    """What a step minimises: the sum of `loss_sum` over the parts of a batch, divided by its `count`."""
+    """The objective of a step: the sum of `loss_sum` over the parts of a batch, divided by its `count`."""
 
     def count(self, batch: B_contra, /) -> int:
         """The number of tokens of a whole batch that are learnt from."""
