@@ -275,6 +275,8 @@ def speed_words() -> str:
     machine, versions = headers[0]["machine"], headers[0]["versions"]
     processor = machine["processor"].split(" avx")[0]
     rounds = " and ".join(str(header["settings"]["rounds"]) for header in headers)
+    larger = json.loads((RESULTS / "step-larger.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    elsewhere = "" if larger["machine"] == machine else "; on another processor"
     gains = {}
     for name in ("step-bf16", "step-larger"):
         for row in _read(name):
@@ -284,7 +286,7 @@ def speed_words() -> str:
         f"The published shape ({_shape('published')}), bf16, compiled, {machine['threads']} threads of an "
         f"{processor}, PyTorch {versions['torch']}, transformers {versions['transformers']}: "
         f"medians of {rounds} rounds. SQA's training step is {gains['step-bf16']:.2f} times as fast as GQA's here. "
-        f"At a larger shape ({_shape('larger')}) attention is a smaller part of the step, and SQA's is "
+        f"At a larger shape ({_shape('larger')}{elsewhere}) attention is a smaller part of the step, and SQA's is "
         f"{gains['step-larger']:.2f} times as fast."
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa.bench.report import BenchResult
 from sqa.conversion.records import Conversion, EmbeddingQuality
 from sqa.cost import kv_cache_bytes, prefill_flops
 from sqa.experiments.report import read_experiment
@@ -65,15 +66,21 @@ def caches() -> str:
 
 
 def ratios(*benches: tuple[str, str, str]) -> str:
-    """Measured speed against GQA; each bench is (file, kind, words for it)."""
+    """Measured speed against GQA, and where each column was measured; each bench is (file, kind, words for it)."""
     columns = []
+    where: dict[str, list[str]] = {}
     for name, kind, words in benches:
-        rows = measured(name, kind=kind)
-        for n in sorted({n for _, n in rows}):
+        rows, result = measured(name, kind=kind), BenchResult.read(RESULTS / f"{name}.jsonl")
+        lengths = sorted({n for _, n in rows})
+        for n in lengths:
             columns.append((f"{words}, {n:,} tokens", {v: row["ratio"] for (v, m), row in rows.items() if m == n}))
+        place = f"revision {result.revision} on an {result.machine.processor.partition(' avx')[0]}"
+        where.setdefault(place, []).append(f"{words} ({', '.join(f'{n:,}' for n in lengths)})")
     names = [name for name in SHOWN if any(name in column for _, column in columns)]
     cells = ((VARIANTS[name].label, *(f"{c[name]:.2f}x" if name in c else "" for _, c in columns)) for name in names)
-    return markdown(("variant", *(title for title, _ in columns)), cells)
+    table = markdown(("variant", *(title for title, _ in columns)), cells)
+    places = "; ".join(f"{' and '.join(parts)}: {place}" for place, parts in where.items())
+    return f"{table}\n\nMeasured at these lengths: {places}."
 
 
 def lost(titles: Mapping[str, str]) -> str:
@@ -119,6 +126,7 @@ def choices() -> str:
     """What to take, with the figures that say why."""
     prefill, decode = measured("prefill", kind="prefill"), measured("decode", kind="decode")
     long, far = max(n for _, n in prefill), max(n for _, n in decode)
+    narrow = decode["gqa", far]["head_dim"]
 
     def less(shape: str, name: str, n: int) -> str:
         encoder = shape == ENCODER
@@ -134,13 +142,14 @@ def choices() -> str:
             f"`ssqa` ({part('ssqa', ENCODER)})",
             f"a forward pass of 8,192 tokens takes {less(ENCODER, 'ssqa', 8192)} fewer FLOPs than with MHA. `sqa` "
             f"saves hardly more ({less(ENCODER, 'sqa', 8192)}): an encoder has no cache that fewer KV heads would "
-            f"make smaller. `xsqa` saves {less(ENCODER, 'xsqa', 8192)}",
+            f"make smaller. `xsqa` saves {less(ENCODER, 'xsqa', 8192)}. **The loss of an encoder trained with fewer "
+            "query heads was not measured yet**: compare it with `mha` on your task",
         ),
         (
             "an encoder of 512 tokens",
             "`mha`, or what you have",
-            f"`ssqa` takes {less(ENCODER, 'ssqa', 512)} fewer FLOPs than MHA, but nearly all of that is smaller "
-            "projections",
+            f"`ssqa` takes {less(ENCODER, 'ssqa', 512)} fewer FLOPs than MHA, and nearly all of that is narrower "
+            "projections. That is a small gain for a loss that was not measured",
         ),
         (
             "a decoder for long prompts with short answers (RAG, code, agents)",
@@ -157,15 +166,19 @@ def choices() -> str:
         ),
         (
             "a decoder that mostly generates",
-            "`gqa`, `mqa` or a window",
+            f"`gqa`, `mqa` or a window; with heads as narrow as {narrow}, `wide-gqa`",
             f"each new token reads the whole cache. After {far:,} tokens, `sqa` decodes "
-            f"{decode['sqa', far]['ratio']:.2f}x as fast as GQA here, `mqa` {decode['mqa', far]['ratio']:.2f}x",
+            f"{decode['sqa', far]['ratio']:.2f}x as fast as GQA here, `mqa` {decode['mqa', far]['ratio']:.2f}x. "
+            f"`wide-gqa` decodes {decode['wide-gqa', far]['ratio']:.2f}x as fast, and reads {long:,} tokens "
+            f"{prefill['wide-gqa', long]['ratio']:.2f}x as fast, with GQA's parameters, FLOPs and cache: it has half "
+            f"as many heads, of {2 * narrow} instead of {narrow}, so half the exponentials. With heads of 64 and more "
+            "this was not measured",
         ),
         (
-            "a comparison of your own",
-            "`wide-gqa` too",
-            "it has half the heads, twice as wide, with GQA's parameters and FLOPs. So it shows whether a difference "
-            "comes from fewer heads or from a smaller model",
+            "a comparison to run on your own text",
+            "`wide-gqa` as one more variant of it",
+            "it has half as many heads as GQA, each twice as wide, so GQA's parameters and FLOPs. If `sqa` differs "
+            "from `gqa`, `wide-gqa` shows whether that comes from fewer heads or from a smaller model",
         ),
     ]
     return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
