@@ -1,9 +1,9 @@
 """LoRA with peft on an exported model: train a few weights, merge them, and load the result with sqa.
 
-Run: python examples/lora.py FOLDER
+Run: python examples/lora.py [FOLDER] [--steps 30]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -42,5 +42,9 @@ def main(folder: Path, steps: int = 30) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    before, after, back = main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/lora"))
+    parser.add_argument("--steps", type=int, default=30)
+    given = parser.parse_args()
+    before, after, back = main(given.folder, given.steps)
     print(f"loss {before:.3f} -> {after:.3f}; merged and loaded as ours: {back:.3f}")

@@ -1,6 +1,7 @@
 """The examples run and do what they say."""
 
 import importlib.util
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -42,3 +43,11 @@ def test_lora(tmp_path: Path) -> None:
     before, after, back = example("lora").main(tmp_path)
     assert after < before - 0.5
     assert back <= after
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_takes_options_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lora.py", "--steps", "1"])
+    runpy.run_path(str(EXAMPLES / "lora.py"), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
