@@ -37,7 +37,7 @@ def _speak(ctx: typer.Context) -> None:
 
 
 def _models(preset: str | None, variants: str | None, model: list[str] | None) -> Models:
-    """What is measured: a preset in some variants, or models as they are."""
+    """The models to measure: a preset in some variants, or given models."""
     from sqa.bench.lineup import Models
 
     if not model:
@@ -74,7 +74,7 @@ def attention(
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:
-    """The operation alone, forward and backward."""
+    """Time the attention operation alone, forward and backward."""
     from sqa.bench.attention import run_attention
 
     result = run_attention(
@@ -111,7 +111,7 @@ def step(
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:
-    """Whole training steps: forward, loss, backward, optimiser."""
+    """Time whole training steps: forward, loss, backward and optimiser."""
     from sqa.bench.step import run_step
 
     result = run_step(
@@ -144,7 +144,7 @@ def prefill(
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:
-    """One forward pass over a prompt, beside the preprint's ratios."""
+    """Time one forward pass over a prompt, beside the preprint's ratios."""
     from sqa.bench.prefill import run_prefill
 
     result = run_prefill(
@@ -174,7 +174,7 @@ def decode(
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:
-    """New tokens on a filled cache, where SQA wins little."""
+    """Time new tokens after a filled cache, where SQA gains little."""
     from sqa.bench.decode import DECODED_VARIANTS, run_decode
 
     if not model:
@@ -199,7 +199,7 @@ def everything(
     json_path: options.JsonPath = None,
     plot_path: options.PlotPath = None,
 ) -> None:
-    """Everything worth knowing of one GPU: kernels, steps, prefill, decoding, and GQA against SQA trained."""
+    """Measure one GPU in minutes: kernels, steps, prefill, decoding, and training of GQA and SQA."""
     from sqa.experiments.everything import measure_everything
 
     with make_display() as display:

@@ -60,7 +60,7 @@ _PLAN_OPTIONS = (
 
 
 def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the plan that the options of a command replace, as `Plan.read` takes them."""
+    """The fields of the plan that a command's options replace, for `Plan.read`."""
     changes = {name: options[name] for name in _PLAN_OPTIONS if options.get(name) is not None}
     if "seeds" in changes:
         changes["seeds"] = _seeds(changes["seeds"])
@@ -78,7 +78,7 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """The seeds themselves, of a list or of a number of them."""
+    """The seeds, given as a list or as their number."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -129,7 +129,7 @@ def _run(
     json_path: Path | None = None,
     single: tuple[str, int] | None = None,
 ) -> None:
-    """What both commands do; `single` is the variant and the seed of `sqa train`."""
+    """Run `sqa compare` or `sqa train`; `single` is the variant and seed of the latter."""
     from sqa.experiments.plan import Plan
 
     launcher, track, only = options.get("launcher", "local"), options["track"], options.get("only")
@@ -230,7 +230,7 @@ def train(
     any_kernel: AnyKernel = False,
     track: Track = None,
 ) -> None:
-    """Train one variant, on as many devices as torchrun or accelerate launch starts processes for."""
+    """Train one variant; started by torchrun or accelerate launch, on several devices."""
     if resume is not None and (variant is not None or seed is not None):
         raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
     _run(ctx.params, out, resume, single=(variant or "sqa", seed or 0))

@@ -72,7 +72,7 @@ def convert(
     json_path: JsonPath = None,
     plot_path: PlotPath = None,
 ) -> None:
-    """Give a pretrained model fewer query heads, and say what that cost."""
+    """Give a pretrained model fewer query heads, and measure what that costs."""
     from sqa.conversion import report
     from sqa.conversion.run import run
     from sqa.conversion.settings import Settings, prepare

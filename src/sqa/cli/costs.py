@@ -24,7 +24,7 @@ def variants(
     ] = False,
     json_path: options.JsonPath = None,
 ) -> None:
-    """Parameters, FLOPs and KV-cache bytes of every variant. Instant."""
+    """Show parameters, FLOPs and KV-cache bytes of every variant."""
     from sqa.cost import variant_costs
     from sqa.tables import make_table
     from sqa.variants import PUBLISHED_VARIANTS, VARIANTS
@@ -65,7 +65,7 @@ def plan_spending(
     batch_size: options.BatchSize[int] = 8,
     out: Annotated[Path | None, typer.Option(help="Folder for plans that sqa compare runs, one for each way.")] = None,
 ) -> None:
-    """Shapes that spend what fewer query heads save: wider, deeper, or longer context."""
+    """Find shapes that spend what fewer query heads save: wider, deeper, or with longer context."""
     from sqa.planning import spend
     from sqa.variants import MEASURED_VARIANTS
 
@@ -83,7 +83,7 @@ def scale(
     variants: options.Variants = None,
     json_path: options.JsonPath = None,
 ) -> None:
-    """What training a large model would take on many GPUs, on paper: FLOPs, memory, links, time."""
+    """Estimate the training of a large model on many GPUs: FLOPs, memory, links and time."""
     from sqa.planning import scale as paper
 
     chosen, lengths = options.names(variants) or paper.SCALE_VARIANTS, options.numbers(n, "--n")
@@ -114,7 +114,7 @@ def kernels(
     training: Annotated[bool, typer.Option("--training/--inference", help="Whether gradients are needed.")] = True,
     check: Annotated[bool, typer.Option("--check", help="Run every kernel, and compare with the table.")] = False,
 ) -> None:
-    """The attention kernels, and which one a shape gets and why."""
+    """Show the attention kernels, and which one a shape gets and why."""
     from sqa.variants import variant as variant_config
 
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)

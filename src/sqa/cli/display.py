@@ -1,4 +1,4 @@
-"""What commands print: tables, and the progress of long work, a live bar in a terminal and plain lines elsewhere."""
+"""The output of commands: tables, and progress as a live bar in a terminal or as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SILENCE = 10.0
 
 
 class OutputClosed(Interrupted):
-    """The other end of a pipe has closed standard output: nobody reads on."""
+    """The reader of standard output has closed it."""
 
 
 def output_closed() -> OutputClosed:
-    """The error to raise after a BrokenPipeError; what is still written to standard output goes nowhere."""
+    """The error to raise after a BrokenPipeError. Further writes to standard output are discarded."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return OutputClosed("standard output was closed by its reader")
 
 
 class _Console(Console):
-    """Text is printed as it is: brackets are no markup, and numbers are not coloured."""
+    """A console that prints text unchanged: no markup in brackets, no coloured numbers."""
 
     def __init__(self) -> None:
         super().__init__(quiet=not is_main(), markup=False, highlight=False)
@@ -45,12 +45,12 @@ class _Console(Console):
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes: the first of those that torchrun or `accelerate launch` started."""
+    """Whether this process prints and writes: it is the first that torchrun or `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def make_console() -> Console:
-    """Standard output for tables and text, of the first process alone."""
+    """Standard output for tables and text, silent in all processes but the first."""
     console = _Console()
     console.width = max(console.width, TABLE_WIDTH)
     return console
@@ -106,7 +106,7 @@ def say_what_is_logged(logger: str) -> None:
 
 
 class LogSpeaker(logging.Handler):
-    """Says on standard error what is logged, unless it spoke a moment ago, and what was logged last in long silence."""
+    """Prints log records on standard error, not too often, and after a long silence the last one again."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -140,7 +140,7 @@ def _so_far(text: str, since: float) -> str:
 
 
 class _Voice:
-    """What displays of one view share: standard output, and reminders of what they do."""
+    """What displays of one view share: standard output, and reminders after a long silence."""
 
     def __init__(self, console: Console) -> None:
         self.console, self._whole = console, not console.is_terminal  # a file keeps lines whole
@@ -161,7 +161,7 @@ class _Voice:
 
 
 class _Lasting(ProgressColumn):
-    """How long it will take, or where that is not known how long nothing has moved."""
+    """The time left, or if that is not known the time since the last step."""
 
     def render(self, task: Task) -> Text:
         if task.time_remaining and not task.finished:
@@ -235,7 +235,7 @@ class LiveDisplay(Display):
 
 
 class PlainDisplay(Display):
-    """A line at the start and the end of a phase, at every tenth of it, and after SILENCE seconds without one."""
+    """Prints a line at the start, each tenth and the end of a phase, and after SILENCE seconds without one."""
 
     def __init__(self, console: Console, beside: PlainDisplay | None = None) -> None:
         self._voice: _Voice = beside._voice if beside else _Voice(console)
@@ -304,6 +304,6 @@ class _Speed:
 
 
 def make_display() -> LiveDisplay | PlainDisplay:
-    """A display on standard output, as it suits a terminal or a file; for a `with` block."""
+    """A display on standard output for a `with` block: a bar in a terminal, else lines."""
     console = _Console()
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

@@ -27,7 +27,7 @@ def evaluate(
     threads: Threads[int] = 0,
     json_path: JsonPath = None,
 ) -> None:
-    """Let models find the paragraph that continues an article among four, without any training for it."""
+    """Test models, without training them for it: which of four paragraphs continues an article?"""
     import json
     from dataclasses import asdict
 

@@ -28,7 +28,7 @@ def generate(
     ] = None,
     seed: Seed[int] = 0,
 ) -> None:
-    """Continue a prompt with cached decoding, up to the token that ends a text; with --chat print the answer alone."""
+    """Continue a prompt until the model ends the text; with --chat, print the answer alone."""
     import torch
 
     from sqa.interop import open_source
@@ -86,7 +86,7 @@ def import_model(
     model: Annotated[str, typer.Argument(help="A model directory, a .gguf file, or a name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="A directory that does not exist yet.")],
 ) -> None:
-    """Read a Llama, Mistral, Qwen2, Qwen3 or SQAT model, or a GGUF file, into a directory that every command takes."""
+    """Turn a Llama, Mistral, Qwen2, Qwen3 or SQAT model, or a GGUF file, into a model directory of ours."""
     from sqa import interop
 
     for note in interop.import_model(model, out):
@@ -96,7 +96,7 @@ def import_model(
 
 @contextmanager
 def _exportable(source: str) -> Iterator[Path | str]:
-    """What can be opened of `source`; for an unfinished run a directory that passes, of its last checkpoint."""
+    """A model to open: `source`, or for an unfinished run a temporary directory with its last checkpoint."""
     run = Path(source)
     if (run / "model.safetensors").is_file() or not (run / "checkpoints").is_dir():
         yield find_run(source)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Where a link leads. Refuses what could not be written to, before figures are measured that would be lost."""
+    """The path, with links followed. Raises InputError, before any work, if no file could be written there."""
     if path is None:
         return None
     file = Path(os.path.realpath(path))
@@ -30,7 +30,7 @@ def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
 
 
 def _plot_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """As `_file_path`; refuses what could not be drawn as well."""
+    """As `_file_path`; also checks that plots can be drawn."""
     if path is not None:
         check_plot_path(path)
         load_altair()
@@ -38,7 +38,7 @@ def _plot_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
 
 
 def _complete_variants(incomplete: str) -> Iterator[str]:
-    """The names that go on from the part after the last comma."""
+    """The names that begin with the text after the last comma."""
     before, comma, last = incomplete.rpartition(",")
     return (before + comma + name for name in VARIANTS if name.startswith(last))
 
@@ -84,7 +84,7 @@ PlotPath = Annotated[
 
 
 def save_json(path: Path | None, value: Any) -> None:
-    """What --json asks for, if it is given."""
+    """Write the file of --json, if it is given."""
     if path is not None:
         from sqa.files import write_json
 
@@ -115,7 +115,7 @@ def at_least_one(option: str, value: int) -> int:
 
 
 def find_run(source: str) -> Path | str:
-    """`source`; of a comparison's directory the only run inside it."""
+    """`source`, or the only run in it if it is the directory of a comparison."""
     path = Path(source)
     if not path.is_dir() or (path / "config.json").is_file():
         return source
@@ -128,7 +128,7 @@ def find_run(source: str) -> Path | str:
 
 
 def seconds(text: str | None) -> float | None:
-    """Of `90s`, `8m` or `1h`."""
+    """The seconds of `90s`, `8m` or `1h`."""
     if text is None:
         return None
     from sqa.experiments.plan import Budget
