@@ -262,6 +262,14 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
     assert weights[0] == weights[1]
     theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
     assert theirs.encoder.layer[0].attention.self.query.out_features == 3 * 8
+    # a second domain of fewer documents than there are rows to measure
+    (tmp_path / "few").mkdir()
+    for at in range(4):
+        (tmp_path / "few" / f"{at}.txt").write_text(f"document {at} of a second domain", encoding="utf-8")
+    measured = replace(settings, heal_tokens=0, evaluation_tokens=64)
+    out = tmp_path / "second"
+    short = convert(tmp_path / "in", out, measured, calibration="builtin", evaluate=str(tmp_path / "few"))
+    assert short.stages[-1].elsewhere is not None
     with pytest.raises(ValueError, match="method taylor needs a loss, which an encoder has not"):
         converted(tmp_path / "in", tmp_path / "third", text, replace(settings, method="taylor"))
 

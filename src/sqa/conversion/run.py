@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,16 @@ class _Run:
         read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
         training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
         held_out = read(training, settings.sequences // 8)
+        second, rows = job.second.documents("validation") if job.second else iter(()), measured
+        if not self.original.predicts:  # it reads a document a row, and the built-in corpus has few documents
+            found = list(islice(second, rows))
+            second, rows = iter(found), len(found)
         text = _Text(
             held_out=held_out,
             fit=read(training, settings.sequences - settings.sequences // 8),
             healing=read(training, settings.batch_size * settings.steps),
             evaluation=read(job.calibration.documents("validation"), measured),
-            elsewhere=read(job.second.documents("validation"), measured) if job.second else (),
+            elsewhere=read(second, rows) if job.second else (),
         )
         if "text" in self.state.settings:
             self._compare(self.state.settings, {"text": text.fingerprint})
