@@ -196,7 +196,7 @@ class _Run:
         second, rows = job.second.documents("validation") if job.second else iter(()), measured
         if not self.original.predicts:  # it reads a document a row, and the built-in corpus has few documents
             found = list(islice(second, rows))
-            second, rows = iter(found), len(found)
+            second, rows = iter(found), len(found) or 1
         text = _Text(
             held_out=held_out,
             fit=read(training, settings.sequences - settings.sequences // 8),
