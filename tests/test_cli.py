@@ -308,6 +308,9 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("compare tiny.toml --only sqa:7", "only: 'sqa:7' is not a run of the plan (variants gqa, sqa; seeds 0)"),
         ("compare tiny.toml --launcher slurm", "--launcher must be local or ray, got 'slurm'"),
         ("report empty", "empty holds no"),
+        ("plan --preset demo --variants sqa --n 64 --out tiny.toml", "tiny.toml: this is no folder, and a folder is"),
+        ("compare tiny.toml --out tiny.toml", "tiny.toml: this is no folder, and a folder is needed here"),
+        ("bench attention --plot=x.svg --json=./x.svg", "x.svg is where another option writes; name another file"),
         ("variants --preset publisched", "did you mean 'published'"),
         ("generate empty --prompt x", "empty holds no finished run"),
     ],
@@ -321,7 +324,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny: Path, arguments: str, m
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    lines = done.stderr.strip().splitlines()
+    assert len([line for line in lines if not re.fullmatch(r"preparing, \d+ s so far", line)]) == 1  # a slow machine
     assert sorted(str(path) for path in tiny.rglob("*")) == before
 
 

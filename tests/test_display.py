@@ -59,6 +59,14 @@ def test_each_tenth_of_a_training_has_one_line_and_the_evaluation_after_it_remin
         wait_for(lambda: re.fullmatch(r"run: step 20/20, \d s so far", lines(console)[-1]))
 
 
+def test_the_first_step_of_a_run_that_goes_on_has_a_time_left(console: Console) -> None:
+    with PlainDisplay(console) as shown:
+        shown.start("run", 20)
+        shown.step(StepReport(step=9, loss=2.0, tokens=900, seconds=540.0))
+        assert lines(console)[-1] == "run: step 9/20  loss 2.000  2 tok/s  11 min left"
+        wait_for(lambda: re.fullmatch(r"run: step 9/20, \d s so far, 11 min left", lines(console)[-1]))
+
+
 def test_displays_side_by_side_all_speak(console: Console) -> None:
     with PlainDisplay(console) as first:
         first.start("one", 3)

@@ -162,6 +162,7 @@ class Transformer(nn.Module):
         hidden = self.hidden_states(input_ids, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
         if labels is None:
             return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
+        _check_ids(labels, "labels")
         if labels.shape != input_ids.shape:
             raise InputError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
         nll_sum = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled)
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """The last hidden states, which the output head reads: (B, T, d)."""
-        _check_ids(input_ids)
+        _check_ids(input_ids, "input_ids")
         held = 0 if cache is None else cache.length
         if held + input_ids.shape[1] > self.config.max_seq_len:
             raise InputError(
@@ -185,7 +186,16 @@ class Transformer(nn.Module):
                 f"but the model's max_seq_len is {self.config.max_seq_len}"
             )
         if not self._compiled:
-            return self.model(input_ids, padding_mask, document_ids, cache)
+            try:
+                return self.model(input_ids, padding_mask, document_ids, cache)
+            except IndexError:  # on the CPU; looking at the ids beforehand would make a GPU wait
+                least, most = (int(end) for end in input_ids.aminmax())
+                if least >= 0 and most < self.config.vocab_size:
+                    raise
+                raise InputError(
+                    f"input_ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
+                    f"got {least if least < 0 else most}"
+                ) from None
         # blocks share one code object: every shape of a comparison takes an entry of its cache
         with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, 64)):
             return self.model(input_ids, padding_mask, document_ids, cache)
@@ -232,9 +242,12 @@ class Transformer(nn.Module):
         ):
             if not good:
                 raise InputError(f"generate: {name} must be {wanted}, got {value}")
-        _check_ids(input_ids)
+        _check_ids(input_ids, "input_ids")
         if input_ids.shape[1] == 0:
             raise InputError(f"generate: input_ids must be (B, T) with T of at least 1, got {tuple(input_ids.shape)}")
+        if padding_mask is not None and getattr(padding_mask, "shape", None) != input_ids.shape:
+            given = tuple(padding_mask.shape) if isinstance(padding_mask, Tensor) else shown(repr(padding_mask))
+            raise InputError(f"generate: padding_mask must be bool {tuple(input_ids.shape)}, got {given}")
         if padding_mask is not None and not bool(padding_mask[:, -1].all()):
             raise InputError("generate: prompts must be padded on the left, but the last token of some row is padding")
         batch_size, length = input_ids.shape
@@ -310,6 +323,8 @@ class Transformer(nn.Module):
 
     def save(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, each under a temporary name first."""
+        if directory == "":  # pathlib takes it for the current one
+            raise InputError("model: save needs the name of a directory, got ''")
         storage.save_model(Path(directory), self.config, self.tensors())
 
     @classmethod
@@ -331,13 +346,13 @@ class Transformer(nn.Module):
         return cls.from_tensors(storage.model_config(values), storage.read_tensors(directory), str(directory))
 
 
-def _check_ids(input_ids: object) -> None:
+def _check_ids(ids: object, name: str) -> None:
     """Raise InputError unless it is a tensor (B, T) of int64 or int32, which are what an embedding looks up."""
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        given = input_ids.dtype if isinstance(input_ids, Tensor) else shown(repr(input_ids))
-        raise InputError(f"input_ids must be a tensor of int64 or int32, got {given}")
-    if input_ids.ndim != 2:
-        raise InputError(f"input_ids must be (B, T), got {tuple(input_ids.shape)}")
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        given = ids.dtype if isinstance(ids, Tensor) else shown(repr(ids))
+        raise InputError(f"{name} must be a tensor of int64 or int32, got {given}")
+    if ids.ndim != 2:
+        raise InputError(f"{name} must be (B, T), got {tuple(ids.shape)}")
 
 
 def _whole(value: Any, name: str) -> int:

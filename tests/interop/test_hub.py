@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
+from torch import nn
 
-from sqa import ModelConfig
-from sqa.interop import load_model, push_to_hub
+from sqa import InputError, ModelConfig
+from sqa.interop import export, load_model, push_to_hub
 from sqa.interop.hub import model_card
 
 Make = Callable[..., ModelConfig]
@@ -158,6 +159,15 @@ def test_hub_names_are_downloaded(
     ((name, patterns),) = asked
     assert name == "ReactiveAI/SQAT-m"
     assert not any("bin" in pattern or pattern == "*" for pattern in patterns)
+
+
+@pytest.mark.parametrize("source", [None, 5, ["a"], nn.Linear(2, 2)])
+def test_what_names_no_model_is_refused(tmp_path: Path, source: Any) -> None:
+    for call in (load_model, lambda given: export(given, tmp_path / "out", format="hf")):
+        with pytest.raises(InputError, match=r"a name on the Hub, got .*; a model in memory is saved first, with its"):
+            call(source)
+    with pytest.raises(InputError, match="format must be one of hf, hf-remote, gguf, got None"):
+        export(tmp_path, tmp_path / "out", format=None)  # type: ignore[arg-type]
 
 
 def test_no_network_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

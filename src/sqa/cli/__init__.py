@@ -62,7 +62,9 @@ def main() -> None:
         _fail("out of memory", 1)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            _fail(f"{error.filename}: {error.strerror}", 2)
+            in_the_way = isinstance(error, FileExistsError)  # of mkdir: folders that exist are taken or refused before
+            why = "this is no folder, and a folder is needed here" if in_the_way else error.strerror
+            _fail(f"{error.filename}: {why}", 2)
         if isinstance(error, RuntimeError) and (why := _out_of_memory(error)):
             _fail(f"out of memory ({why})", 1)
         traceback.print_exc()

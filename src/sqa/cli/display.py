@@ -274,7 +274,8 @@ class PlainDisplay(Display):
             left = lasting(to_do * self._speed.step_seconds)
             return f"{where}  loss {report.loss:.3f}  {self._rate:,.0f} tok/s  {left} left"
         seconds = time.monotonic() - self._since
-        left = f", {lasting(to_do * seconds / self._done)} left" if self._done and to_do else ""
+        a_step = self._speed.step_seconds or seconds / max(self._done, 1)
+        left = f", {lasting(to_do * a_step)} left" if self._done and to_do else ""
         return f"{where}, {lasting(seconds)} so far{left}"
 
     def finish(self, text: str) -> None:
@@ -288,7 +289,10 @@ class PlainDisplay(Display):
 
 
 class _Speed:
-    """Tokens a second and seconds a step since this process began the run (a resumed run has earlier ones)."""
+    """Tokens a second and seconds a step since this process began the run (a resumed run has earlier ones).
+
+    After its first step alone those of the whole run.
+    """
 
     def __init__(self) -> None:
         self._first: StepReport | None = None
@@ -296,7 +300,7 @@ class _Speed:
 
     def of(self, report: StepReport) -> float:
         if self._first is None or report.step <= self._first.step:  # a lost run goes on from further back
-            self._first = report
+            self._first, self.step_seconds = report, report.seconds / report.step
             return report.tokens / max(report.seconds, 1e-9)
         seconds = report.seconds - self._first.seconds
         self.step_seconds = seconds / (report.step - self._first.step)

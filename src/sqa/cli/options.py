@@ -17,7 +17,7 @@ T = TypeVar("T")
 """What an option holds: several are optional where a plan has the field already."""
 
 
-def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
     """The path, with links followed. Raises InputError, before any work, if no file could be written there."""
     if path is None:
         return None
@@ -26,15 +26,17 @@ def _file_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
         what = "is a folder" if file.is_dir() else "is no regular file"
         what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
         raise InputError(f"{param.opts[0]} {path} {what}; name a file")
+    if file in ctx.params.values():
+        raise InputError(f"{param.opts[0]} {path} is where another option writes; name another file")
     return file
 
 
-def _plot_path(param: typer.CallbackParam, path: Path | None) -> Path | None:
+def _plot_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
     """As `_file_path`; also checks that plots can be drawn."""
     if path is not None:
         check_plot_path(path)
         load_altair()
-    return _file_path(param, path)
+    return _file_path(ctx, param, path)
 
 
 def _complete_variants(incomplete: str) -> Iterator[str]:

@@ -4,12 +4,13 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from sqa import cost
 from sqa.config import ModelConfig
-from sqa.errors import InputError, first_line, load_extra
+from sqa.errors import InputError, first_line, load_extra, shown
 from sqa.variants import VARIANTS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -20,6 +21,11 @@ def local_path(source: str | Path) -> Path:
 
     Raises InputError when it is none of these, ImportError when huggingface-hub is missing.
     """
+    if not isinstance(source, str | PathLike):
+        raise InputError(
+            f"model: give a directory, a .gguf file or a name on the Hub, got {shown(repr(source))}; "
+            f"a model in memory is saved first, with its save(directory)"
+        )
     path = Path(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

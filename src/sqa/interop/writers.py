@@ -46,7 +46,7 @@ def export(source: str | Path, out: str | Path, *, format: str, dtype: str | Non
     `load_model` refuses. Nothing is left half-written.
     """
     if format not in FORMATS:
-        raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {shown(format)!r}")
+        raise InputError(f"export: format must be one of {', '.join(FORMATS)}, got {shown(repr(format))}")
     out = Path(out)
     storage.refuse_existing(out)
     opened = open_source(source)
