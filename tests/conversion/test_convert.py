@@ -264,13 +264,13 @@ def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path
     assert theirs.encoder.layer[0].attention.self.query.out_features == 3 * 8
     # a second domain of fewer documents than there are rows to measure
     (tmp_path / "few").mkdir()
-    for at in range(60):
+    for at in range(120):  # a twentieth of them is validation
         (tmp_path / "few" / f"{at}.txt").write_text(f"document {at} of a second domain", encoding="utf-8")
     measured = replace(settings, heal_tokens=0, evaluation_tokens=32 * 20)
     out = tmp_path / "second"
     short = convert(tmp_path / "in", out, measured, calibration="builtin", evaluate=str(tmp_path / "few"))
     assert short.stages[-1].elsewhere is not None
-    for at in range(4, 60):
+    for at in range(1, 120):
         (tmp_path / "few" / f"{at}.txt").unlink()
     with pytest.raises(ValueError, match="only 0 documents are left"):
         convert(tmp_path / "in", tmp_path / "none", measured, calibration="builtin", evaluate=str(tmp_path / "few"))
