@@ -247,6 +247,8 @@ class Plan(Checked):
             values = tomllib.loads(raw.decode())
         except (ValueError, RecursionError) as error:  # of either encoding, syntax or a number of 5,000 digits
             raise InputError(f"plan: {source} is not TOML: {error}") from None
+        if not values:  # more likely a file that was cut short than a wish for all defaults
+            raise InputError(f'plan: {source} is empty; give at least one field, such as budget = "tokens=1M"')
         changes = changes or {}
         if "variants" in changes and isinstance(replaced := values.get("variants"), list):
             left = {name for name in replaced if name not in changes["variants"]}
