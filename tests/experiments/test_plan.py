@@ -226,5 +226,9 @@ def test_a_toml_file_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"mine\.toml is not TOML"):
             Plan.read(str(path))
+    for empty in ("", "# a comment alone\n"):
+        path.write_text(empty)
+        with pytest.raises(ValueError, match=r"mine\.toml is empty; give at least one field"):
+            Plan.read(str(path))
     with pytest.raises(ValueError, match=r"neither a file nor a plan of the package .*did you mean 'demo'"):
         Plan.read("dem")
