@@ -157,9 +157,9 @@ def beside_sdpa(name: str) -> str:
         table.add_row(str(head_dim), f"{n:,}", what.replace("+", " + "), *cells)
     where = f"{result.machine.processor}, {result.machine.threads} threads, git {result.revision}"
     heads = next(iter(timed.values()))
-    notes = "\n".join(result.notes)
+    peaks = "; ".join(note for note in result.notes if note.startswith(tuple(dtypes)))
     shape = f"GFLOP/s; causal, one sequence, {heads.num_query_heads} query and {heads.num_kv_heads} KV heads"
-    return f"{text_of(table)}\n\n{shape}; {where}. {notes}"
+    return f"{text_of(table)}\n\n{shape}; {where}. {peaks}."
 
 
 def on_paper() -> str:
@@ -400,9 +400,11 @@ SECTIONS = {
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
     "beside sdpa": lambda: beside_sdpa("attention"),
+    "converted prefill": lambda: benchmark("prefill-converted"),
     "on paper": on_paper,
     "conversion": conversions,
     "encoder": lambda: conversion(quality_table, "minilm"),
+    "encoder at eight": lambda: conversion(quality_table, "minilm-8"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "surgeries": surgeries,
     "pretrained": lambda: pretrained("smollm2-6-attention", "smollm2-3-attention"),

@@ -34,7 +34,7 @@ class Entrant:
     logits: Callable[[nn.Module, Tensor], Tensor] | None = None
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     same_function: bool = True
-    tolerance: float = 1e-5  # fp32 rounds to 6e-8 and layers add up; a wrong mask or rotary order is off by about 1
+    tolerance: float = 1e-4  # fp32 rounds to 6e-8, 30 layers add up to 1e-5; a wrong mask or rotary order is off by 1
 
 
 def ours(model: Transformer) -> Entrant:
@@ -117,7 +117,7 @@ def _llama_cpp(own: Transformer) -> dict[str, Entrant]:
             module=LlamaCpp(own, setting),
             last_logits=lambda module, ids: module(ids),
             same_function=setting.exact,
-            tolerance=2**-11 if setting.flash else 1e-5,  # its fused attention rounds to 16 bits
+            tolerance=2**-11 if setting.flash else 1e-4,  # its fused attention rounds to 16 bits
         )
         for name, setting in SETTINGS.items()
     }
