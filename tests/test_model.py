@@ -372,7 +372,6 @@ def test_a_cache_of_another_layer_is_refused() -> None:
     for other, message in (
         (config.replace(window=2), "made for window=2, got None"),
         (config.replace(num_kv_heads=1), "made for num_kv_heads=1, got 2"),
-        (config.replace(rope=None), "made for rope=None, got Rope"),
     ):
         with pytest.raises(ValueError, match=message):
             SparseQueryAttention(config)(x, cache=KVCache(other, batch_size=1, capacity=4))
