@@ -81,7 +81,8 @@ LONG = {
 }  # fmt: skip
 """Options of which a huge number rightly means long work."""
 TEMPORARY = re.compile(r"\.(.+\.tmp|.+\.[a-z0-9_]{8}|lock.*)")
-REMINDER = re.compile(r".+, \d+ s so far")  # what a busy machine says of long work
+# what is said of long work on a busy machine, and once in a new cache folder
+REMINDER = re.compile(r".+, \d+ s so far|compiling .+ for this processor, which is done once")
 FINDINGS = ("Traceback", "terminate called", "core dumped", "this is a bug")
 
 
