@@ -197,6 +197,10 @@ def test_encoder_with_padding(name: str) -> None:
         (lambda m, ids: m(ids, ids.tolist()), r"labels must be a tensor of int64 or int32, got \[\["),
         (lambda m, ids: m(ids + VOCAB), r"input_ids must be from 0 to vocab_size - 1 = 31, got \d\d"),
         (lambda m, ids: m(ids - VOCAB), r"input_ids must be from 0 to vocab_size - 1 = 31, got -\d"),
+        (lambda m, ids: m(ids, labels=ids + VOCAB), r"labels must be from 0 to vocab_size - 1 = 31, got \d\d"),
+        (lambda m, ids: m(ids, labels=ids - 5), r"labels must be from 0 to vocab_size - 1 = 31, got -5"),
+        (lambda m, ids: m(ids, num_logits="x"), "num_logits must be a whole number of at least 1, got 'x'"),
+        (lambda m, ids: m(ids, cache=5), "cache must be a KVCache or None, got 5"),
         (lambda m, ids: m.save(""), "save needs the name of a directory, got ''"),
         (lambda m, ids: Transformer(None), "model: config must be a ModelConfig, got None"),
         (lambda m, ids: m(ids, labels=ids[:, 1:]), r"labels must be \(2, 9\) as input_ids, got \(2, 8\)"),
@@ -362,7 +366,7 @@ def test_generate_refuses_right_padding_and_empty_prompts() -> None:
         model.generate(ids, max_new_tokens=1, padding_mask=mask)
     with pytest.raises(ValueError, match="T of at least 1"):
         model.generate(ids[:, :0], max_new_tokens=1)
-    with pytest.raises(ValueError, match="num_logits must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_logits must be a whole number of at least 1, got 0"):
         model(ids, num_logits=0)
 
 
@@ -384,7 +388,7 @@ def test_a_cache_of_another_layer_is_refused() -> None:
 def test_a_label_that_is_no_token_is_an_error_not_token_zero() -> None:
     model = Transformer(preset("demo", "sqa"))
     ids = torch.ones(1, 4, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="out of bounds"):
+    with pytest.raises(ValueError, match="labels must be from 0 to vocab_size - 1 = 511, got -1"):
         model(ids, torch.full_like(ids, -1))
 
 

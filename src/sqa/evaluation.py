@@ -20,9 +20,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa import storage
+from sqa.config import unknown
+from sqa.data import Corpus
 from sqa.errors import InputError, first_line, load_extra
 from sqa.interop import llama, open_source, read_tokenizer
 from sqa.interop.hub import local_path
+from sqa.measure.machine import find_device
+from sqa.progress import Display
 from sqa.tables import make_table
 
 CHOICES = 4
@@ -190,6 +194,51 @@ class Score:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read `to_dict`'s output."""
         return cls(model=values["model"], right=tuple(map(bool, values["right"])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The items that were drawn, and how each model did on them."""
+
+    items: tuple[Item, ...]
+    scores: tuple[Score, ...]
+
+
+def evaluate(
+    sources: Sequence[str | Path],
+    corpus: Corpus,
+    *,
+    items: int = 500,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    display: Display | None = None,
+) -> Evaluation:
+    """Test models on the same items, drawn from the validation split of `corpus`; bfloat16 uses autocast.
+
+    Raises InputError, before weights are read, for what `open_reader` or `make_items` refuses and for another dtype or
+    device.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise unknown("dtype", dtype, ("float32", "bfloat16"))
+    find_device(device)
+    display = display or Display()
+    readers = [(str(source), open_reader(source)) for source in sources]
+    display.note(f"drawing {items:,} items from {corpus.name}")
+    drawn = make_items(corpus.documents("validation"), items, seed)
+    scores = []
+    for name, load in readers:
+        display.note(f"reading the model {name}")
+        reader = load(device)
+        right = []
+        display.start(name, items)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            for item in drawn:
+                right.append(reader.choose(item) == item.answer)
+                display.step(None)
+        scores.append(Score(model=name, right=tuple(right)))
+        display.finish(f"{name}: {scores[-1].accuracy:.1%} of {items} items")
+    return Evaluation(items=tuple(drawn), scores=tuple(scores))
 
 
 def score_table(scores: Sequence[Score]) -> Table:

@@ -157,15 +157,20 @@ class Transformer(nn.Module):
 
         Raises InputError when the tokens exceed max_seq_len or shapes do not fit.
         """
-        if num_logits is not None and num_logits < 1:
-            raise InputError(f"num_logits must be at least 1, got {num_logits}")
+        if num_logits is not None and (type(num_logits) is not int or num_logits < 1):
+            raise InputError(f"num_logits must be a whole number of at least 1, got {shown(repr(num_logits))}")
         hidden = self.hidden_states(input_ids, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
         if labels is None:
             return Output(logits=self.lm_head(hidden if num_logits is None else hidden[:, -num_logits:]))
         _check_ids(labels, "labels")
         if labels.shape != input_ids.shape:
             raise InputError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
-        nll_sum = linear_cross_entropy(hidden, self.lm_head.weight, self.lm_head.bias, labels, compiled=self._compiled)
+        head = self.lm_head.weight, self.lm_head.bias
+        try:
+            nll_sum = linear_cross_entropy(hidden, *head, labels, compiled=self._compiled)
+        except RuntimeError:  # as for input_ids below
+            _check_range(labels[labels != IGNORE], "labels", self.config.vocab_size)
+            raise
         num_tokens = (labels != IGNORE).sum()
         return Output(loss=nll_sum / num_tokens, nll_sum=nll_sum, num_tokens=num_tokens)
 
@@ -179,6 +184,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The last hidden states, which the output head reads: (B, T, d)."""
         _check_ids(input_ids, "input_ids")
+        if not isinstance(cache, KVCache | None):
+            raise InputError(f"cache must be a KVCache or None, got {shown(repr(cache))}")
         held = 0 if cache is None else cache.length
         if held + input_ids.shape[1] > self.config.max_seq_len:
             raise InputError(
@@ -189,13 +196,8 @@ class Transformer(nn.Module):
             try:
                 return self.model(input_ids, padding_mask, document_ids, cache)
             except IndexError:  # on the CPU; looking at the ids beforehand would make a GPU wait
-                least, most = (int(end) for end in input_ids.aminmax())
-                if least >= 0 and most < self.config.vocab_size:
-                    raise
-                raise InputError(
-                    f"input_ids must be from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, "
-                    f"got {least if least < 0 else most}"
-                ) from None
+                _check_range(input_ids, "input_ids", self.config.vocab_size)
+                raise
         # blocks share one code object: every shape of a comparison takes an entry of its cache
         with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, 64)):
             return self.model(input_ids, padding_mask, document_ids, cache)
@@ -353,6 +355,15 @@ def _check_ids(ids: object, name: str) -> None:
         raise InputError(f"{name} must be a tensor of int64 or int32, got {given}")
     if ids.ndim != 2:
         raise InputError(f"{name} must be (B, T), got {tuple(ids.shape)}")
+
+
+def _check_range(ids: Tensor, name: str, vocab_size: int) -> None:
+    """Raise InputError unless all are rows of the embedding."""
+    if ids.numel():
+        least, most = (int(end) for end in ids.aminmax())
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            raise InputError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}, got {wrong}") from None
 
 
 def _whole(value: Any, name: str) -> int:

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from sqa._version import __version__
 from sqa.cli import bench, comparison, convert, costs, evaluate, models
 from sqa.cli.display import OutputClosed, is_main, output_closed, say_what_is_logged
+from sqa.cli.options import FileCommand
 from sqa.errors import InputError, MissingExtraError, first_line, shown
 from sqa.progress import Interrupted, NonFiniteLoss
 
@@ -40,8 +41,10 @@ for _purpose, _commands in (
     ("What a shape costs", costs.app),
 ):
     for _command in _commands.registered_commands:
-        _command.rich_help_panel = _purpose
+        _command.rich_help_panel, _command.cls = _purpose, FileCommand
     app.add_typer(_commands)
+for _command in bench.app.registered_commands:
+    _command.cls = FileCommand
 app.add_typer(bench.app, name="bench", rich_help_panel="Measure")
 
 

@@ -34,39 +34,21 @@ def evaluate(
     import torch
 
     from sqa import evaluation
-    from sqa.config import unknown
     from sqa.data import open_corpus
     from sqa.files import write_text
-    from sqa.measure.machine import find_device, git_revision, machine, versions
+    from sqa.measure.machine import git_revision, machine, versions
     from sqa.progress import stop_flag
 
     at_least_one("--items", items)
     dtype = long_dtype(dtype)
-    if dtype not in ("float32", "bfloat16"):
-        raise unknown("dtype", dtype, ("float32", "bfloat16"))
-    find_device(device)
     if threads:
         torch.set_num_threads(threads)
-    scores = []
     with make_display() as display, stop_flag():
-        corpus = open_corpus(data)
-        readers = [(name, evaluation.open_reader(find_run(name))) for name in models]
-        display.note(f"drawing {items:,} items from {corpus.name}")
-        drawn = evaluation.make_items(corpus.documents("validation"), items, seed)
-        if items_file is not None:
-            write_text(items_file, "".join(json.dumps(asdict(item)) + "\n" for item in drawn))
-        for name, load in readers:
-            display.note(f"reading the model {name}")
-            reader = load(device)
-            right = []
-            display.start(name, len(drawn))
-            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                for item in drawn:
-                    right.append(reader.choose(item) == item.answer)
-                    display.step(None)
-            scores.append(evaluation.Score(model=name, right=tuple(right)))
-            display.finish(f"{name}: {scores[-1].accuracy:.1%} of {len(drawn)} items")
-    make_console().print(evaluation.score_table(scores))
+        corpus, sources = open_corpus(data), [find_run(name) for name in models]
+        done = evaluation.evaluate(sources, corpus, items=items, seed=seed, dtype=dtype, device=device, display=display)
+    if items_file is not None:
+        write_text(items_file, "".join(json.dumps(asdict(item)) + "\n" for item in done.items))
+    make_console().print(evaluation.score_table(done.scores))
     found = {
         "data": corpus.name,
         "seed": seed,
@@ -74,6 +56,6 @@ def evaluate(
         "machine": machine(device).to_dict(),
         "versions": versions(),
         "git": git_revision(),
-        "scores": [score.to_dict() for score in scores],
+        "scores": [score.to_dict() for score in done.scores],
     }
     save_json(json_path, found)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from sqa.charts import check_plot_path, load_altair
 from sqa.errors import InputError
@@ -15,6 +16,28 @@ from sqa.variants import PRESETS, VARIANTS
 
 T = TypeVar("T")
 """What an option holds: several are optional where a plan has the field already."""
+
+
+class FileCommand(TyperCommand):
+    """A command whose output files are neither its input nor each other."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises InputError, before any work, for an output file that another option or argument names too."""
+        rest = super().parse_args(ctx, args)
+        for param in self.params:
+            file = ctx.params[param.name] if param.name in ("json_path", "plot_path", "items_file") else None
+            if file and file in _paths(value for name, value in ctx.params.items() if name != param.name):
+                raise InputError(f"{param.opts[0]} {file} is named by another option too; name another file")
+        return rest
+
+
+def _paths(values: Iterable[Any]) -> Iterator[Path]:
+    """What may be paths among the values of options, with links followed."""
+    for value in values:
+        if isinstance(value, str | Path):
+            yield Path(os.path.realpath(value))
+        elif isinstance(value, list | tuple):
+            yield from _paths(value)
 
 
 def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -26,8 +49,6 @@ def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None
         what = "is a folder" if file.is_dir() else "is no regular file"
         what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
         raise InputError(f"{param.opts[0]} {path} {what}; name a file")
-    if file in ctx.params.values():
-        raise InputError(f"{param.opts[0]} {path} is where another option writes; name another file")
     return file
 
 
@@ -103,7 +124,7 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         found = tuple(int(name) for name in names(text))
     except ValueError:
-        raise InputError(f"{option} must be whole numbers with commas between, got {text!r}") from None
+        raise InputError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
     if min(found, default=0) < 1:
         raise InputError(f"{option} must be numbers of at least 1, got {text!r}")
     return found

@@ -26,7 +26,7 @@ from sqa.conversion.subject import Subject
 from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
-from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.machine import git_revision, machine, slow_dtype, versions
 from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, StepReport, StopFlag
 from sqa.records import differences, read_json
@@ -116,6 +116,8 @@ class _Run:
 
     def finish(self) -> Conversion:
         job, settings = self.job, self.settings
+        if (slow := slow_dtype(settings.dtype, settings.device)) is not None:
+            self.display.note(slow)
         self.display.note(f"reading the model {job.source}")
         self.original = self._load(job.source)
         self.original.check_finite(job.source)

@@ -21,7 +21,7 @@ from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
-from sqa.measure.machine import git_revision, machine, versions
+from sqa.measure.machine import git_revision, machine, slow_dtype, versions
 from sqa.progress import Display, NonFiniteLoss, lasting, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import make_accelerator
@@ -66,6 +66,8 @@ def compare(
                 f"plan: batch_size must be a multiple of the {accelerator.num_processes} processes, "
                 f"got {plan.batch_size}"
             )
+        if (slow := slow_dtype(plan.dtype, accelerator.device.type)) is not None:
+            display.note(slow)
         directory = Directory(out)
         cells = plan.cells if only is None else only
         stack.enter_context(directory.claimed(cells) if main else nullcontext())

@@ -82,6 +82,17 @@ def flags() -> list[str]:
     return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found]
 
 
+def slow_dtype(dtype: str, device: str) -> str | None:
+    """A warning where this processor lacks instructions for bfloat16 products, which then take several times as long.
+
+    None for another dtype or device, and for a processor whose instructions are not known.
+    """
+    known = flags()
+    if dtype != "bfloat16" or device != "cpu" or not known or {"avx512_bf16", "amx_bf16"} & {*known}:
+        return None
+    return "this processor has no instructions for bfloat16 products: float32 is several times as fast here"
+
+
 def _cpuinfo() -> dict[str, str]:
     """/proc/cpuinfo of the last core; empty where there is none."""
     try:
