@@ -128,6 +128,11 @@ template <int D, class U, class T> inline void copy_along(U* to, const T* from, 
     else for (int d = 0; d < D; d += LANES) store(to + d, load(from + d) * factor);
 }
 
+// asks for a row of D numbers that will be read soon: rows of one head lie apart, which the processor does not foresee
+template <int D, class T> inline void fetch(const T* row) {
+    for (int d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
 // strides in elements of (batch, token, head)
 struct Strides { int64_t b, t, h; };
 struct Sizes { int64_t batch, length, heads, kv_heads, head_dim, keys; };
@@ -312,6 +317,10 @@ void attend(const Forward<T>& a, int64_t b, int64_t h, int64_t q0, int64_t q1, i
         const auto at = [&](int j) { return std::min<int64_t>(k0 + j, n.keys - 1); };
         turned<D>(kt, [&](int j) { return k + at(j) * a.sk.t; });
         joined<D>(vt, KEYS, [&](int j) { return v + at(j) * a.sv.t; });
+        for (int j = KEYS; j < 2 * KEYS && k0 + j < to; j++) {  // the next tile
+            fetch<D>(k + at(j) * a.sk.t);
+            fetch<D>(v + at(j) * a.sv.t);
+        }
         for (int row = 0; row < rows; row += ROWS) {
             const Columns c(block.seen[row / ROWS], k0);
             if (c.count <= 0) continue;
@@ -517,6 +526,11 @@ template <int D, class T> void backward_of_group(const Backward<T>& a, Work<D, U
         for (int r = 0; r < BLOCK; r++) {
             copy_along<D>(w.queries[r], query_row(r), a.scale * LOG2E);
             copy_along<D>(w.grads[r], grad_row(r), 1);
+        }
+        for (int r = BLOCK; r < 2 * BLOCK && r < count; r++) {  // the next block
+            fetch<D>(q + r * a.sq.t);
+            fetch<D>(grad + r * a.sg.t);
+            fetch<D>(a.sums + (row + r) * D);
         }
         if (PER<U> == 2) {
             joined<D>(w.queries_across, BLOCK, query_row);
