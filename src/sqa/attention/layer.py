@@ -85,7 +85,7 @@ class SparseQueryAttention(nn.Module):
         context (B, Tk, d_model): keys and values come from there, without rotary positions (needs causal=False).
         padding_mask: bool, True = real, (B, T), or (B, Tk) with a context; with a cache, of the new tokens.
         document_ids: int (B, T); attention stays within runs of equal ids. cache: x continues what it holds.
-        shared: of a layer with the same config, by `share`, in place of padding_mask and document_ids.
+        shared: what `share` of a layer with the same config returned; it replaces padding_mask and document_ids.
         Right padding under a causal mask needs no padding_mask: no real token sees it.
 
         Raises InputError for shapes that do not fit or options that exclude each other.
