@@ -262,3 +262,10 @@ def test_address_sanitizer_finds_nothing_at_the_boundary() -> None:
         pytest.skip("data: no g++ with an address sanitizer")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "400 cases" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_fuzzer_of_the_kernel_finds_nothing_in_a_few_cases() -> None:
+    command = [sys.executable, str(FUZZ / "kernel.py"), "--seed", "900", "--cases", "10"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
