@@ -387,6 +387,7 @@ SECTIONS = {
     "small tokens": lambda: comparison("small-tokens"),
     "small time": lambda: comparison("small-time"),
     "horizons": horizons,
+    "middle horizon": lambda: comparison("horizon-6M-fp32"),
     "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
     "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
     "output rates": lambda: output_rates("output-rate-0.5", "output-rate-1", "output-rate-2"),
