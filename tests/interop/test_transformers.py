@@ -4,12 +4,18 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    BloomConfig,
+    DeepseekV3Config,
     Gemma2Config,
     LlamaConfig,
+    MegatronBertConfig,
     MistralConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
 )
 
 from sqa.interop import export
@@ -194,6 +200,62 @@ def test_dropout_is_refused_not_dropped() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sqa").train()
     with pytest.raises(ValueError, match="no dropout"):
         model(torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "indices", "block_indices"])
+def test_what_would_change_the_result_is_refused_not_passed_over(name: str) -> None:
+    """The keys that an indexer chose (DeepSeek V3.2) were passed over: attention was full without a word."""
+    q = torch.randn(1, 2, 5, 16)
+    with pytest.raises(ValueError, match=f"no {name};"):
+        sqa_attention(torch.nn.Module(), q, q, q, None, **{name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("decoder", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "compiled"])
+def test_models_with_attention_of_their_own_are_refused(decoder: bool, compiled: bool) -> None:
+    """They read no mask as no mask: each token saw those after it."""
+    if decoder:
+        config = BloomConfig(vocab_size=120, hidden_size=32, n_layer=1, n_head=2)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sqa")
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = AutoModel.from_config(MegatronBertConfig(vocab_size=120, **sizes), attn_implementation="sqa")
+    ids = torch.ones(1, 4, dtype=torch.long)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"'sqa' cannot run in models of (Bloom|MegatronBert)Config"):
+        (torch.compile(model, backend="eager") if compiled else model)(ids, attention_mask=torch.ones_like(ids))
+    torch.compiler.reset()
+
+
+MOE = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+
+def test_a_window_that_a_layer_does_not_name_is_an_error(prompt) -> None:
+    """It was left out: Phi-3.5-MoE passes none on, and its mask said nothing of it."""
+    ids, _ = prompt
+    config = PhimoeConfig(**SHAPE, **MOE, sliding_window=9)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sqa").eval()
+    with pytest.raises(ValueError, match=r"PhimoeAttention does not say whether it has the window of its config \(9\)"):
+        model(ids)
+    model(ids[:, :9])  # it hides nothing
+    config = Qwen2MoeConfig(**SHAPE, **MOE, shared_expert_intermediate_size=16)  # sliding_window=0: none
+    AutoModelForCausalLM.from_config(config, attn_implementation="sqa")(ids)
+
+
+@pytest.mark.parametrize("width", [12, 40], ids=["narrow", "wide"])
+def test_values_as_wide_as_they_like(prompt, width: int) -> None:
+    """DeepSeek's values are narrower than its keys."""
+    ids, mask = prompt
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": width}
+    shape = {**SHAPE, "num_key_value_heads": 4, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+    outputs = []
+    for implementation in ("sdpa", "sqa"):
+        torch.manual_seed(0)
+        config = DeepseekV3Config(**shape, **ranks)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            outputs.append([model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
 
 
 def test_registered_classes_load_without_remote_code(config_of, model_of, saved, ids, tmp_path) -> None:

@@ -1,10 +1,12 @@
 """Our attention inside transformers: `attn_implementation="sqa"`, and the Auto classes for hf-remote models."""
 
+import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -13,6 +15,10 @@ from sqa.attention.masks import Mask
 from sqa.attention.reference import reference_attention
 from sqa.errors import InputError
 from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
+
+_UNKNOWN: Any = object()
+_NOT_HONOURED = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""What a model may pass beside queries, keys and values, and what would be wrong to pass over."""
 
 
 def register() -> None:
@@ -42,7 +48,10 @@ def sqa_mask(
     """None: causal (windowed if the layer is) and unpadded. (B, T) bool: that over the first T keys, True = real.
 
     (B, 1, T, S) bool: dense. While a graph is compiled no number of a tensor is read.
+
+    Raises InputError for a model that does not hand its attention to an implementation.
     """
+    _check_model(type(config))
     compiling = torch.compiler.is_compiling()
     first = int(q_offset) == 0 if isinstance(q_offset, int) or not compiling else False
     windowed = local_size is None or local_size == getattr(config, "sliding_window", None)  # not chunked
@@ -66,6 +75,22 @@ def sqa_mask(
     )
 
 
+@torch.compiler.assume_constant_result
+def _check_model(config_class: type) -> None:
+    """Raise InputError for models with attention of their own: they would read our masks as other masks.
+
+    transformers refuses sdpa for them, but no implementation that was registered.
+    """
+    name = config_class.__module__.replace("configuration_", "modeling_")
+    classes: list[Any] = [each for each in vars(sys.modules.get(name, object)).values() if isinstance(each, type)]
+    models = [each for each in classes if issubclass(each, PreTrainedModel) and each.__module__ == name]
+    if models and not any(each._supports_sdpa or each._supports_attention_backend for each in models):
+        raise InputError(
+            f"attention 'sqa' cannot run in models of {config_class.__name__}, which compute attention themselves; "
+            f"use attn_implementation='eager'"
+        )
+
+
 def sqa_attention(
     module: nn.Module,
     query: Tensor,
@@ -75,7 +100,7 @@ def sqa_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _UNKNOWN,
     softcap: float | None = None,
     is_causal: bool | None = None,
     **rest: Any,  # the interface passes what every attention function may need
@@ -84,14 +109,11 @@ def sqa_attention(
 
     attention_mask: as `sqa_mask` makes it. Under autocast the result has its dtype, whatever query and key have.
 
-    Raises InputError for what our kernels cannot honour (dropout, learned sinks, position biases), and for several
-    queries over more keys without a mask, which would not say where the queries stand.
+    Raises InputError for what our kernels cannot honour (dropout, learned sinks, position biases, chosen keys), for
+    several queries over more keys without a mask, which would not say where the queries stand, and for a layer that
+    does not say whether it has the window of its config.
     """
-    for name, used in (
-        ("dropout", dropout),
-        ("s_aux", rest.get("s_aux") is not None),
-        ("position_bias", rest.get("position_bias") is not None),
-    ):
+    for name, used in (("dropout", dropout), *((name, rest.get(name) is not None) for name in _NOT_HONOURED)):
         if used:
             raise InputError(f"attention 'sqa' has no {name}; use attn_implementation='eager' or set it to nothing")
     if attention_mask is not None and attention_mask.ndim == 4:
@@ -110,6 +132,28 @@ def sqa_attention(
         causal = False  # one new token sees all that the cache holds
     elif causal and num_keys != length:
         raise InputError(f"attention 'sqa' needs a mask for {length} queries over {num_keys} keys, got None")
-    mask = Mask(causal=causal, window=sliding_window if causal else None, padding_mask=attention_mask)
+    window = None
+    if causal:
+        window = _stated_window(module, length) if sliding_window is _UNKNOWN else sliding_window
+    mask = Mask(causal=causal, window=window, padding_mask=attention_mask)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    return attend(q, k, v, mask, scale=scaling, softcap=softcap).contiguous(), None
+    width, scale = v.shape[-1], q.shape[-1] ** -0.5 if scaling is None else scaling
+    if width != q.shape[-1]:  # our kernels know one head_dim: zeros change neither scores nor values
+        widest = max(width, q.shape[-1])
+        q, k, v = (F.pad(t, (0, widest - t.shape[-1])) for t in (q, k, v))
+    return attend(q, k, v, mask, scale=scale, softcap=softcap)[..., :width].contiguous(), None
+
+
+def _stated_window(module: nn.Module, length: int) -> int | None:
+    """The window of a layer that passes none on: its own attribute.
+
+    Raises InputError where only the config has one, and it would hide keys: some layers of it may be without.
+    """
+    window: int | None = getattr(module, "sliding_window", None)
+    of_config = getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is None and of_config and of_config < length:
+        raise InputError(
+            f"attention 'sqa': {type(module).__name__} does not say whether it has the window of its config "
+            f"({of_config}); use attn_implementation='sdpa'"
+        )
+    return window
