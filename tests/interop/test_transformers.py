@@ -1,5 +1,7 @@
 """attn_implementation="sqa" against transformers' own attention."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import (
@@ -16,6 +18,7 @@ from transformers import (
     MistralConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
+    StaticCache,
 )
 
 from sqa.interop import export
@@ -56,12 +59,13 @@ def pair(request: pytest.FixtureRequest):
     models = []
     for implementation in (theirs, "sqa"):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        # each has a config of its own: the implementation stands in it
+        model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=implementation).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         models.append(model)
-    assert models[1].config._attn_implementation == "sqa"
+    assert [model.config._attn_implementation for model in models] == [theirs, "sqa"]
     return models
 
 
@@ -193,6 +197,31 @@ def test_several_queries_over_more_keys_need_a_mask() -> None:
     with pytest.raises(ValueError, match="needs a mask for 3 queries over 9 keys, got None"):
         sqa_attention(module, q, k, k, None)
     assert sqa_attention(module, q[:, :, :1], k, k, None)[0].shape == (1, 1, 4, 16)
+
+
+def test_a_float_mask_is_added_to_the_scores(pair, prompt) -> None:
+    """Under a soft cap it was read as hidden or not: a bias of -1.5 hid the key."""
+    ids, _ = prompt
+    mask = torch.full((1, 1, 24, 24), torch.finfo(torch.float32).min).triu(1)
+    mask[..., 5] -= 1.5
+    with torch.no_grad():
+        left, right = (model(ids, attention_mask=mask.expand(2, -1, -1, -1)).logits for model in pair)
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_longer_than_the_text_is_an_error_without_a_cache(prompt) -> None:
+    """Its end was cut off without a word, so that the padding of another text was read."""
+    ids, mask = prompt
+    model = AutoModelForCausalLM.from_config(CASES["llama"][0], attn_implementation="sqa")
+    with pytest.raises(RuntimeError):
+        model(ids[:, 4:], attention_mask=mask, use_cache=False)
+    caches = [StaticCache(model.config, max_cache_len=24) for _ in range(2)]
+    with torch.no_grad():
+        whole, cached = (
+            model(ids[:, :20], attention_mask=mask[:, :length], past_key_values=cache).logits[mask[:, :20].bool()]
+            for length, cache in zip((20, 24), caches, strict=True)
+        )
+    torch.testing.assert_close(whole, cached, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_refused_not_dropped() -> None:

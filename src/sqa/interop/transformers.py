@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as capped_attention
 
 from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
@@ -55,7 +56,9 @@ def sqa_mask(
     compiling = torch.compiler.is_compiling()
     first = int(q_offset) == 0 if isinstance(q_offset, int) or not compiling else False
     windowed = local_size is None or local_size == getattr(config, "sliding_window", None)  # not chunked
-    if allow_is_causal_skip and first and windowed and kv_length >= q_length:
+    # a mask of as many keys, and more than the queries, is for keys of a cache, or is wrong
+    fits = attention_mask is None or not q_length < attention_mask.shape[1] == kv_length
+    if allow_is_causal_skip and first and windowed and fits and kv_length >= q_length:
         if attention_mask is not None and (compiling or not bool(attention_mask[:, :q_length].all())):
             return attention_mask[:, :q_length].bool()
         if kv_length == q_length:
@@ -77,7 +80,7 @@ def sqa_mask(
 
 @torch.compiler.assume_constant_result
 def _check_model(config_class: type) -> None:
-    """Raise InputError for models with attention of their own: they would read our masks as other masks.
+    """Raise InputError for models that say they take no other attention: they would read our masks as other masks.
 
     transformers refuses sdpa for them, but no implementation that was registered.
     """
@@ -86,8 +89,8 @@ def _check_model(config_class: type) -> None:
     models = [each for each in classes if issubclass(each, PreTrainedModel) and each.__module__ == name]
     if models and not any(each._supports_sdpa or each._supports_attention_backend for each in models):
         raise InputError(
-            f"attention 'sqa' cannot run in models of {config_class.__name__}, which compute attention themselves; "
-            f"use attn_implementation='eager'"
+            f"attention 'sqa' cannot run in models of {config_class.__name__}, whose attention transformers cannot "
+            f"exchange; use attn_implementation='eager'"
         )
 
 
@@ -120,10 +123,12 @@ def sqa_attention(
         if softcap is None:
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
             return out, None
+        if attention_mask.dtype != torch.bool:  # a caller's own: numbers to add to the capped scores
+            out, _ = capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)
+            return out, None
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        return reference_attention(q, k, v, visible, scale=scale, softcap=softcap), None
+        return reference_attention(q, k, v, attention_mask, scale=scale, softcap=softcap), None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, num_keys = query.shape[2], key.shape[2]
     if attention_mask is not None and causal:
