@@ -141,3 +141,10 @@ print(json.dumps(model(torch.tensor({ids[:1, :4].tolist()})).logits[0, -1].tolis
 def test_an_encoder_is_refused(config_of: Make, model_of, saved, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="encoder"):
         export(saved(model_of(config_of(causal=False))), tmp_path / "out", format="hf-remote")
+
+
+def test_a_static_cache_is_refused_with_what_to_take(config_of: Make, model_of, saved, ids, tmp_path: Path) -> None:
+    export(saved(model_of(config_of())), tmp_path / "out", format="hf-remote")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with pytest.raises(ValueError, match="static caches make others, take a dynamic one"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)

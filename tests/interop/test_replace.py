@@ -141,3 +141,21 @@ def test_what_is_left_out_is_reported_and_nothing_half_done() -> None:
 def test_a_layer_by_itself_cannot_be_replaced_in_place(layer: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"model is itself a {type(layer).__name__}"):
         replace_attention(layer, "xsqa")
+
+
+def test_a_layer_in_several_places_stays_one_layer() -> None:
+    """Only its first place was replaced: elsewhere the old layer stayed, with weights of its own."""
+    layer = nn.MultiheadAttention(64, 8)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.ModuleList([nn.ReLU()] * 2)})
+    report = replace_attention(model, "sqa")
+    assert model["a"] is model["b"]
+    assert list(report.after) == ["a", "b"]
+    assert report.parameters_after == sum(p.numel() for p in model["a"].parameters())
+
+
+def test_a_head_of_an_odd_width_needs_no_rotary_positions() -> None:
+    """It was refused for rotary positions, which the new layer does not have."""
+    model = nn.ModuleList([nn.MultiheadAttention(84, 4)])
+    replace_attention(model, "sqa")
+    x = torch.randn(5, 2, 84)
+    assert model[0](x, x, x)[0].shape == x.shape

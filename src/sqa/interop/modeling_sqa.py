@@ -236,7 +236,10 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none."""
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask must be (B, S), got {tuple(attention_mask.shape)}")
+            shape = tuple(attention_mask.shape)
+            raise ValueError(
+                f"attention_mask must be (B, S), got {shape}; static caches make others, take a dynamic one"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

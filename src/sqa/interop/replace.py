@@ -116,8 +116,13 @@ def replace_attention(
     before: dict[str, AttentionConfig] = {}
     new: dict[str, SparseQueryAttention | MultiheadSparseQueryAttention] = {}
     notes = []
-    for name, module in model.named_modules():
-        if isinstance(module, SparseQueryAttention):
+    first_names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = first_names.setdefault(module, name)
+        if first != name:  # a layer in several places stays one layer
+            if first in new:
+                before[name], new[name] = before[first], new[first]
+        elif isinstance(module, SparseQueryAttention):
             before[name] = module.config
             new[name] = _renewed(module, variant, num_kv_heads)
         elif isinstance(module, nn.MultiheadAttention):
