@@ -84,6 +84,12 @@ def test_rope_base_of_any_size(base: object, stock: Path) -> None:
         assert str(stock) in str(error.value)
 
 
+def test_an_adapter_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is a PEFT adapter; merge it first"):
+        load_config(tmp_path)
+
+
 def test_names_of_tensors_are_printed_on_one_line(ours: Path, tmp_path: Path) -> None:
     tensors = load_file(ours / "model.safetensors")
     save_file({**tensors, "a\nb": torch.zeros(1), "x" * 100_000: torch.zeros(1)}, ours / "model.safetensors")

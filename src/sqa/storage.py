@@ -33,6 +33,10 @@ def in_file(path: Path) -> Iterator[None]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises InputError when it is missing or no JSON object."""
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise InputError(
+            f"model: {directory} is a PEFT adapter; merge it first: merge_and_unload().save_pretrained(OUT)"
+        )
     if not (directory / "config.json").is_file():
         raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
     return read_json(directory / "config.json")
