@@ -136,6 +136,8 @@ def test_a_stopped_run_goes_on_bitwise_as_if_never_stopped(
         run(shards, tmp_path / "parts", **stopping(stop_after))
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     resumed, progress = run(shards, tmp_path / "parts")
+    seconds = [line["seconds"] for line in read_curve(tmp_path / "parts")]
+    assert all(a < b for a, b in itertools.pairwise([0.0, *seconds]))  # of training, over both starts
     losses = [[line["loss"] for line in read_curve(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
     assert progress.step == 12
@@ -190,15 +192,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     run(shards, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), **stopping(6))
+        run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), **stopping(10))
     checkpoints = tmp_path / "parts" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
-    victim = checkpoints / "step-6" / "tensors.safetensors"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-10", "step-9"]
+    victim = checkpoints / "step-10" / "tensors.safetensors"
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
     run(shards, tmp_path / "parts")
-    assert "step-6 is damaged" in caplog.text
+    assert "step-10 is damaged" in caplog.text
     losses = [[line["loss"] for line in read_curve(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
 
@@ -227,17 +229,20 @@ def test_a_checkpoint_whose_step_was_changed_is_passed_over(
     assert "progress.json does not match its checksum" in caplog.text
 
 
-@pytest.mark.parametrize("kept", [0, 3, 5])
-def test_a_run_with_a_torn_curve_goes_back_to_a_checkpoint_that_it_covers(
-    shards: TokenShards, tmp_path: Path, kept: int
+@pytest.mark.parametrize("damage", ["torn", "a line gone"])
+@pytest.mark.parametrize(("kept", "begun"), [(0, 0), (3, 0), (5, 5)])
+def test_a_run_with_a_damaged_curve_goes_back_to_a_checkpoint_that_it_covers(
+    shards: TokenShards, tmp_path: Path, kept: int, begun: int, damage: str
 ) -> None:
     run(shards, tmp_path / "whole")
     with pytest.raises(Interrupted):
         run(shards, tmp_path / "parts", recipe(checkpoint_seconds=0.0), **stopping(6))
     curve = tmp_path / "parts" / "curve.jsonl"
     lines = curve.read_text().splitlines(keepends=True)
-    curve.write_text("".join(lines[:kept]) + lines[kept][:20])
-    run(shards, tmp_path / "parts")
+    curve.write_text("".join(lines[:kept] + ([lines[kept][:20]] if damage == "torn" else lines[kept + 1 :])))
+    steps: list[int] = []
+    run(shards, tmp_path / "parts", on_step=lambda report: steps.append(report.step))
+    assert steps == list(range(begun + 1, 13))
     assert [line["step"] for line in read_curve(tmp_path / "parts")] == list(range(1, 13))
     assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
 
@@ -383,6 +388,34 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert rates[62] == pytest.approx(0.5e-2, rel=0.05)
 
 
+def test_a_step_is_adamws_with_decay_and_clipped_gradients(shards: TokenShards) -> None:
+    settings = recipe(clip_norm=0.1, weight_decay=0.3)
+    student = learner(settings)
+    torch.manual_seed(3)
+    plain = Transformer(CONFIG)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.3)
+    for t in range(3):  # the first step alone is the same for gradients of any length
+        batch = packed(shards).batch(t)
+        train_step(student, NextToken(), batch, settings, rate=0.01)
+        plain(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        assert norm > 0.2
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, one), other in zip(student.model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_run_is_its_steps_at_the_rates_of_the_schedule(shards: TokenShards, tmp_path: Path) -> None:
+    settings = recipe(steps=4)
+    model, _ = run(shards, tmp_path, settings)
+    student = learner(settings)
+    for t in range(4):
+        train_step(student, NextToken(), packed(shards).batch(t), settings, learning_rate(settings, t))
+    for (name, one), other in zip(model.named_parameters(), student.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
 def test_output_projections_learn_at_a_rate_of_their_own(shards: TokenShards, tmp_path: Path) -> None:
     """The first step of Adam is the learning rate itself, decay included, whatever the gradient."""
     torch.manual_seed(3)
@@ -420,11 +453,13 @@ def test_a_sure_prediction_rounded_below_zero_is_no_negative_loss(
 def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, layout: str) -> None:
     torch.manual_seed(0)
     model = Transformer(CONFIG)
+    with torch.no_grad():
+        model.lm_head.weight[1] *= 20  # padding is what it expects half of the time
     token_bytes = torch.arange(VOCAB) % 5 + 1
     options = {"layout": layout, "context_length": 16, "pad_id": 1, "max_tokens": 700}
     batches = list(evaluation_batches(shards, batch_size=5, **options))  # type: ignore[arg-type]
     result = evaluate(model, batches, token_bytes, make_accelerator("cpu", "float32"))
-    nll, hits, all_nll, all_count, count, size = 0.0, 0, 0.0, 0, 0, 0
+    nll, hits, all_nll, all_hits, all_count, count, size = 0.0, 0, 0.0, 0, 0, 0, 0
     for batch in batches:
         logits = model(batch.input_ids, document_ids=batch.document_ids).logits.detach()
         log_p = logits.log_softmax(-1).double()
@@ -432,6 +467,7 @@ def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, lay
             lp = log_p[row]
             if all_label != -100:
                 all_nll -= float(lp[all_label])
+                all_hits += int(lp.argmax() == all_label)
                 all_count += 1
             if label != -100:
                 nll -= float(lp[label])
@@ -445,8 +481,11 @@ def test_evaluation_is_the_sum_over_tokens_divided_once(shards: TokenShards, lay
     assert result.bits_per_byte == pytest.approx(nll / math.log(2) / size, rel=1e-6)
     if layout == "padded":
         assert result.loss_all_positions == pytest.approx(all_nll / all_count, rel=1e-6)
+        assert all_hits > hits
+        assert result.accuracy_all_positions == pytest.approx(all_hits / all_count)
     else:
         assert result.loss_all_positions is None
+        assert result.accuracy_all_positions is None
 
 
 def rows_of(batch: Batch) -> list[tuple[tuple[int, int], int, int]]:

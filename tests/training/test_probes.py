@@ -54,7 +54,10 @@ def test_losses_are_means_over_ranges_and_halves(shards: TokenShards) -> None:
     found = prober.measure(model, make_accelerator("cpu", "float32"), step=7, tokens=9)  # type: ignore[arg-type]
     assert model.training
     assert (found.step, found.tokens, found.positions) == (7, 9, (0, 16, 64))
-    assert found.loss_by_position[0] == pytest.approx(7.5)
+    documents = np.stack([shards.document(i)[:64] for i in (1, 3, 4)])  # those of more than 64 tokens
+    losses = np.arange(64) * np.ones((3, 1))
+    losses[:, 32:][documents[:, 32:] == documents[:, :32]] = 0
+    assert found.loss_by_position == pytest.approx((7.5, losses[:, 16:].mean()))
     assert found.repeated_loss == 0
     assert found.unrepeated_loss == pytest.approx(np.arange(31).mean())
 
@@ -71,6 +74,7 @@ def test_probes_are_spread_in_log_and_end_with_the_run(steps: int, count: int, f
     assert len(due) <= count
     assert due[0] >= first
     assert probe_steps(steps, 0) == frozenset()
+    assert probe_steps(1000, 4) == {32, 100, 316, 1000}
 
 
 def test_a_probed_run_trains_as_one_that_is_not_and_rates_differ_by_variant(tmp_path: Path) -> None:
