@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqa import ModelConfig, Transformer, losses, variant
-from sqa.losses import IGNORE, linear_cross_entropy, token_losses
+from sqa.losses import IGNORE, linear_cross_entropy, linear_distillation, token_losses
 
 
 def draw(rows: int, vocab: int, width: int, *, bias: bool = True, ignored: int = 0) -> tuple:
@@ -180,6 +180,22 @@ def test_token_losses(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(nll.flatten(), F.cross_entropy(logits, labels, reduction="none"))
     assert torch.equal(correct.flatten(), (logits.argmax(1) == labels) & (labels != IGNORE))
     assert not nll.flatten()[:3].any()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+def test_distillation_is_the_divergence_of_whole_logits(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, from a teacher of another width, with biases and without."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 3 * 11)
+    *own, _ = draw(10, 11, 5, bias=bias)
+    *teacher, _ = (x if x is None else x.detach() for x in draw(10, 11, 7, bias=bias))
+    got = linear_distillation(*own, tuple(teacher))
+    log_p = [F.linear(*tensors).log_softmax(1) for tensors in (own, teacher)]
+    expected = F.kl_div(*log_p, log_target=True, reduction="sum")
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(gradients(got, *own), gradients(expected, *own), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_distillation(*own, tuple(teacher)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -76,6 +76,26 @@ def test_distillation_is_the_divergence_of_the_logits(
         assert float(mean(Distillation(original, original), batch)) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_layers_loss_is_its_share_of_energy(pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]) -> None:
+    original, student = pair
+    batch, shares = batches[0], []
+    seen: dict[int, torch.Tensor] = {}
+    blocks = original.model.model.layers
+    hooks = [block.input_layernorm.register_forward_hook(lambda m, i, out, at=at: seen.update({at: out}))
+             for at, block in enumerate(blocks)]  # fmt: skip
+    with torch.no_grad():
+        original.model(batch.input_ids, document_ids=batch.document_ids)
+        for hook in hooks:
+            hook.remove()
+        for at, x in seen.items():
+            target, own = (
+                each.model.model.layers[at].self_attn(x, document_ids=batch.document_ids)
+                for each in (original, student)
+            )
+            shares.append((own - target).square().sum() / target.square().sum())
+        torch.testing.assert_close(mean(Layerwise(student, original), batch), torch.stack(shares).mean())
+
+
 def test_layers_heal_on_their_own(pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]) -> None:
     """A layer's gradient does not change with the weights of another, and nothing but attention has one."""
     original, student = pair
