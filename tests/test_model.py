@@ -307,6 +307,7 @@ def test_several_ids_end_a_text_in_any_collection(end_id: Any) -> None:
     for row, other, end in zip(new, free, ended, strict=True):
         assert row[: end + 1] == other[: len(row)][: end + 1]
         assert set(row[end:]) <= {3, 5}
+        assert len(set(row[end:])) <= 1  # a row goes on with the id that ended it
 
 
 def test_numbers_of_other_libraries_and_any_temperature_are_taken() -> None:
