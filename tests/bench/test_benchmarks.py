@@ -191,7 +191,7 @@ def test_a_peer_with_our_weights_is_let_through_and_any_other_refused() -> None:
 
 def test_steps_of_peers_are_timed_eager_and_compared() -> None:
     result = run_step(
-        demo("gqa", "sqa"), peers=("hf-llama", "x-transformers"), dtypes=("fp32",), batch_size=1, length=16,
+        demo("gqa", "sqa"), peers=("hf-llama", "x-transformers"), dtypes=("fp32",), batch_size=2, length=16,
         compile=False, rounds=2,
     )  # fmt: skip
     rows = by_name(result)
@@ -202,9 +202,9 @@ def test_steps_of_peers_are_timed_eager_and_compared() -> None:
     ours = rows["sqa", "sqa"]
     assert ours.ratio_to_peer == fastest / ours.median
     assert ours.ratio == rows["sqa", "gqa"].median / ours.median
-    assert ours.tokens_per_s == 16 / ours.median
+    assert ours.tokens_per_s == 2 * 16 / ours.median
     assert rows["hf-llama", "gqa"].tried == {"eager": rows["hf-llama", "gqa"].median}
-    flops = cost.train_step_flops(shape("sqa", length=16, comparable=True), 16)
+    flops = cost.train_step_flops(shape("sqa", length=16, comparable=True), 16, 2)
     assert ours.share_of_processor == flops / ours.median / 2e11
 
 
@@ -285,6 +285,24 @@ def test_the_better_setting_counts() -> None:
     )
     assert [row.setting for row in best] == ["compiled", "eager", None]
     assert [row.tried for row in best] == [{"eager": 2.0, "compiled": 1.0}, {"eager": 3.0}, None]
+
+
+def test_ours_stands_beside_the_fastest_peer_and_the_leanest() -> None:
+    def measured(implementation: str, median: float | None, peak: int | None, variant: str = "v") -> Measurement:
+        timing = None if median is None else Timing(median=median, **TIMED)  # type: ignore[arg-type]
+        return Measurement(kind="step", variant=variant, implementation=implementation, seconds=timing, peak_bytes=peak)
+
+    ours, alone, *others = lineup.beside_peers(
+        [
+            measured("sqa", 2.0, 300),
+            measured("sqa", 2.0, 300, "another"),
+            measured("p", 6.0, 200),
+            measured("q", 3.0, 600),
+            measured("r", None, None),
+        ]
+    )
+    assert (ours.ratio_to_peer, ours.memory_to_peer) == (1.5, 1.5)
+    assert {(row.ratio_to_peer, row.memory_to_peer) for row in (alone, *others)} == {(None, None)}
 
 
 @pytest.mark.parametrize(("name", "package"), [("hf-llama", "transformers"), ("x-transformers", "x_transformers")])
