@@ -216,7 +216,7 @@ def test_a_single_seed_is_marked_and_only_what_is_there_is_explained() -> None:
 def test_horizons_are_joined_and_have_effective_speedups() -> None:
     """SQA ends where GQA ends after a tenth of its steps: half a second a step against one."""
     short, long = (PUBLISHED.replace(variants=("gqa", "sqa"), budget=f"steps={n}") for n in (100, 1000))
-    losses = {("gqa", seed): 4.0 + 0.01 * seed for seed in range(3)}
+    losses = {("gqa", seed): 4.0 + 0.01 * seed for seed in range(3)} | {("sqa", 0): 4.25}
     ended = {("gqa", seed): 3.0 + 0.01 * seed for seed in range(3)} | {("sqa", s): 3.5 + 0.01 * s for s in range(3)}
     parts = [comparison(long, ended), comparison(short, losses)]
     experiment = Experiment.join(parts)
@@ -226,6 +226,8 @@ def test_horizons_are_joined_and_have_effective_speedups() -> None:
     assert found is not None
     assert found.ratio == pytest.approx(1000 * 0.1**0.5 / 500)
     assert lines["sqa", "steps=1000"].seconds == 500
+    gaps = [lines["sqa", budget].difference for budget in experiment.horizons]  # each to GQA at the same horizon
+    assert [(gap.mean, gap.runs) for gap in gaps if gap is not None] == [(0.25, 1), (pytest.approx(0.5), 3)]
     text = shown(results_table(experiment))
     assert "0.63x" in text
     assert "…" not in text
@@ -235,6 +237,17 @@ def test_horizons_are_joined_and_have_effective_speedups() -> None:
     again = Experiment.join(parts, quiet).longest()[1].effective_speedup
     assert again is not None
     assert again.ratio == pytest.approx(2 * found.ratio)
+
+
+def test_a_line_has_the_means_of_its_runs() -> None:
+    made = comparison(PUBLISHED.replace(seeds=(0, 1)), {("sqa", 0): 2.0, ("sqa", 1): 3.0})
+    results = [
+        replace(result, val=replace(result.val, accuracy=a, loss_all_positions=5 * a, accuracy_all_positions=2 * a))
+        for result, a in zip(made.results, (0.25, 0.375), strict=True)
+    ]
+    (line,) = Experiment.join([Comparison(record=made.record, results=results)]).summaries()
+    assert (line.loss.mean, line.accuracy.mean) == (2.5, 0.3125)
+    assert (line.loss_all_positions, line.accuracy_all_positions) == (1.5625, 0.625)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
