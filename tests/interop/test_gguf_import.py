@@ -200,6 +200,26 @@ def test_rope_scaling(scaling: RopeScaling, model_of, tmp_path: Path) -> None:
     assert read == model.config
 
 
+@pytest.mark.parametrize(("lacking", "kv_heads"), [([], 2), (["attention.head_count_kv"], 8)], ids=str)
+def test_keys_that_files_may_lack(lacking: list[str], kv_heads: int, model_of, tmp_path: Path) -> None:
+    """The width of a head is then that of the model over its heads, and each query head has a KV head."""
+
+    def keys(writer: gguf.GGUFWriter) -> None:
+        for name in ("attention.key_length", "attention.value_length", "rope.dimension_count", *lacking):
+            del writer.kv_data[0][f"llama.{name}"]
+
+    model = model_of(wide_config(num_query_heads=8, num_kv_heads=kv_heads))
+    assert load_config(write_gguf(tmp_path / "model.gguf", model, keys=keys)) == model.config
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_tensors_that_begin_at_multiples_of_another_number(alignment: int, model_of, tmp_path: Path) -> None:
+    model = model_of(wide_config())
+    path = write_gguf(tmp_path / "model.gguf", model, keys=lambda writer: writer.add_custom_alignment(alignment))
+    read = load_model(path).state_dict()
+    assert all(torch.equal(read[key], value) for key, value in model.state_dict().items())
+
+
 def test_biases_of_llama(model_of, ids, tmp_path: Path) -> None:
     model = model_of(wide_config(qkv_bias=True, bias=True))
     torch.nn.init.zeros_(model.lm_head.bias)

@@ -273,6 +273,16 @@ def test_config_of_transformers_4_loads(ids: torch.Tensor, tmp_path: Path) -> No
         )
 
 
+@pytest.mark.parametrize("theirs", ["qwen2 windows"], indirect=True)
+def test_layer_types_follow_from_the_number_of_full_layers(theirs, tmp_path: Path) -> None:
+    """Directories of before transformers 4.53 have no layer_types."""
+    path = tmp_path / "theirs" / "config.json"
+    values = json.loads(path.read_text())
+    del values["layer_types"]
+    path.write_text(json.dumps(values))
+    assert [layer.window for layer in load_config(path.parent).layers] == [None, 6, 6]
+
+
 @pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
 def test_sharded_weights_load(theirs, ids: torch.Tensor, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
