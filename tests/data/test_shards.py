@@ -93,6 +93,15 @@ def test_encoding_happens_once(
         load_or_encode(corpus, tokenizer, split="validation", cache_dir=tmp_path)
 
 
+def test_another_tokenizer_encodes_anew(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    load_or_encode(corpus, tokenizer, split="train", cache_dir=tmp_path)
+    other = load_or_train_tokenizer(corpus, vocab_size=262, cache_dir=tmp_path / "tokenizers")
+    text = next(corpus.documents("train"))
+    assert other.encode(text) != tokenizer.encode(text)
+    shards = load_or_encode(corpus, other, split="train", cache_dir=tmp_path)
+    assert shards.document(0).tolist() == [*other.encode(text), other.end_id]
+
+
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens-00001.bin", "offsets.bin"])
 def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "s"
