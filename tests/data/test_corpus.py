@@ -100,7 +100,16 @@ def test_fingerprint_follows_content_and_split_but_not_the_place(tmp_path: Path)
         prints.append(corpus.fingerprint)
     assert prints[0] == prints[1] != prints[2]
     assert open_corpus(str(tmp_path / "one"), train_fraction=0.5).fingerprint != prints[0]
+    assert open_corpus(str(tmp_path / "one"), validation_fraction=0.01).fingerprint != prints[0]
     assert all(set(print_) <= set("0123456789abcdef") for print_ in prints)
+
+
+def test_a_file_that_moves_to_the_other_split_is_another_corpus(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "validation-2"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    before = open_corpus(str(tmp_path)).fingerprint
+    (tmp_path / "train-1.txt").rename(tmp_path / "validation-1.txt")
+    assert open_corpus(str(tmp_path)).fingerprint != before
 
 
 def test_parquet_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
