@@ -67,6 +67,17 @@ def test_ids_follow_from_the_tokens_that_tokenizer_config_names(stock: Path) -> 
     assert text.special == SpecialIds(eos=(text.tokenizer.token_to_id("a"),))
 
 
+def test_of_several_templates_the_default_is_taken_and_a_file_of_its_own_wins(stock: Path) -> None:
+    named = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
+    change(stock / "tokenizer_config.json", chat_template=named)
+    assert open_source(stock).read_text_side().chat_template == "b"
+    (stock / "chat_template.jinja").write_text("c")
+    assert open_source(stock).read_text_side().chat_template == "c"
+    (stock / "chat_template.jinja").unlink()
+    change(stock / "tokenizer_config.json", chat_template=named[:1])
+    assert open_source(stock).read_text_side().chat_template is None
+
+
 BAD = {
     "text": ({"eos_token_id": "two"}, "eos_token_id in .*config.json must be a token id or a list of them below 300"),
     "empty": ({"eos_token_id": []}, r"must be a token id or a list of them below 300, got \[\]"),
