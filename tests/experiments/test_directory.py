@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from sqa import Transformer
+from sqa.data.batches import Batches
 from sqa.errors import InputError
 from sqa.experiments.compare import compare
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
+from sqa.experiments.run import prepare_data
 
 
 @pytest.fixture
@@ -52,6 +56,21 @@ def test_a_comparison_killed_while_its_plan_is_written_starts_again(plan: Plan, 
         Directory(out).resumed({})
     assert len(compare(plan, out).results) == 2
     assert not list(out.glob(".plan*"))
+
+
+def test_a_seed_gives_the_first_weights_and_the_order_of_the_text(plan: Plan, tmp_path: Path) -> None:
+    """One of them alone would make the curves of two seeds differ."""
+    compare(plan, tmp_path / "out")
+    data = prepare_data(plan, plan.data)
+    for seed in plan.seeds:
+        torch.manual_seed(seed)
+        model = Transformer(plan.model_config("sqa"))
+        batches = Batches(data.train, layout=plan.layout, batch_size=plan.batch_size, context_length=plan.context,
+                          pad_id=data.tokenizer.pad_id, seed=seed)  # fmt: skip
+        batch = batches.batch(0)
+        loss = model(batch.input_ids, batch.labels, document_ids=batch.document_ids).loss
+        first = Directory(tmp_path / "out").curve(("sqa", seed))[0]
+        assert first.loss == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_a_finished_run_leaves_no_checkpoint_and_its_model(plan: Plan, tmp_path: Path) -> None:
