@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sqa import AttentionConfig, ModelConfig, Rope, Transformer
-from sqa.conversion import importance, surgery
+from sqa.conversion import allocation, importance, surgery
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.moments import Moments
 from sqa.conversion.subject import AttentionView, AttentionWeights, joined, watched
@@ -137,6 +137,14 @@ def test_refitting_is_least_squares(bias: bool) -> None:
     torch.testing.assert_close(fitted, expected, atol=1e-6, rtol=1e-6)  # the smallest damping is 1e-8
 
 
+def test_refitting_leaves_as_they_were_the_columns_that_the_text_does_not_show() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y, start = (torch.randn(*size, generator=generator).double() for size in ((200, 8), (200, 6), (6, 8)))
+    x[:, 5] = 0
+    fitted = surgery.refit(start, moments_of(x, y), moments_of(x, y))
+    assert (fitted != start).any(0).tolist() == [i != 5 for i in range(8)]
+
+
 def test_errors_are_those_of_the_tokens() -> None:
     generator = torch.Generator().manual_seed(1)
     x, y, w = (torch.randn(*size, generator=generator).double() for size in ((50, 6), (50, 4), (4, 6)))
@@ -155,6 +163,9 @@ def test_importance_is_that_of_the_definition(config_of: Make, model_of: Build, 
         for h in range(4)
     ]
     torch.testing.assert_close(importance.l2_norms(view, moments), torch.stack(norms))
+    query = view.q.weight.detach().double()
+    norms = [query[own].norm() * weight[:, own].norm() for own in (slice(h * size, (h + 1) * size) for h in range(4))]
+    torch.testing.assert_close(importance.weight_norms(view), torch.stack(norms))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -207,6 +218,18 @@ def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) 
         slopes = [(scaled(row, head, 1 + step) - scaled(row, head, 1 - step)) / (2 * step) for row in range(2)]
         # the step squared, and the rounding of an fp32 loss over the step
         assert float(found[1][head]) == pytest.approx(sum(map(abs, slopes)), abs=1e-3, rel=1e-2)
+
+
+@given(costs=st.lists(st.dictionaries(st.integers(1, 8), st.floats(0, 9), min_size=1), min_size=1, max_size=4))
+def test_an_allocation_is_the_cheapest_of_all(costs: list[dict[int, float]]) -> None:
+    totals: dict[int, float] = {}
+    for counts in itertools.product(*costs):
+        cost = sum(layer[count] for layer, count in zip(costs, counts, strict=True))
+        totals[sum(counts)] = min(cost, totals.get(sum(counts), cost))
+    for total, cheapest in totals.items():
+        found = allocation.allocate(costs, total)
+        assert sum(found) == total
+        assert sum(layer[count] for layer, count in zip(costs, found, strict=True)) == pytest.approx(cheapest)
 
 
 @pytest.mark.parametrize("method", importance.METHODS)
