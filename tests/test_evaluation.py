@@ -11,7 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from sqa import AttentionConfig, ModelConfig, Transformer
+from sqa import AttentionConfig, ModelConfig, Transformer, evaluation
+from sqa.data import Corpus
 from sqa.errors import InputError
 from sqa.evaluation import Item, Reader, Score, make_items, open_reader
 from test_cli import sqa as command
@@ -69,6 +70,15 @@ def test_a_model_that_expects_the_words_of_the_context_wins(small_tokenizer: Tok
 
     reader = Reader(tokenizer=small_tokenizer, predict=predict)
     assert accuracy(reader, make_items(articles(24), 24)) > 0.9
+
+
+def test_a_long_choice_is_not_less_likely_for_its_length(small_tokenizer: Tokenizer) -> None:
+    """To a model that expects nothing, fewer tokens are likelier; a character of the longer choice is."""
+    reader = Reader(tokenizer=small_tokenizer, predict=lambda ids, n: torch.zeros(len(ids), n, 300))
+    item = Item(context="def", choices=("zx", "return softmax(q @ k.T) @ v"), answer=1)
+    short, long = reader.log_likelihoods(item)
+    assert short > long
+    assert reader.choose(item) == 1
 
 
 def bigram_model(tokenizer: Tokenizer, text: str) -> Transformer:
@@ -182,6 +192,29 @@ def test_intervals() -> None:
     assert same == 0
     assert low < 0 < high
     assert Score.from_dict(json.loads(json.dumps(a.to_dict()))) == a
+
+
+def test_bfloat16_is_autocast_and_the_items_are_of_the_validation_text(
+    small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def predict(ids: torch.Tensor, n: int) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros(len(ids), n, 300)
+
+    def read(split: str) -> Iterator[str]:
+        seen.append(split)
+        return articles(8)
+
+    reader = Reader(tokenizer=small_tokenizer, predict=predict)
+    monkeypatch.setattr(evaluation, "open_reader", lambda source: lambda device: reader)
+    corpus = Corpus(name="made up", identify=lambda: "0", read=read)
+    for dtype, autocast in (("float32", False), ("bfloat16", True)):
+        seen.clear()
+        found = evaluation.evaluate(["model"], corpus, items=4, dtype=dtype)
+        assert seen == ["validation"] + [autocast] * 4
+        assert found.items == tuple(make_items(articles(8), 4))
 
 
 def test_the_command_compares_two_models(
