@@ -50,6 +50,12 @@ def test_every_way_grows_what_it_names(flops: list[Proposal]) -> None:
     assert (longer.context, longer.batch_size, longer.config.max_seq_len) == (2048, 4, 2048)
 
 
+@pytest.mark.parametrize("way", spend.WAYS)
+def test_a_way_in_which_nothing_fits_is_left_out(way: str) -> None:
+    start = Proposal(preset="demo", budget="equal-flops", variant="sqa", model={}, context=64, batch_size=2)
+    assert spend._largest(way, start, start.cost) is None
+
+
 def test_equal_parameters_spend_parameters_and_no_context() -> None:
     reference, *found = propose("gqa", "published", "equal-parameters", n=8192)
     assert reference.parameters == 11_179_792
