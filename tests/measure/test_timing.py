@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,14 @@ def test_bad_options_are_named(call, message) -> None:  # type: ignore[no-untype
         call()
 
 
-def test_the_peak_is_flops_of_the_product_over_its_time() -> None:
+def test_the_peak_is_flops_of_the_product_over_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e7 < matmul_peak(find_dtype("fp32"), find_device("cpu")) < 1e14
+
+    def timed(contestants: dict[str, Callable[[], object]], **options: object) -> dict[str, Timing]:
+        return {name: Timing(p20=4.0, median=5.0, p80=6.0) for name in contestants}
+
+    monkeypatch.setattr("sqa.measure.peak.take_turns", timed)
+    assert matmul_peak(find_dtype("fp32"), find_device("cpu")) == 2 * 2048**3 / 4
 
 
 def test_any_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
