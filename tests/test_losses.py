@@ -60,7 +60,8 @@ def test_chunk_borders(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(linear_cross_entropy, draw(rows, 11, 5, ignored=2))
 
 
-def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [9, 64])
+def test_logits_never_exist_whole(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest matrix with a vocabulary side, but for the weight, has CHUNK_ELEMENTS elements."""
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 5 * 23)
     sizes = []
@@ -72,7 +73,7 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
                 sizes.append(out.numel())
             return out
 
-    hidden, weight, bias, labels = draw(64, 23, 4)
+    hidden, weight, bias, labels = draw(rows, 23, 4)
     with Watch():
         linear_cross_entropy(hidden, weight, bias, labels).backward()
     assert sizes
