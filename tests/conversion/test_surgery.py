@@ -232,6 +232,26 @@ def test_an_allocation_is_the_cheapest_of_all(costs: list[dict[int, float]]) -> 
         assert sum(layer[count] for layer, count in zip(costs, found, strict=True)) == pytest.approx(cheapest)
 
 
+def test_gate_gradients_are_sums_of_sizes_over_sequences(
+    config_of: Make, model_of: Build, batches: list[Batch]
+) -> None:
+    """Gates of each sequence on its own, by autograd: their signs differ."""
+    subject = LanguageModel(model_of(config_of()))
+    layer, total, signs = 0, torch.zeros(4), set()
+    for batch in batches:
+        gates = torch.ones(len(batch), 1, 4, 1, requires_grad=True)
+        hook = subject.views[layer].o.register_forward_pre_hook(
+            lambda module, inputs, gates=gates: ((inputs[0].unflatten(-1, (4, -1)) * gates).flatten(-2),)
+        )
+        with hook:
+            (slopes,) = torch.autograd.grad(subject.loss(batch), gates)
+        total += slopes.abs().sum((0, 1, 3))
+        signs |= set(slopes.sign().flatten().tolist())
+    assert signs == {-1.0, 1.0}
+    found = importance.gate_gradients(subject, batches)[layer]
+    torch.testing.assert_close(found.float(), total, atol=1e-6, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", importance.METHODS)
 def test_every_method_keeps_as_many_of_each_pool(method: str) -> None:
     view = layer_view(6, 2)
