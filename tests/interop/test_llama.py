@@ -259,14 +259,20 @@ def test_import_and_export_give_their_model_back(theirs, ids: torch.Tensor, tmp_
         torch.testing.assert_close(back(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_config_of_transformers_4_loads(ids: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["", "beside-rope_parameters"])
+def test_config_of_transformers_4_loads(both: bool, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Of the names of both versions transformers reads the older one alone; ours took the rotary base of the other."""
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)).eval()
     theirs.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
+    del values["tie_word_embeddings"]  # false, the default
     scaling = values.pop("rope_parameters")
     values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    if both:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(
             load_model(tmp_path)(ids % 120).logits, theirs(ids % 120).logits, atol=1e-5, rtol=1e-5

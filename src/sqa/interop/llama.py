@@ -89,10 +89,11 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
 def _read_rope(values: Mapping[str, Any]) -> Rope:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of before."""
     given: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):  # the older name wins, as in transformers
+    for name in ("rope_parameters", "rope_scaling"):  # of both the older one alone is read, as in transformers
         if not isinstance(values.get(name) or {}, dict):
             raise InputError(f"model: {name} must be a JSON object, got {shown(repr(values[name]))}")
-        given |= {key: value for key, value in (values.get(name) or {}).items() if value is not None}
+        if values.get(name):
+            given = {key: value for key, value in values[name].items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
     kind = given.pop("type", "default")
     kind = given.pop("rope_type", kind)
