@@ -42,7 +42,7 @@ class Probe:
 
 
 def probe_steps(steps: int, count: int) -> frozenset[int]:
-    """The steps after which a run of `steps` is probed: `count`, evenly in log from a hundredth of it to its end."""
+    """`count` steps after which a run of `steps` is probed: evenly in log over its last two decades, and at its end."""
     return frozenset(max(1, round(steps * 100 ** ((i + 1) / count - 1))) for i in range(count))
 
 
