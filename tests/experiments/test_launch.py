@@ -133,6 +133,7 @@ def test_processes_share_a_comparison_run_by_run(folder: Path) -> None:
 
 
 def test_ray_gives_the_sequential_losses_though_a_worker_is_killed(folder: Path) -> None:
+    pytest.importorskip("ray")
     out, script = folder / "spread", ("-c", ON_TWO_CPUS)
     process = begin(folder, "tiny.toml", "--out", "spread", "--launcher", "ray", script=script)
     wait_for(lambda: list(out.glob("sqa-0/checkpoints/step-*")), process)
