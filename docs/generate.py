@@ -401,6 +401,7 @@ SECTIONS = {
     "window": lambda: benchmark("window"),
     "decode": lambda: benchmark("decode"),
     "beside sdpa": lambda: beside_sdpa("attention"),
+    "beside sdpa older": lambda: beside_sdpa("attention-xeon"),
     "converted prefill": lambda: benchmark("prefill-converted"),
     "on paper": on_paper,
     "conversion": conversions,
