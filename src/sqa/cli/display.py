@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -67,7 +68,7 @@ class Pulse:
         self._last, self._closed = time.monotonic(), False
 
     def heard(self) -> None:
-        """Something is said now."""
+        """Count the silence from now on."""
         if self._closed:
             raise output_closed()
         self._last = time.monotonic()
@@ -94,13 +95,12 @@ class Pulse:
 
 class _OnStandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(
-            self.format(record), file=sys.stderr, flush=True
-        )  # what sys.stderr is now: above a bar, where there is one
+        # sys.stderr as it is now: a live bar replaces it, so that lines stand above the bar
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def say_what_is_logged(logger: str) -> None:
-    """From now on, on standard error."""
+    """Print what this logger is told on standard error, from now on."""
     logging.getLogger(logger).setLevel(logging.INFO)
     logging.getLogger(logger).addHandler(_OnStandardError())
 
@@ -128,7 +128,7 @@ class LogSpeaker(logging.Handler):
 
 
 def speak_of(name: str) -> Pulse:
-    """For a `with` block in which a LogSpeaker says what this logger is told."""
+    """A context for a `with` block, in which a LogSpeaker prints what this logger is told."""
     logger, speaker = logging.getLogger(name), LogSpeaker()
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [speaker]
@@ -145,7 +145,7 @@ class _Voice:
     def __init__(self, console: Console) -> None:
         self.console, self._whole = console, not console.is_terminal  # a file keeps lines whole
         self.pulse = Pulse(self._remind)
-        self.phases: dict[PlainDisplay | LiveDisplay, None] = {}
+        self.phases: dict[_SpeakingDisplay, None] = {}
         self._latest, self._since = "preparing", time.monotonic()
 
     def say(self, text: str) -> None:
@@ -160,6 +160,31 @@ class _Voice:
                 self.console.print(line, soft_wrap=self._whole)
 
 
+class _SpeakingDisplay(Display):
+    """A display that prints notes and reminders. It is used in a `with` block."""
+
+    def __init__(self, console: Console, beside: Self | None = None) -> None:
+        self._voice: _Voice = beside._voice if beside else _Voice(console)
+
+    def __enter__(self) -> Self:
+        self._voice.pulse.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._voice.pulse.__exit__()
+
+    def note(self, text: str) -> None:
+        self._voice.say(text)
+
+    def state(self) -> str | None:
+        """What a reminder says of the phase. Nothing by default."""
+        return None
+
+    def beside(self) -> Self:
+        """A display in the same view, for another phase at the same time."""
+        return type(self)(self._voice.console, self)
+
+
 class _Lasting(ProgressColumn):
     """The time left, or if that is not known the time since the last step."""
 
@@ -169,12 +194,12 @@ class _Lasting(ProgressColumn):
         return Text(lasting(time.monotonic() - task.fields["moved"]))
 
 
-class LiveDisplay(Display):
-    """One bar: variant, step, loss, tokens a second, time left. Used in a `with` block, as PlainDisplay is."""
+class LiveDisplay(_SpeakingDisplay):
+    """One bar: variant, step, loss, tokens a second, time left. It needs no reminders, since the bar moves."""
 
-    def __init__(self, console: Console, above: LiveDisplay | None = None) -> None:
-        self._voice: _Voice = above._voice if above else _Voice(console)
-        self._progress: Progress = above._progress if above else Progress(
+    def __init__(self, console: Console, beside: LiveDisplay | None = None) -> None:
+        super().__init__(console, beside)
+        self._progress: Progress = beside._progress if beside else Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -186,16 +211,9 @@ class LiveDisplay(Display):
         )  # fmt: skip
         self._task: TaskID | None = None
 
-    def __enter__(self) -> LiveDisplay:
-        self._voice.pulse.__enter__()
-        return self
-
     def __exit__(self, *error: object) -> None:
-        self._voice.pulse.__exit__()
+        super().__exit__()
         self._progress.stop()
-
-    def note(self, text: str) -> None:
-        self._voice.say(text)
 
     def start(self, label: str, steps: int) -> None:
         self._clear()  # a phase may be interrupted by another one
@@ -212,10 +230,6 @@ class LiveDisplay(Display):
         figures = f"loss {report.loss:.3f}  {self._speed.of(report):,.0f} tok/s"
         self._progress.update(self._task, completed=report.step, figures=figures, moved=time.monotonic())
 
-    def state(self) -> str | None:
-        """Nothing to say: the bar moves."""
-        return None
-
     def _clear(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
@@ -229,26 +243,9 @@ class LiveDisplay(Display):
         if text:
             self.note(text)
 
-    def beside(self) -> LiveDisplay:
-        """Another bar under this one."""
-        return LiveDisplay(self._voice.console, self)
 
-
-class PlainDisplay(Display):
+class PlainDisplay(_SpeakingDisplay):
     """Prints a line at the start, each tenth and the end of a phase, and after SILENCE seconds without one."""
-
-    def __init__(self, console: Console, beside: PlainDisplay | None = None) -> None:
-        self._voice: _Voice = beside._voice if beside else _Voice(console)
-
-    def __enter__(self) -> PlainDisplay:
-        self._voice.pulse.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._voice.pulse.__exit__()
-
-    def note(self, text: str) -> None:
-        self._voice.say(text)
 
     def start(self, label: str, steps: int) -> None:
         self._label, self._steps, self._tenth, self._done = label, steps, 0, 0
@@ -282,10 +279,6 @@ class PlainDisplay(Display):
         self._voice.phases.pop(self, None)
         if text:
             self.note(text)
-
-    def beside(self) -> PlainDisplay:
-        """For another phase at the same time."""
-        return PlainDisplay(self._voice.console, self)
 
 
 class _Speed:
