@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,12 +37,14 @@ def _speak(ctx: typer.Context) -> None:
     ctx.with_resource(speak_of("sqa.bench"))
 
 
-def _models(preset: str | None, variants: str | None, model: list[str] | None) -> Models:
+def _models(
+    preset: str | None, variants: str | None, model: list[str] | None, default: Sequence[str] = MEASURED_VARIANTS
+) -> Models:
     """The models to measure: a preset in some variants, or given models."""
     from sqa.bench.lineup import Models
 
     if not model:
-        return Models.of_preset(preset or "published", options.names(variants) or MEASURED_VARIANTS)
+        return Models.of_preset(preset or "published", options.names(variants) or default)
     if preset is not None or variants is not None:
         raise InputError("--model is measured as it is; leave out --preset and --variants")
     return Models.of_sources(*model)
@@ -177,10 +180,8 @@ def decode(
     """Time new tokens after a filled cache, where SQA gains little."""
     from sqa.bench.decode import DECODED_VARIANTS, run_decode
 
-    if not model:
-        variants = variants or ",".join(DECODED_VARIANTS)
     result = run_decode(
-        _models(preset, variants, model),
+        _models(preset, variants, model, DECODED_VARIANTS),
         lengths=options.numbers(n, "--n"),
         batch_size=batch_size,
         dtype=short_dtype(dtype),
