@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from sqa._version import __version__
-from sqa.cli import bench, comparison, convert, costs, evaluate, models
+from sqa.cli import bench, comparison, costs, models
 from sqa.cli.display import OutputClosed, is_main, output_closed, say_what_is_logged
 from sqa.cli.options import FileCommand
 from sqa.errors import InputError, MissingExtraError, first_line, shown
@@ -36,8 +36,6 @@ app = typer.Typer(
 for _purpose, _commands in (
     ("Train and compare", comparison.app),
     ("Models", models.app),
-    ("Models", convert.app),
-    ("Models", evaluate.app),
     ("What a shape costs", costs.app),
 ):
     for _command in _commands.registered_commands:

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sqa.cli import options
 from sqa.cli.display import is_main, make_console, make_display, speak_of
-from sqa.cli.options import (
-    BatchSize,
-    Compile,
-    Device,
-    Dtype,
-    JsonPath,
-    Seed,
-    Threads,
-    VariantName,
-    Variants,
-    names,
-    save_json,
-)
 from sqa.dtypes import long_dtype
 from sqa.errors import InputError, MissingExtraError
+from sqa.experiments.plan import Plan
+from sqa.progress import Interrupted
 
 app = typer.Typer()
 
 MAX_SEEDS = 1000
-"""More runs of one variant than anybody trains: a larger number is a slip."""
+"""A larger number of seeds is taken for a slip: nobody trains so many runs of one variant."""
 
 PlanSource = Annotated[str | None, typer.Argument(metavar="PLAN", help="demo (default), published or a TOML file.")]
 Resume = Annotated[Path | None, typer.Option(help="Continue what is in this directory.")]
@@ -53,19 +44,15 @@ Checkpointing = Annotated[
 ]
 Sharding = Annotated[str | None, typer.Option(help="Several processes: none (whole model each, DDP) or full (FSDP2).")]
 
-_PLAN_OPTIONS = (
-    "data", "variants", "seeds", "budget", "max_steps", "max_tokens", "batch_size", "micro_batch_size", "context",
-    "dtype", "compile", "activation_checkpointing", "sharding", "device", "threads",
-)  # fmt: skip
 
-
-def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the plan that a command's options replace, for `Plan.read`."""
-    changes = {name: options[name] for name in _PLAN_OPTIONS if options.get(name) is not None}
+    known = {"max_steps", "max_tokens", *(item.name for item in fields(Plan))}
+    changes = {name: value for name, value in given.items() if name in known and value is not None}
     if "seeds" in changes:
         changes["seeds"] = _seeds(changes["seeds"])
     if "variants" in changes:
-        changes["variants"] = names(changes["variants"])
+        changes["variants"] = options.names(changes["variants"])
     if "dtype" in changes:
         changes["dtype"] = long_dtype(changes["dtype"])
     limits = [name for name in ("budget", "max_steps", "max_tokens") if name in changes]
@@ -95,18 +82,18 @@ def compare(
     ctx: typer.Context,
     plan: PlanSource = None,
     data: Data = None,
-    variants: Variants = None,
+    variants: options.Variants = None,
     seeds: Seeds = None,
     budget: Budget = None,
     max_steps: MaxSteps = None,
     max_tokens: MaxTokens = None,
-    batch_size: BatchSize[int | None] = None,
+    batch_size: options.BatchSize[int | None] = None,
     micro_batch_size: MicroBatchSize = None,
     context: Context = None,
-    dtype: Dtype[str | None] = None,
-    compile: Compile[bool | None] = None,
-    device: Device[str | None] = None,
-    threads: Threads[int | None] = None,
+    dtype: options.Dtype[str | None] = None,
+    compile: options.Compile[bool | None] = None,
+    device: options.Device[str | None] = None,
+    threads: options.Threads[int | None] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PLAN.")] = None,
     resume: Resume = None,
     any_kernel: AnyKernel = False,
@@ -115,25 +102,22 @@ def compare(
         str, typer.Option(help="local (one run after another) or ray (on all machines of a Ray cluster).")
     ] = "local",
     track: Track = None,
-    json_path: JsonPath = None,
+    json_path: options.JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
-
     _run(ctx.params, out, resume, json_path)
 
 
 def _run(
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
     out: Path | None,
     resume: Path | None,
     json_path: Path | None = None,
     single: tuple[str, int] | None = None,
 ) -> None:
     """Run `sqa compare` or `sqa train`; `single` is the variant and seed of the latter."""
-    from sqa.experiments.plan import Plan
-
-    launcher, track, only = options.get("launcher", "local"), options["track"], options.get("only")
-    source, changes = options["plan"], _changes(options)
+    launcher, track, only = given.get("launcher", "local"), given["track"], given.get("only")
+    source, changes = given["plan"], _changes(given)
     if track not in (None, "tensorboard"):
         raise InputError(f"--track must be tensorboard, got {track!r}")
     if launcher not in ("local", "ray"):
@@ -150,13 +134,12 @@ def _run(
         from sqa.experiments.directory import Directory  # and with it torch, after what the plan alone can get wrong
 
         out, plan = resume, Directory(resume).resumed(changes)
-    cells = None if only is None else plan.find_cells(names(only))
+    cells = None if only is None else plan.find_cells(options.names(only))
     import torch
 
     from sqa.experiments.compare import compare as run
     from sqa.experiments.launch import LOCAL, RAY
     from sqa.experiments.summary import Experiment, comparison_text
-    from sqa.progress import Interrupted
 
     tracker = None
     if track is not None:
@@ -174,7 +157,7 @@ def _run(
                 only=cells,
                 launcher=RAY if launcher == "ray" else LOCAL,
                 tracker=tracker,
-                any_kernel=options["any_kernel"],
+                any_kernel=given["any_kernel"],
             )
     except Interrupted as error:
         if not (out / "plan.json").exists():
@@ -203,28 +186,28 @@ def _run(
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
         console.print(text, soft_wrap=True)
-    save_json(json_path, Experiment.join([comparison]).summaries())
+    options.save_json(json_path, Experiment.join([comparison]).summaries())
 
 
 @app.command()
 def train(
     ctx: typer.Context,
     plan: PlanSource = None,
-    variant: VariantName[str | None] = None,
-    seed: Seed[int | None] = None,
+    variant: options.VariantName[str | None] = None,
+    seed: options.Seed[int | None] = None,
     data: Data = None,
     budget: Budget = None,
     max_steps: MaxSteps = None,
     max_tokens: MaxTokens = None,
-    batch_size: BatchSize[int | None] = None,
+    batch_size: options.BatchSize[int | None] = None,
     micro_batch_size: MicroBatchSize = None,
     context: Context = None,
-    dtype: Dtype[str | None] = None,
-    compile: Compile[bool | None] = None,
+    dtype: options.Dtype[str | None] = None,
+    compile: options.Compile[bool | None] = None,
     activation_checkpointing: Checkpointing = None,
     sharding: Sharding = None,
-    device: Device[str | None] = None,
-    threads: Threads[int | None] = None,
+    device: options.Device[str | None] = None,
+    threads: options.Threads[int | None] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PLAN-VARIANT.")] = None,
     resume: Resume = None,
     any_kernel: AnyKernel = False,
@@ -247,7 +230,7 @@ def report(
     step_times: Annotated[
         Path | None, typer.Option(help="Take the step times from the timing phase of this run directory.")
     ] = None,
-    json_path: JsonPath = None,
+    json_path: options.JsonPath = None,
 ) -> None:
     """Write the report of a comparison: one HTML file, and PNG and SVG of each figure."""
     from sqa.experiments.report import read_experiment, write_report
@@ -260,4 +243,4 @@ def report(
         written = write_report(directories, out, step_times=step_times)
     for path in written:
         print(path)
-    save_json(json_path, experiment.summaries())
+    options.save_json(json_path, experiment.summaries())

@@ -11,6 +11,9 @@ from sqa.cli import options
 from sqa.cli.display import make_console
 from sqa.dtypes import DTYPES, find_dtype, long_dtype
 from sqa.errors import InputError
+from sqa.tables import make_table
+from sqa.variants import MEASURED_VARIANTS, PUBLISHED_VARIANTS, VARIANTS
+from sqa.variants import variant as variant_config
 
 app = typer.Typer()
 
@@ -26,8 +29,6 @@ def variants(
 ) -> None:
     """Show parameters, FLOPs and KV-cache bytes of every variant."""
     from sqa.cost import variant_costs
-    from sqa.tables import make_table
-    from sqa.variants import PUBLISHED_VARIANTS, VARIANTS
 
     shown = VARIANTS if all_variants else PUBLISHED_VARIANTS
     rows, left_out = variant_costs(preset, options.at_least_one("--n", n), shown)
@@ -36,7 +37,7 @@ def variants(
     table = make_table(*headings, title=f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit")
     for row in rows:
         table.add_row(
-            VARIANTS[row.variant].label,
+            row.label,
             str(row.num_query_heads),
             str(row.num_kv_heads),
             str(row.head_dim),
@@ -67,7 +68,6 @@ def plan_spending(
 ) -> None:
     """Find shapes that spend what fewer query heads save: wider, deeper, or with longer context."""
     from sqa.planning import spend
-    from sqa.variants import MEASURED_VARIANTS
 
     proposals = spend.propose(like, preset, budget, options.names(variants) or MEASURED_VARIANTS, n, batch_size)
     make_console().print(spend.table(proposals))
@@ -115,8 +115,6 @@ def kernels(
     check: Annotated[bool, typer.Option("--check", help="Run every kernel, and compare with the table.")] = False,
 ) -> None:
     """Show the attention kernels, and which one a shape gets and why."""
-    from sqa.variants import variant as variant_config
-
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
     dtype = long_dtype(dtype)
     if dtype not in DTYPES:
@@ -131,7 +129,6 @@ def kernels(
 
     from sqa.attention.call import Call
     from sqa.attention.kernels import KERNELS, explain, resolve
-    from sqa.tables import make_table
 
     call = Call.of_layer(
         config,
@@ -160,7 +157,6 @@ def _check_kernels(device: str) -> None:
     import torch
 
     from sqa.attention.check import check_kernels
-    from sqa.tables import make_table
 
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--check runs the kernels, and there is no CUDA device here")

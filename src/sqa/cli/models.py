@@ -1,16 +1,23 @@
-"""`sqa generate`, `sqa export` and `sqa import`: commands on one model."""
+"""`sqa generate`, `export`, `import`, `convert` and `evaluate`: commands on models that are trained already."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sqa.cli.options import Seed, find_run
+from sqa.cli import options
+from sqa.cli.display import make_console, make_display
+from sqa.dtypes import long_dtype
 from sqa.errors import InputError
+from sqa.experiments.plan import Budget
+from sqa.files import write_text
+from sqa.progress import stop_flag
 
 app = typer.Typer()
 
@@ -26,14 +33,14 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Choose from the likeliest tokens of total probability P.")
     ] = None,
-    seed: Seed[int] = 0,
+    seed: options.Seed[int] = 0,
 ) -> None:
     """Continue a prompt until the model ends the text; with --chat, print the answer alone."""
     import torch
 
     from sqa.interop import open_source
 
-    source = open_source(find_run(model))
+    source = open_source(options.find_run(model))
     text = source.read_text_side()
     if text.tokenizer is None:
         raise InputError(f"model: {source.path} has no tokenizer.json, which the prompt is encoded with")
@@ -94,12 +101,132 @@ def import_model(
     print(f"wrote {out}")
 
 
+@app.command()
+def convert(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="The model: a directory, a .gguf file, a run, or a name on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="A directory that does not exist yet; it gets MODEL's format.")],
+    query_heads: Annotated[int, typer.Option(help="Query heads to keep in each layer.")],
+    calibration: Annotated[str, typer.Option(help="Text to convert with: builtin, wikipedia, or a file or folder.")],
+    evaluate: Annotated[str, typer.Option(help="A second text to measure on, as --calibration; or none.")] = "builtin",
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="KV heads to keep in each layer. Default: all; in multi-head attention as many as query heads."
+        ),
+    ] = None,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="uniform: as many query heads in each layer; measured: more where they matter, the same total."
+        ),
+    ] = "uniform",
+    method: Annotated[str, typer.Option(help="How to choose heads: random, weight, l2, taylor or greedy.")] = "l2",
+    pooling: Annotated[str, typer.Option(help="How to merge KV heads: aligned (rotated first) or mean.")] = "aligned",
+    sequences: Annotated[int, typer.Option(help="Sequences of calibration text.")] = 128,
+    length: options.Length = 512,
+    heal: Annotated[str | None, typer.Option(help="Tokens to train on to match the original: tokens=2M.")] = None,
+    layerwise: Annotated[
+        float, typer.Option(help="Share of --heal, 0 to 1, that trains each layer alone first.")
+    ] = 0.2,
+    train: Annotated[str, typer.Option(help="Weights that healing trains: attention or all.")] = "attention",
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of healing.")] = 3e-4,
+    batch_size: options.BatchSize[int] = 8,
+    control: Annotated[bool, typer.Option("--control", help="Also train the original on the same tokens.")] = False,
+    evaluation_tokens: Annotated[int, typer.Option(help="Validation tokens to measure on, of each text.")] = 16_384,
+    speed_at: Annotated[str | None, typer.Option(help="Lengths to time, separated by commas; or none.")] = None,
+    dtype: options.Dtype[str] = "float32",
+    compile: options.Compile[bool] = False,
+    device: options.Device[str] = "cpu",
+    seed: options.Seed[int] = 0,
+    threads: options.Threads[int] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    json_path: options.JsonPath = None,
+    plot_path: options.PlotPath = None,
+) -> None:
+    """Give a pretrained model fewer query heads, and measure what that costs."""
+    from sqa.conversion import report
+    from sqa.conversion.run import run
+    from sqa.conversion.settings import Settings, prepare
+
+    if heal is not None and not heal.startswith("tokens="):
+        raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
+    given = {item.name: ctx.params[item.name] for item in fields(Settings) if item.name in ctx.params}
+    lengths: tuple[int, ...] | None = None  # as the kind of model has them
+    if speed_at is not None:
+        lengths = () if speed_at == "none" else options.numbers(speed_at, "--speed-at")
+    settings = Settings(
+        **given
+        | {
+            "heal_tokens": 0 if heal is None else round(Budget.parse(heal).amount),
+            "speed_at": lengths,
+            "dtype": long_dtype(dtype),
+        }
+    )
+    second = None if evaluate == "none" else evaluate
+    job = prepare(options.find_run(model), out, settings, calibration=calibration, evaluate=second)
+    console = make_console()
+    console.print(report.planned(job))
+    if dry_run:
+        return
+    with make_display() as display, stop_flag() as stop:
+        conversion = run(job, display, stop)
+    console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
+    console.print(f"serve it: {conversion.serve}", soft_wrap=True)
+    options.save_json(json_path, conversion)
+    if plot_path is not None:
+        report.plot(conversion, plot_path)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Runs, model directories, .gguf files or Hub names; the first is the baseline.")
+    ],
+    data: Annotated[str, typer.Option(help="Articles (validation split): builtin, wikipedia, or a file or folder.")],
+    items: Annotated[int, typer.Option(help="Number of questions, each from an article of its own.")] = 500,
+    items_file: options.ItemsPath = None,
+    dtype: options.Dtype[str] = "float32",
+    device: options.Device[str] = "cpu",
+    seed: options.Seed[int] = 0,
+    threads: options.Threads[int] = 0,
+    json_path: options.JsonPath = None,
+) -> None:
+    """Test models, without training them for it: which of four paragraphs continues an article?"""
+    import torch
+
+    from sqa import evaluation
+    from sqa.data import open_corpus
+    from sqa.measure.machine import git_revision, machine, versions
+
+    options.at_least_one("--items", items)
+    dtype = long_dtype(dtype)
+    if threads:
+        torch.set_num_threads(threads)
+    with make_display() as display, stop_flag():
+        corpus, sources = open_corpus(data), [options.find_run(name) for name in models]
+        done = evaluation.evaluate(sources, corpus, items=items, seed=seed, dtype=dtype, device=device, display=display)
+    if items_file is not None:
+        write_text(items_file, "".join(json.dumps(asdict(item)) + "\n" for item in done.items))
+    make_console().print(evaluation.score_table(done.scores))
+    found = {
+        "data": corpus.name,
+        "seed": seed,
+        "dtype": dtype,
+        "machine": machine(device).to_dict(),
+        "versions": versions(),
+        "git": git_revision(),
+        "scores": [score.to_dict() for score in done.scores],
+    }
+    options.save_json(json_path, found)
+
+
 @contextmanager
 def _exportable(source: str) -> Iterator[Path | str]:
     """A model to open: `source`, or for an unfinished run a temporary directory with its last checkpoint."""
     run = Path(source)
     if (run / "model.safetensors").is_file() or not (run / "checkpoints").is_dir():
-        yield find_run(source)
+        yield options.find_run(source)
         return
     import tempfile
 

@@ -12,10 +12,12 @@ from typer.core import TyperCommand
 
 from sqa.charts import check_plot_path, load_altair
 from sqa.errors import InputError
+from sqa.experiments.plan import Budget
+from sqa.files import write_json
 from sqa.variants import PRESETS, VARIANTS
 
 T = TypeVar("T")
-"""What an option holds: several are optional where a plan has the field already."""
+"""The type of an option's value: some commands give None as the default, for what a plan has."""
 
 
 class FileCommand(TyperCommand):
@@ -109,8 +111,6 @@ PlotPath = Annotated[
 def save_json(path: Path | None, value: Any) -> None:
     """Write the file of --json, if it is given."""
     if path is not None:
-        from sqa.files import write_json
-
         write_json(path, value)
 
 
@@ -151,9 +151,5 @@ def find_run(source: str) -> Path | str:
 
 
 def seconds(text: str | None) -> float | None:
-    """The seconds of `90s`, `8m` or `1h`."""
-    if text is None:
-        return None
-    from sqa.experiments.plan import Budget
-
-    return Budget.parse(f"time={text}").amount
+    """The seconds of `90s`, `8m` or `1h`; None without a text."""
+    return None if text is None else Budget.parse(f"time={text}").amount
