@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -80,8 +80,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not None, for result files, with `rounds` beside `seconds`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: value for name, value in vars(self).items() if value is not None}
         if self.seconds is not None:
             values |= {"seconds": self.seconds.to_dict(), "rounds": self.seconds.rounds}
         return values

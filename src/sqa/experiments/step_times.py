@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +35,7 @@ def time_steps(plan: Plan, data: Prepared, accelerator: Accelerator, display: Di
         train_step(held[name].learner, task, batches.batch(0), recipes[name], recipes[name].learning_rate)
 
     timings = take_turns(
-        {name: lambda name=name: step(name) for name in plan.variants},  # type: ignore[misc]
+        {name: partial(step, name) for name in plan.variants},
         rounds=plan.timing_rounds,
         warmup=_WARMUP,
         device=accelerator.device,

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +19,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this package, and of installed packages that a figure depends on."""
     found = {"python": platform.python_version()}
     for name in ("sparse-query-attention", *_PACKAGES):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -112,9 +111,8 @@ def git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "machine.py"
-        )  # fails for a package that is installed inside another checkout
+        # this fails for a package that is installed inside another checkout
+        git("ls-files", "--error-unmatch", "machine.py")
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -22,8 +22,10 @@ from sqa.records import at_least_one
 from sqa.tables import make_table
 from sqa.variants import MEASURED_VARIANTS, VARIANTS, find_variant, model_config, shape
 
-BUDGETS = ("equal-time", "equal-flops", "equal-parameters")
 WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
+# a longer context has no more parameters
+BUDGETS = {"equal-time": WAYS, "equal-flops": WAYS, "equal-parameters": WAYS[:-1]}
+"""What can stay equal, and the ways in which that can be spent."""
 
 _GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1)}
 """The field that a way increases, and the size of its steps."""
@@ -87,8 +89,7 @@ def propose(
         for name in (like, *(name for name in variants if name.lower() != like.lower()))
     )
     if budget != "equal-time":
-        ways = WAYS if budget == "equal-flops" else WAYS[:-1]  # a longer context has no more parameters
-        chosen = [_largest(way, start, reference.cost) for way in ways for start in starts]
+        chosen = [_largest(way, start, reference.cost) for way in BUDGETS[budget] for start in starts]
         return [reference, *(replace(p, share=p.cost / reference.cost) for p in chosen if p is not None)]
     # guess a shape from its FLOPs at the variant's measured rate, measure it, and guess again from its own rate
     reference, *starts = _measure([reference, *starts], rounds, device)
@@ -154,10 +155,11 @@ def table(proposals: Sequence[Proposal]) -> Group:
     headings = ("spent on", "variant", "shape", "params", "GFLOP\na step", *measured, "of\nall")
     built = make_table(*headings, names=("spent on", "variant", "shape"), gap=2)
     for p in proposals:
+        rows = {} if p.context == proposals[0].context else {"context": p.context, "batch_size": p.batch_size}
         built.add_row(
             p.way.replace("-", " "),
             VARIANTS[p.variant].label,
-            _changed(p, proposals[0]),
+            ", ".join(f"{name} {value}" for name, value in {**p.model, **rows}.items()),
             f"{p.parameters / 1e6:.2f}M",
             f"{p.flops / 1e9:,.0f}",
             *([] if p.step_s is None else [f"{1000 * p.step_s:,.0f}"]),
@@ -165,15 +167,10 @@ def table(proposals: Sequence[Proposal]) -> Group:
         )
     found = {(p.variant, p.way) for p in proposals[1:]}
     variants = dict.fromkeys(p.variant for p in proposals[1:])
-    ways = WAYS[:-1] if proposals[0].budget == "equal-parameters" else WAYS
+    ways = BUDGETS[proposals[0].budget]
     missing = [(name, way) for way in ways for name in variants if (name, way) not in found]
     listed = ", ".join(f"{VARIANTS[name].label} {way.replace('-', ' ')}" for name, way in missing)
     return Group(built, *([f"The next size would cost more: {listed}."] if missing else []))
-
-
-def _changed(p: Proposal, reference: Proposal) -> str:
-    rows = {} if p.context == reference.context else {"context": p.context, "batch_size": p.batch_size}
-    return ", ".join(f"{name} {value}" for name, value in {**p.model, **rows}.items())
 
 
 def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
