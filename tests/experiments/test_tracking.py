@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sqa.experiments.compare import compare
 from sqa.experiments.plan import Plan
 from sqa.experiments.run import make_recipe
-from sqa.experiments.tracking import TensorBoard
 from sqa.progress import StepReport
 from sqa.training.loop import learning_rate
 
@@ -75,8 +74,8 @@ def events(out: Path, tag: str) -> list[tuple[int, float]]:
 def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        compare(plan, out, Watcher(out, kill_after=5), tracker=TensorBoard)
-    (result,) = compare(plan, out, Watcher(out), resume=True, tracker=TensorBoard).results
+        compare(plan, out, Watcher(out, kill_after=5), track=True)
+    (result,) = compare(plan, out, Watcher(out), resume=True, track=True).results
     assert len(list((out / "tensorboard" / "sqa-3").iterdir())) == 2
     lines = curve(out)
     recipe = make_recipe(plan, "sqa", STEPS)
@@ -98,8 +97,8 @@ def test_curves_stream_and_a_killed_run_goes_on_without_duplicates(plan: Plan, t
         assert [value for _, value in found] == pytest.approx([value for _, value in points], rel=2**-24, abs=1e-12)
 
 
-def test_without_tensorboard_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "sqa.experiments.tracking")
-    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
+def test_without_tensorboard_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, plan: Plan, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"--track needs tensorboard; .* pip install .* '\.\[track\]'"):
-        import sqa.experiments.tracking  # noqa: F401
+        compare(plan, tmp_path / "out", track=True)
+    assert not (tmp_path / "out").exists()

@@ -141,11 +141,6 @@ def _run(
     from sqa.experiments.launch import LOCAL, RAY
     from sqa.experiments.summary import Experiment, comparison_text
 
-    tracker = None
-    if track is not None:
-        from sqa.experiments.tracking import TensorBoard
-
-        tracker = TensorBoard
     try:
         with make_display() as display:
             comparison = run(
@@ -156,7 +151,7 @@ def _run(
                 data_source=changes.get("data"),
                 only=cells,
                 launcher=RAY if launcher == "ray" else LOCAL,
-                tracker=tracker,
+                track=track is not None,
                 any_kernel=given["any_kernel"],
             )
     except Interrupted as error:

@@ -1,20 +1,17 @@
 """Run a comparison: time every variant in turns, then train each with each seed on the same text."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
 from sqa.cost import train_step_flops
 from sqa.data import Prepared
-from sqa.errors import InputError
+from sqa.errors import InputError, load_extra
 from sqa.experiments.directory import Directory
 from sqa.experiments.launch import LOCAL, Launcher
 from sqa.experiments.plan import Cell, Plan
@@ -26,9 +23,6 @@ from sqa.progress import Display, NonFiniteLoss, lasting, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import make_accelerator
 
-if TYPE_CHECKING:
-    from sqa.experiments.tracking import TensorBoard
-
 
 def compare(
     plan: Plan,
@@ -39,7 +33,7 @@ def compare(
     data_source: str | None = None,
     only: Sequence[Cell] | None = None,
     launcher: Launcher = LOCAL,
-    tracker: type[TensorBoard] | None = None,
+    track: bool = False,
     any_kernel: bool = False,
 ) -> Comparison:
     """Run those of the plan's runs that are not finished in the folder `out`, and return all results.
@@ -47,16 +41,18 @@ def compare(
     `resume` continues the comparison in `out` (its plan is `Directory(out).resumed({})`). `data_source` is where the
     plan's text is now, if it moved. With `only`, other processes do the other runs, in `out` and perhaps at the same
     time. Runs follow one another in this process (LOCAL) or are spread over a Ray cluster (RAY); the timing phase is
-    always here. Processes that torchrun started train each run together, and process 0 writes. `tracker` gets the
-    curves of each local run, in a folder of `out` named after it. `any_kernel` lets runs continue with another
-    attention kernel, which rounds differently.
+    always here. Processes that torchrun started train each run together, and process 0 writes. `track`
+    writes the curves of each local run for TensorBoard, in `out`/tensorboard. `any_kernel` lets runs continue with
+    another attention kernel, which rounds differently.
 
-    Raises InputError for whatever keeps the comparison from starting, before anything is written, Interrupted when
-    stopped, and NonFiniteLoss at the end when that happened to a run.
+    Raises InputError for whatever keeps the comparison from starting and MissingExtraError for a missing library,
+    before anything is written, Interrupted when stopped, and NonFiniteLoss at the end when that happened to a run.
     """
     display = display or Display()
-    if tracker is not None and launcher is not LOCAL:
-        raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
+    if track:
+        if launcher is not LOCAL:
+            raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
+        load_extra("tensorboard", "--track needs tensorboard", "track")
     with ExitStack() as stack:
         stack.enter_context(_threads(plan.threads))
         accelerator = make_accelerator(plan.device, plan.dtype)
@@ -98,7 +94,7 @@ def compare(
             data=data,
             accelerator=accelerator,
             stop=stop,
-            tracker=tracker,
+            track=track,
             any_kernel=any_kernel,
         )
         record.check_steps(make_batches(plan, data, plan.seeds[0]).batches_per_epoch)

@@ -1,14 +1,11 @@
 """One run of a comparison: data, batches and recipe, training, evaluation, and the result."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,13 +29,10 @@ from sqa.records import to_json
 from sqa.training.loop import Hooks, Learner, NextToken, Recipe, evaluate, save_model, set_up, train
 from sqa.training.probes import Prober, probe_steps
 
-if TYPE_CHECKING:
-    from sqa.experiments.tracking import TensorBoard
-
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What the runs of one process share. `source`: where the text is here. `tracker` gets the runs' curves.
+    """What the runs of one process share. `source`: where the text is here. `track`: write curves for TensorBoard.
 
     `any_kernel`: continue runs even with another kernel than at the comparison's start. Raises InputError when `data`
     is not the text of the comparison's start.
@@ -50,7 +44,7 @@ class Session:
     data: Prepared
     accelerator: Accelerator
     stop: StopFlag
-    tracker: type[TensorBoard] | None = None
+    track: bool = False
     any_kernel: bool = False
 
     def __post_init__(self) -> None:
@@ -139,8 +133,10 @@ def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambd
     if accelerator.is_main_process:
         folder.mkdir(exist_ok=True)
         data.tokenizer.save(folder / "tokenizer.json")
-        if session.tracker is not None:
-            curves = session.tracker(session.directory.path / "tensorboard" / folder.name, recipe)
+        if session.track:
+            from sqa.experiments.tracking import TensorBoard
+
+            curves = TensorBoard(session.directory.path / "tensorboard" / folder.name, recipe)
 
     torch.manual_seed(seed)
     learner = make_learner(plan, name, recipe, accelerator)

@@ -3,16 +3,12 @@
 import time
 from pathlib import Path
 
-from sqa.errors import MissingExtraError
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
 from sqa.progress import StepReport
 from sqa.training.loop import Recipe, learning_rate
-
-try:
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
-except ImportError:
-    raise MissingExtraError("--track needs tensorboard", "track") from None
 
 
 class TensorBoard:
