@@ -86,9 +86,15 @@ class Experiment:
             shapes={name: given for plan in reversed(plans) for name, given in plan.shapes.items()},
             learning_rates={},
         )
+        first = comparisons[0].record
         for comparison in comparisons:
-            _check_same_data(comparisons[0].record, comparison.record)
-            _check_same(merged, comparison.plan, _SHARED)
+            other = comparison.record
+            if first.data.fingerprint != other.data.fingerprint:
+                raise InputError(
+                    f"report: comparisons must be of the same data, got {first.plan.name} "
+                    f"({first.data.fingerprint[:12]}) and {other.plan.name} ({other.data.fingerprint[:12]})"
+                )
+            _check_same(merged, other.plan, _SHARED)
         if timed is not None:
             _check_same(merged, timed.plan, _TIMED)
         by_budget: dict[str, dict[Cell, RunResult]] = {}
@@ -175,14 +181,6 @@ class Experiment:
             seed: [(run.steps * step, run.val.loss) for run in runs] for seed, runs in points.items() if len(runs) > 1
         }
         return effective_speedup(losses, seconds, curves)
-
-
-def _check_same_data(first: Record, other: Record) -> None:
-    if first.data.fingerprint != other.data.fingerprint:
-        raise InputError(
-            f"report: comparisons must be of the same data, got {first.plan.name} ({first.data.fingerprint[:12]}) "
-            f"and {other.plan.name} ({other.data.fingerprint[:12]})"
-        )
 
 
 def _check_same(merged: Plan, other: Plan, names: Iterable[str]) -> None:
