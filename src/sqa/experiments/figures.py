@@ -163,17 +163,15 @@ def _horizon_figures(lines: Sequence[Summary], colours: Colours) -> list[Figure 
     ]
     timed = [row for row in losses if row["seconds"]]
     tokens, seconds = _log_axis("tokens", "training tokens", _ends(losses)), _log_axis("seconds", "seconds of training")
-    over_tokens, over_time = (
-        alt.layer(*_lines_with_points(_chart(data, x=x), data, colours, f"{name}:Q"))
-        for name, x, data in (("tokens", tokens, losses), ("seconds", seconds, timed))
-    )
     figures = [_difference_over_tokens(lines, colours, note)]
-    figures.append(
-        Figure(name="final-loss-over-tokens", title="Final loss over tokens", caption=note, chart=over_tokens)
-    )
-    if timed:
-        note += " Seconds: steps times the step time of the timing phase."
-        figures.append(Figure(name="final-loss-over-time", title="Final loss over time", caption=note, chart=over_time))
+    for what, x, data, more in (
+        ("tokens", tokens, losses, ""),
+        ("time", seconds, timed, " Seconds: steps times the step time of the timing phase."),
+    ):
+        if data:
+            chart = alt.layer(*_lines_with_points(_chart(data, x=x), data, colours, x.shorthand))
+            name, title = f"final-loss-over-{what}", f"Final loss over {what}"
+            figures.append(Figure(name=name, title=title, caption=note + more, chart=chart))
     return figures
 
 
@@ -378,10 +376,7 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
     colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", _GREY])
     shapes = alt.Scale(domain=kinds, range=["circle", "triangle-up", "diamond"])
     base = _chart(data, y=_by_variant())
-    span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(
-        x="min(ratio):Q",
-        x2="max(ratio):Q",
-    )
+    span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(x="min(ratio):Q", x2="max(ratio):Q")
     dots = _dots(
         base,
         90,
