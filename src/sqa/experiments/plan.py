@@ -182,15 +182,13 @@ class Plan(Checked):
     def model_config(self, name: str) -> ModelConfig:
         """The model of a variant, or of a shape of the plan's own. Raises InputError for what does not fit."""
         own = {key: value for key, value in self.shapes.get(name, {}).items() if key not in ("variant", "label")}
-        base = self.base(name)
-        if base is None:
-            heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
         fields = shape(self.shape)
         fields["max_seq_len"] = max(fields["max_seq_len"], self.context)
-        fields |= self.model | own
-        if base is not None:
-            return model_config(base, **fields)
-        config = model_config("mha", **fields)
+        fields |= self.model
+        if base := self.base(name):
+            return model_config(base, **fields | own)
+        heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
+        config = model_config("mha", **fields | own)
         return config.replace(attention=config.layers[0].replace(**{"num_kv_heads": heads["num_query_heads"], **heads}))
 
     @property
@@ -235,12 +233,12 @@ class Plan(Checked):
 
         `changes` replace fields before anything is checked. Shapes and rates of variants that they drop are dropped.
         """
-        if source in shipped_plans():
+        ours = shipped_plans()
+        if source in ours:
             raw, stem = (files("sqa.experiments") / "plans" / f"{source}.toml").read_bytes(), source
         elif Path(source).is_file():
             raw, stem = Path(source).read_bytes(), Path(source).stem
         else:
-            ours = shipped_plans()
             known = f"the package ({', '.join(ours)}){nearest(source, ours)}"
             raise InputError(f"plan: {source!r} is neither a file nor a plan of {known}")
         try:

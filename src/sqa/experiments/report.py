@@ -225,8 +225,10 @@ def _plus_minus(value: Estimate, sign: str = "+") -> str:
 
 
 def _difference(value: Estimate | None) -> str | tuple[str, str]:
-    if value is None or value.established:
-        return "" if value is None else _plus_minus(value)
+    if value is None:
+        return ""
+    if value.established:
+        return _plus_minus(value)
     return _plus_minus(value), "one seed" if value.half_width is None else "not established"
 
 

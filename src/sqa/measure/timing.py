@@ -60,7 +60,7 @@ class TimeLimit:
         return math.inf if self.seconds is None else self.start + self.seconds - time.monotonic()
 
     def fitting(self, lengths: Iterable[int], notes: list[str], what: str = "The budget") -> Iterator[int]:
-        """Yield rising `lengths` while twice the time of the last one is left. A note names the first that is not run."""
+        """Yield rising `lengths` while twice the time of the last one is left. A note names the first left out."""
         took = 0.0
         for n in lengths:
             before = self.left
