@@ -2,12 +2,11 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
-from itertools import compress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from sqa.errors import InputError, MissingExtraError
 from sqa.experiments.directory import Directory
@@ -77,7 +76,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         name=" and ".join(dict.fromkeys(record.plan.name for record in experiment.records)),
         headlines=[_headline(record, experiment) for record in experiment.records],
         findings=_findings(experiment, front),
-        tables=[table.without_empty_columns() for table in tables],
+        tables=tables,
         figures=figures,
         facts=_facts(experiment.records),
         library=vl_convert.javascript_bundle(
@@ -109,21 +108,19 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A table of the page. A cell is a text, or a text and a remark below it."""
+_Cell = str | tuple[str, str]
+"""A text, or a text and a remark below it."""
 
-    name: str
-    title: str
-    caption: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str | tuple[str, str]]]
+_Columns = dict[str, Callable[[Summary], _Cell]]
+"""By heading: the cell of a variant."""
 
-    def without_empty_columns(self) -> Self:
-        """A copy without columns of things that were not measured."""
-        filled = [any(column) for column in zip(*self.rows, strict=True)]
-        rows = [tuple(compress(row, filled)) for row in self.rows]
-        return replace(self, headings=tuple(compress(self.headings, filled)), rows=rows)
+
+def _table(name: str, title: str, caption: str, columns: _Columns, lines: Sequence[Summary]) -> dict[str, Any]:
+    """A table of the page, without the columns of things that were not measured."""
+    cells = {heading: [cell(line) for line in lines] for heading, cell in columns.items()}
+    filled = {heading: column for heading, column in cells.items() if any(column)}
+    rows = list(zip(*filled.values(), strict=True))
+    return {"name": name, "title": title, "caption": caption, "headings": list(filled), "rows": rows}
 
 
 def _facts(records: Sequence[Record]) -> dict[str, dict[str, list[tuple[str, str]]]]:
@@ -232,8 +229,8 @@ def _difference(value: Estimate | None) -> str | tuple[str, str]:
     return _plus_minus(value), "one seed" if value.half_width is None else "not established"
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}×"
+def _known(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
 
 
 def _speedup(value: Speedup | None) -> str | tuple[str, str]:
@@ -244,31 +241,28 @@ def _speedup(value: Speedup | None) -> str | tuple[str, str]:
     return ("unknown" if value.more_than is None else f"more than {value.more_than:.2f}×"), str(value.why)
 
 
-def _results_table(experiment: Experiment) -> _Table:
+def _results_table(experiment: Experiment) -> dict[str, Any]:
     several = len(experiment.horizons) > 1
-    columns = ["tokens", "seconds", "effective speed-up"] if several else ["steps"]
-    headings = (
-        "variant", "Hq", "Hkv", "head dim", "parameters", *columns, "validation loss", "vs GQA",
-        "accuracy", "step, ms", "speed vs GQA", "speed vs MHA", "attention saving",
-    )  # fmt: skip
-    lines = [
-        (
-            line.label,
-            str(line.num_query_heads),
-            str(line.num_kv_heads),
-            str(line.head_dim),
-            f"{line.parameters:,}",
-            *(_horizon(line) if several else [f"{line.steps:,}"]),
-            _plus_minus(line.loss, ""),
-            _difference(line.difference),
-            f"{line.accuracy.mean:.2%}",
-            "" if line.step_s is None else f"{1000 * line.step_s:,.0f}",
-            _times(line.speed_vs_gqa),
-            _times(line.speed_vs_mha),
-            _times(line.attention_saving),
-        )
-        for line in experiment.summaries()
-    ]
+    horizon: _Columns = {
+        "tokens": lambda line: f"{line.tokens:,}",
+        "seconds": lambda line: _known("{:,.0f}", line.seconds),
+        "effective speed-up": lambda line: _speedup(line.effective_speedup),
+    }
+    columns: _Columns = {
+        "variant": lambda line: line.label,
+        "Hq": lambda line: str(line.num_query_heads),
+        "Hkv": lambda line: str(line.num_kv_heads),
+        "head dim": lambda line: str(line.head_dim),
+        "parameters": lambda line: f"{line.parameters:,}",
+        **(horizon if several else {"steps": lambda line: f"{line.steps:,}"}),
+        "validation loss": lambda line: _plus_minus(line.loss, ""),
+        "vs GQA": lambda line: _difference(line.difference),
+        "accuracy": lambda line: f"{line.accuracy.mean:.2%}",
+        "step, ms": lambda line: "" if line.step_s is None else f"{1000 * line.step_s:,.0f}",
+        "speed vs GQA": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
+        "speed vs MHA": lambda line: _known("{:.2f}×", line.speed_vs_mha),
+        "attention saving": lambda line: f"{line.attention_saving:.2f}×",
+    }
     caption = (
         "Loss in nats a token and accuracy of the next token, over real tokens of the validation set. ±: 95 % interval "
         "over seeds (Student's t), of the paired difference under “vs GQA”. Attention saving: attention FLOPs of "
@@ -282,33 +276,28 @@ def _results_table(experiment: Experiment) -> _Table:
             "losses at the horizons, joined linearly in log time), over this variant's time, with its 95 % interval "
             "over seeds; unknown where GQA's own runs do not enclose the loss."
         )
-    return _Table("results", "Results", caption, headings, lines)
+    return _table("results", "Results", caption, columns, experiment.summaries())
 
 
-def _horizon(line: Summary) -> Iterable[str | tuple[str, str]]:
-    seconds = "" if line.seconds is None else f"{line.seconds:,.0f}"
-    return f"{line.tokens:,}", seconds, _speedup(line.effective_speedup)
-
-
-def _published_table(summary: Sequence[Summary]) -> _Table:
+def _published_table(summary: Sequence[Summary]) -> dict[str, Any]:
     """Our figures in the published convention beside the published ones; missing ones are empty cells."""
     step = PUBLISHED[BASELINE][2]
-    headings = (
-        "variant", "loss, published", "loss, here", "accuracy, published", "accuracy, here",
-        "speed vs GQA, published", "speed vs GQA, here",
-    )  # fmt: skip
-    lines = []
-    for line in summary:
-        loss, accuracy, seconds = PUBLISHED.get(line.variant, (None, None, None))
-        ours = line.loss_all_positions, line.accuracy_all_positions
-        lines.append((
-            line.label,
-            "" if loss is None else f"{loss:.4f}", "" if ours[0] is None else f"{ours[0]:.4f}",
-            "" if accuracy is None else f"{accuracy:.2%}", "" if ours[1] is None else f"{ours[1]:.2%}",
-            _times(None if seconds is None else step / seconds), _times(line.speed_vs_gqa),
-        ))  # fmt: skip
+    published = {name: (loss, accuracy, step / seconds) for name, (loss, accuracy, seconds) in PUBLISHED.items()}
+
+    def theirs(form: str, line: Summary, index: int) -> str:
+        return form.format(published[line.variant][index]) if line.variant in published else ""
+
+    columns: _Columns = {
+        "variant": lambda line: line.label,
+        "loss, published": lambda line: theirs("{:.4f}", line, 0),
+        "loss, here": lambda line: _known("{:.4f}", line.loss_all_positions),
+        "accuracy, published": lambda line: theirs("{:.2%}", line, 1),
+        "accuracy, here": lambda line: _known("{:.2%}", line.accuracy_all_positions),
+        "speed vs GQA, published": lambda line: theirs("{:.2f}×", line, 2),
+        "speed vs GQA, here": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
+    }
     caption = (
         f"Published: {PUBLISHED_SOURCE}. Here: the same convention, loss and accuracy over all positions, padding "
         "included (only padded rows have it). Padding is trivial to predict: neither compares with the table above."
     )
-    return _Table("published", "Beside the published table", caption, headings, lines)
+    return _table("published", "Beside the published table", caption, columns, summary)
