@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 Dtypes = Annotated[str, typer.Option(help="bf16, fp32 or fp16; several, separated by commas.")]
+OneDtype = Annotated[str, typer.Option(help="bf16 or fp32.")]
 Peers = Annotated[str, typer.Option(help="Add hf-llama, x-transformers or (prefill) llama-cpp, separated by commas.")]
 Model = Annotated[
     list[str] | None,
@@ -139,7 +140,7 @@ def prefill(
     model: Model = None,
     peers: Peers = "",
     n: options.Lengths = "1024,2048,4096,8192,16384",
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    dtype: OneDtype = "bf16",
     compile: options.Compile[bool] = True,
     rounds: Rounds = 5,
     device: options.Device[str] = "cpu",
@@ -170,7 +171,7 @@ def decode(
     model: Model = None,
     n: options.Lengths = "1024,8192,32768",
     batch_size: options.BatchSize[int] = 1,
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    dtype: OneDtype = "bf16",
     rounds: Rounds = 5,
     device: options.Device[str] = "cpu",
     budget: TimeLimit[str | None] = None,

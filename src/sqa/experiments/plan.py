@@ -135,11 +135,10 @@ class Plan(Checked):
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if Budget.parse(self.budget).kind == "time" and not self.timing_rounds:
             raise InputError("plan: a time budget needs timing_rounds of at least 1, got 0")
-        for name in self.variants:
-            if not self.model_config(name).causal:
+        for config in map(self.model_config, self.variants):
+            if not config.causal:
                 raise InputError("plan: causal must be true, or a model trained on the next token would see it")
-            longest = self.model_config(name).max_seq_len
-            if self.context > longest:
+            if self.context > (longest := config.max_seq_len):
                 raise InputError(f"plan: context must be at most the model's max_seq_len={longest}, got {self.context}")
 
     def _check_names(self) -> None:

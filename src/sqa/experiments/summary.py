@@ -174,13 +174,11 @@ class Experiment:
     def _speedup(self, name: str, losses: dict[int, float], seconds: float | None) -> Speedup | None:
         if name == BASELINE or seconds is None or BASELINE not in self.step_seconds or len(self.horizons) < 2:
             return None
-        base = [run for results in self.horizons.values() for run in results if run.variant == BASELINE]
-        points = {seed: [run for run in base if run.seed == seed] for seed in {run.seed for run in base}}
-        step = self.step_seconds[BASELINE]
-        curves = {
-            seed: [(run.steps * step, run.val.loss) for run in runs] for seed, runs in points.items() if len(runs) > 1
-        }
-        return effective_speedup(losses, seconds, curves)
+        curves: dict[int, list[tuple[float, float]]] = {}
+        for budget in self.horizons:
+            for run in self.runs(BASELINE, budget):
+                curves.setdefault(run.seed, []).append((run.steps * self.step_seconds[BASELINE], run.val.loss))
+        return effective_speedup(losses, seconds, {seed: curve for seed, curve in curves.items() if len(curve) > 1})
 
 
 def _check_same(merged: Plan, other: Plan, names: Iterable[str]) -> None:

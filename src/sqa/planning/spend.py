@@ -145,7 +145,7 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
         return training_step(entrant, entrant.module, torch.float32, batch)
 
     turns = take_turns({i: step(p) for i, p in enumerate(proposals)}, rounds=rounds, device=device)
-    seconds = [turns[i].median for i in range(len(proposals))]
+    seconds = [timing.median for timing in turns.values()]
     return [replace(p, step_s=s, share=s / seconds[0]) for p, s in zip(proposals, seconds, strict=True)]
 
 
