@@ -105,7 +105,7 @@ def line_up(models: Models, peers: Sequence[str], *, compile: bool, device: torc
     """Our model of each variant and its peers, in fp32.
 
     Peers get our weights, if they can, and must then compute the same. Each peer in PyTorch takes part eager and, with
-    `compile`, also compiled; both share one module. Ours is compiled or not.
+    `compile`, also compiled; both share one module. Ours takes part once, compiled or eager.
     """
     found = LineUp([], {})
     for variant, config in models.configs.items():
@@ -185,10 +185,10 @@ def measure(
     rounds: int,
     limit: TimeLimit,
 ) -> list[Measurement]:
-    """Time the `work` of all runners in turns. An implementation and variant gets one measurement, its best setting's.
+    """Time the `work` of all runners in turns. Each implementation of a variant gets a measurement: its best setting's.
 
-    A peer's says whether it was shown to compute what ours does; who is absent or cannot run has a note. In the order
-    of `configs`, ours before its peers.
+    `checked` says of a peer whether it was shown to compute what ours does. What is absent or cannot run has a note.
+    The order is that of `configs`, ours before its peers.
     """
 
     def contestants() -> Iterator[Contestant]:

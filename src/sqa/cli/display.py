@@ -17,7 +17,7 @@ from rich.text import Text
 from sqa.progress import Display, Interrupted, StepReport, lasting
 
 TABLE_WIDTH = 80
-"""Every table fits it. A narrower terminal wraps the lines: cutting them would change figures."""
+"""Columns that every table fits. A narrower terminal wraps the lines: cutting them would change figures."""
 
 SILENCE = 10.0
 """Seconds without a word after which a command says what it is doing."""
@@ -264,7 +264,7 @@ class PlainDisplay(_SpeakingDisplay):
             self.note(self.state())
 
     def state(self) -> str:
-        """How far it is. Its loss once a step, and then how long no step has ended."""
+        """How far the phase is: once after each step with its loss, and then with the time since the phase began."""
         where, to_do = f"{self._label}: step {self._done}/{self._steps}", self._steps - self._done
         report, self._report = self._report, None
         if report is not None:
@@ -282,9 +282,9 @@ class PlainDisplay(_SpeakingDisplay):
 
 
 class _Speed:
-    """Tokens a second and seconds a step since this process began the run (a resumed run has earlier ones).
+    """Tokens a second and seconds a step since this process began the run, without those before it was resumed.
 
-    After its first step alone those of the whole run.
+    After the first step of this process, they are those of the whole run.
     """
 
     def __init__(self) -> None:

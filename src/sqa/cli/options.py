@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class FileCommand(TyperCommand):
-    """A command whose output files are neither its input nor each other."""
+    """A command that refuses an output file that is its input or another output."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises InputError, before any work, for an output file that another option or argument names too."""

@@ -49,9 +49,9 @@ def read_experiment(directories: Sequence[Path], step_times: Path | None = None)
 def write_report(directories: Sequence[Path], out: Path | None = None, *, step_times: Path | None = None) -> list[Path]:
     """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the last directory).
 
-    Several directories are horizons of one experiment. An unfinished comparison is reported as far as it is. Returns
-    the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError
-    without the extra `report`.
+    Several directories are horizons of one experiment. An unfinished comparison is reported as far as it has run.
+    Returns the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError without
+    the extra `report`.
     """
     experiment = read_experiment(directories, step_times)
     try:

@@ -14,8 +14,8 @@ from sqa.training.loop import Recipe, learning_rate
 class TensorBoard:
     """`loss`, `learning_rate` and `tokens_per_s` of each step of one run, then `validation_loss`.
 
-    A process writes one file. It says from which step on the files before it no longer hold: a run that is resumed
-    trains again what came after its checkpoint.
+    A process writes one file. It says from which step on the earlier files are void, since a run that is resumed trains
+    the steps after its checkpoint again.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
