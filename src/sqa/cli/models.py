@@ -49,21 +49,17 @@ def generate(
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps bytes that are no UTF-8
         raise InputError("--prompt must be UTF-8 text")
     ids = text.encode_chat(prompt) if chat else text.encode(prompt)
-    tokens = (
-        source.load()
-        .eval()
-        .generate(
-            torch.tensor([ids]),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            end_id=text.special.eos,
-            generator=torch.Generator().manual_seed(seed),
-        )[0]
-        .tolist()
+    loaded = source.load().eval()
+    tokens = loaded.generate(
+        torch.tensor([ids]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        end_id=text.special.eos,
+        generator=torch.Generator().manual_seed(seed),
     )
-    print(text.decode(tokens[len(ids) if chat else 0 :]))
+    print(text.decode(tokens[0, len(ids) if chat else 0 :].tolist()))
 
 
 @app.command()
@@ -152,17 +148,10 @@ def convert(
     if heal is not None and not heal.startswith("tokens="):
         raise InputError(f"--heal must be tokens=NUMBER, as in tokens=2M, got {heal!r}")
     given = {item.name: ctx.params[item.name] for item in fields(Settings) if item.name in ctx.params}
-    lengths: tuple[int, ...] | None = None  # as the kind of model has them
     if speed_at is not None:
-        lengths = () if speed_at == "none" else options.numbers(speed_at, "--speed-at")
-    settings = Settings(
-        **given
-        | {
-            "heal_tokens": 0 if heal is None else round(Budget.parse(heal).amount),
-            "speed_at": lengths,
-            "dtype": long_dtype(dtype),
-        }
-    )
+        given["speed_at"] = () if speed_at == "none" else options.numbers(speed_at, "--speed-at")
+    given["heal_tokens"] = 0 if heal is None else round(Budget.parse(heal).amount)
+    settings = Settings(**given | {"dtype": long_dtype(dtype)})
     second = None if evaluate == "none" else evaluate
     job = prepare(options.find_run(model), out, settings, calibration=calibration, evaluate=second)
     console = make_console()

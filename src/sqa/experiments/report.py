@@ -186,10 +186,8 @@ def _findings(experiment: Experiment, front: Sequence[str]) -> list[str]:
     if len(experiment.horizons) > 1:
         lines.append(f"These sentences are about the longest runs alone: {list(experiment.horizons)[-1]}.")
     for established, words in ((True, "Established at 95 %"), (False, "Not established, the interval crosses zero")):
-        named = [(label, difference) for label, difference in judged if difference.established is established]
-        if named:
-            each = ", ".join(f"{label} {_plus_minus(difference)}" for label, difference in named)
-            lines.append(f"{words}: loss against GQA of {each}.")
+        if named := [f"{label} {_plus_minus(value)}" for label, value in judged if value.established is established]:
+            lines.append(f"{words}: loss against GQA of {', '.join(named)}.")
     if single := [label for label, difference in different if difference.half_width is None]:
         lines.append(f"One seed has no interval: no difference to GQA is established for {', '.join(single)}.")
     if not different:
@@ -221,7 +219,7 @@ def _plus_minus(value: Estimate, sign: str = "+") -> str:
     return f"{value.mean:{sign}.4f}{spread}".replace("-", "−")
 
 
-def _difference(value: Estimate | None) -> str | tuple[str, str]:
+def _difference(value: Estimate | None) -> _Cell:
     if value is None:
         return ""
     if value.established:
@@ -233,7 +231,7 @@ def _known(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _speedup(value: Speedup | None) -> str | tuple[str, str]:
+def _speedup(value: Speedup | None) -> _Cell:
     if value is None:
         return ""
     if value.ratio is not None:
