@@ -10,7 +10,6 @@ from sqa.cost import parameters
 from sqa.model import Transformer
 from sqa.planning.scale import (
     ASSUMPTIONS,
-    H100,
     SCALE_VARIANTS,
     communication,
     compute_seconds,
@@ -38,23 +37,23 @@ def test_seconds_are_flops_counted_one_by_one_over_rates() -> None:
         scores = layers * heads * pairs * 2 * 2 * 128
         block = 2 * n * (2 * d * heads * 128 + 2 * d * kv_heads * 128 + 3 * d * ff)
         head = 2 * n * d * vocab
-        attention, rest = compute_seconds(preset("8b", variant), n, H100)
+        attention, rest = compute_seconds(preset("8b", variant), n)
         assert attention == pytest.approx(scores * (2 / 616e12 + 2.5 / 561e12))
         assert rest == pytest.approx((4 * layers * block + 3 * head) / (0.40 * 989e12))
-        once = compute_seconds(preset("8b", variant), n, H100, recompute=False)
+        once = compute_seconds(preset("8b", variant), n, recompute=False)
         assert once[0] == pytest.approx(scores * (1 / 616e12 + 2.5 / 561e12))
         assert once[1] == pytest.approx(3 * (layers * block + head) / (0.40 * 989e12))
 
 
 def test_links() -> None:
-    sent, seconds = communication(1_000_000, 8, H100)
+    sent, seconds = communication(1_000_000, 8)
     assert sent == 3 * 2 * 1_000_000 * 7 / 8
     assert seconds == pytest.approx(sent / 450e9)
-    sent, seconds = communication(1_000_000, 512, H100)
+    sent, seconds = communication(1_000_000, 512)
     assert sent == 3 * 2 * 1_000_000 * 511 / 512
     # 63 of 64 parts come from other nodes, through 8 cards of 50 GB/s
     assert seconds == pytest.approx(6_000_000 * 63 / 64 / 400e9)
-    assert communication(1_000_000, 1, H100) == (0, 0)
+    assert communication(1_000_000, 1) == (0, 0)
 
 
 def test_memory_by_part() -> None:
@@ -88,7 +87,7 @@ def test_one_block_is_what_autograd_keeps(variant: str) -> None:
 
 def test_a_published_measurement_lies_between_recomputing_all_and_nothing() -> None:
     config = preset("8b", "gqa")
-    slow, fast = (8192 / sum(compute_seconds(config, 8192, H100, recompute=again)) for again in (True, False))
+    slow, fast = (8192 / sum(compute_seconds(config, 8192, recompute=again)) for again in (True, False))
     assert slow < 6514 < 6667 < fast
     assert (round(slow, -2), round(fast, -2)) == (6000, 7900)
     assert f"{round(slow, -2):,.0f}" in " ".join(ASSUMPTIONS.split())

@@ -23,24 +23,12 @@ SCALE_VARIANTS = ("mha", *MEASURED_VARIANTS)
 BACKWARD = 2.5
 """FLOPs of attention's backward over its forward: the backward computes the scores again."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """FLOP/s of a GPU, and bytes/s of its links in each direction; `rest_share` is of `peak`."""
-
-    peak: float
-    rest_share: float
-    attention_forward: float
-    attention_backward: float
-    node_size: int
-    inside: float
-    across: float
-
-
-H100 = Hardware(
-    peak=989e12, rest_share=0.40, attention_forward=616e12, attention_backward=561e12,
-    node_size=8, inside=450e9, across=50e9,
-)  # fmt: skip
+PEAK, REST_SHARE = 989e12, 0.40
+"""FLOP/s of an H100, and the share of them that all but attention reaches."""
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 616e12, 561e12
+"""FLOP/s of attention on an H100."""
+NODE_SIZE, INSIDE, ACROSS = 8, 450e9, 50e9
+"""H100s in a node, and bytes/s of a GPU's links in each direction, inside its node and to others."""
 
 ASSUMPTIONS = """\
 Hardware: H100 SXM with 80 GB, 989 TFLOP/s in bf16 without sparsity, NVLink with
@@ -93,22 +81,22 @@ class StepEstimate:
         return asdict(self) | {"step_s": self.step_s, "gpu_hours_per_billion": self.gpu_hours_per_billion}
 
 
-def compute_seconds(config: ModelConfig, n: int, hardware: Hardware, *, recompute: bool = True) -> tuple[float, float]:
-    """Seconds of attention and of all else, for one sequence of `n` tokens on one GPU; blocks run forward twice."""
+def compute_seconds(config: ModelConfig, n: int, *, recompute: bool = True) -> tuple[float, float]:
+    """Seconds of attention and of all else for `n` tokens on one H100; with `recompute`, blocks run forward twice."""
     scores = sum(attention_flops(layer, n) for layer in config.layers)
     matrix = forward_flops(config, n) - scores
     again = matrix - 2 * n * config.vocab_size * config.d_model if recompute else 0
-    forward = scores * (1 + recompute) / hardware.attention_forward
-    rest = (3 * matrix + again) / (hardware.rest_share * hardware.peak)
-    return forward + BACKWARD * scores / hardware.attention_backward, rest
+    forward = scores * (1 + recompute) / ATTENTION_FORWARD
+    rest = (3 * matrix + again) / (REST_SHARE * PEAK)
+    return forward + BACKWARD * scores / ATTENTION_BACKWARD, rest
 
 
-def communication(num_parameters: int, gpus: int, hardware: Hardware) -> tuple[float, float]:
+def communication(num_parameters: int, gpus: int) -> tuple[float, float]:
     """Bytes that a GPU sends in a step, and their seconds over the slower link: two gathers and a reduction in bf16."""
     size = 3 * 2 * num_parameters
-    nodes = math.ceil(gpus / hardware.node_size)
-    inside = size * (gpus - 1) / gpus / hardware.inside
-    return size * (gpus - 1) / gpus, max(inside, size * (nodes - 1) / nodes / (hardware.node_size * hardware.across))
+    nodes = math.ceil(gpus / NODE_SIZE)
+    inside = size * (gpus - 1) / gpus / INSIDE
+    return size * (gpus - 1) / gpus, max(inside, size * (nodes - 1) / nodes / (NODE_SIZE * ACROSS))
 
 
 def memory(config: ModelConfig, tokens: int, gpus: int) -> dict[str, float]:
@@ -135,7 +123,7 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
     at_least_one("scale", n=n, gpus=gpus, tokens=tokens)
     config = preset(shape, variant, max_seq_len=n)
     rows = max(1, tokens // n)
-    sent, seconds = communication(parameters(config), gpus, H100)
+    sent, seconds = communication(parameters(config), gpus)
     return StepEstimate(
         variant=find_variant(variant)[0],
         n=n,
@@ -144,14 +132,14 @@ def estimate(shape: str, variant: str, n: int, gpus: int, *, tokens: int = 16_38
         flops=gpus * train_step_flops(config, n, rows),
         memory=memory(config, rows * n, gpus),
         communication=sent,
-        compute_s=rows * sum(compute_seconds(config, n, H100)),
+        compute_s=rows * sum(compute_seconds(config, n)),
         communicate_s=seconds,
     )
 
 
 def saving(shape: str, variant: str, n: int) -> float:
     """The share of the baseline's computing time that attention saves at `n` tokens."""
-    (own, _), (theirs, rest) = (compute_seconds(preset(shape, v, max_seq_len=n), n, H100) for v in (variant, BASELINE))
+    (own, _), (theirs, rest) = (compute_seconds(preset(shape, v, max_seq_len=n), n) for v in (variant, BASELINE))
     return (theirs - own) / (theirs + rest)
 
 
