@@ -200,7 +200,7 @@ def measure(
             checked = None if runner.implementation == OURS else runner.entrant.same_function
             yield replace(measurement, setting=runner.setting, checked=checked), work(runner)
 
-    # a pass is made to see that it runs, and is a long one at the longest prompts; a second step still allocates
+    # time_all runs each once to see that it works: warm enough for a forward pass, but a second step still allocates
     warmup = 1 if task.kind == "step" else 0
     timed = time_all(contestants(), rounds=rounds, warmup=warmup, device=task.device, limit=limit)
     tokens = task.batch_size * (task.new_tokens or task.n)

@@ -58,7 +58,7 @@ def run_prefill(
     baseline = choose_baseline(configs)
     peak = measure_peak(torch_dtype, where)
     lineup = line_up(models, peers, compile=compile, device=where)
-    for runner in lineup.runners:  # compared in fp32 first
+    for runner in lineup.runners:  # line_up has compared them in fp32
         runner.entrant.module.to(torch_dtype).eval()
     notes = [f"{dtype}: {peak}"]
     if len(configs) > 1:

@@ -57,13 +57,13 @@ def main() -> None:
         _fail(str(error), 2)
     except (Interrupted, NonFiniteLoss) as error:
         if not is_main():
-            sys.exit(1)  # all processes agreed on it: the first one says it
+            sys.exit(1)  # it happened in all processes, and the first one reports it
         _fail(str(error), 141 if isinstance(error, OutputClosed) else 130 if isinstance(error, Interrupted) else 1)
     except MemoryError:
         _fail("out of memory", 1)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            in_the_way = isinstance(error, FileExistsError)  # of mkdir: folders that exist are taken or refused before
+            in_the_way = isinstance(error, FileExistsError)  # from mkdir: a folder that exists was refused before
             why = "this is no folder, and a folder is needed here" if in_the_way else error.strerror
             _fail(f"{error.filename}: {why}", 2)
         if isinstance(error, RuntimeError) and (why := _out_of_memory(error)):

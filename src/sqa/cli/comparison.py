@@ -131,7 +131,7 @@ def _run(
             raise InputError(f"--resume goes on with the plan in its directory; leave out {source!r}")
         if out not in (None, resume):
             raise InputError(f"--resume names the directory already, got --out {out} as well")
-        from sqa.experiments.directory import Directory  # and with it torch, after what the plan alone can get wrong
+        from sqa.experiments.directory import Directory  # imports torch: after the checks that do without
 
         out, plan = resume, Directory(resume).resumed(changes)
     cells = None if only is None else plan.find_cells(options.names(only))
@@ -173,7 +173,7 @@ def _run(
 
             with speak_of("sqa.experiments.report"):
                 notes.append(f"Report: {write_report([out])[0]}")
-        except MissingExtraError as error:  # a finished comparison does not fail for want of a plotting library
+        except MissingExtraError as error:  # a finished comparison does not fail because a plotting library is missing
             notes.append(f"No report: {error}")
     if single and not comparison.missing:
         notes.append(f"Try it: sqa generate {out} --prompt 'The'")

@@ -46,7 +46,7 @@ def generate(
         raise InputError(f"model: {source.path} has no tokenizer.json, which the prompt is encoded with")
     if not prompt:
         raise InputError("--prompt must not be empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python keeps bytes that are no UTF-8
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # stands for bytes that are not UTF-8
         raise InputError("--prompt must be UTF-8 text")
     ids = text.encode_chat(prompt) if chat else text.encode(prompt)
     loaded = source.load().eval()

@@ -100,7 +100,7 @@ class Directory:
 
     def check_holds(self, plan: Plan) -> None:
         """Raise InputError when the directory holds another comparison, or foreign files."""
-        if all(entry.name.startswith(".") for entry in self.path.iterdir()):  # locks, and what a process left
+        if all(entry.name.startswith(".") for entry in self.path.iterdir()):  # locks and temporary files
             return
         if not self.begun:
             raise InputError(f"out: {self.path} already holds other files; give another --out")

@@ -310,7 +310,7 @@ def _curves(texts: tuple[str, str, str], data: Sequence[Row], colours: Colours, 
     near = alt.selection_point(
         fields=["variant", "step"], nearest=True, on="pointerover", empty=False, clear="pointerout"
     )
-    # all of the datum: a tooltip of chosen fields misses the names where the nearest point counts (Vega-Lite 6.4)
+    # the whole datum: a tooltip of chosen fields lacks their names when the nearest point is shown (Vega-Lite 6.4)
     points = base.mark_point(filled=True, size=70, tooltip=alt.TooltipContent("data")).encode(
         opacity=alt.when(near).then(alt.value(1)).otherwise(alt.value(0))
     )

@@ -191,7 +191,7 @@ def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
 def _toml(name: str, reference: Proposal, members: Sequence[Proposal], *, alone: bool) -> str:
     variants = [p.variant for p in members]
     if not alone:
-        # without the baseline of wide heads no comparison claims anything
+        # a comparison without the baseline of wide heads proves nothing
         variants = list(dict.fromkeys([reference.variant, *variants, "wide-gqa"]))
     label = VARIANTS[reference.variant].label
     fields = {
