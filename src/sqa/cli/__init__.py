@@ -63,7 +63,7 @@ def main() -> None:
         _fail("out of memory", 1)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            in_the_way = isinstance(error, FileExistsError)  # from mkdir: a folder that exists was refused before
+            in_the_way = isinstance(error, FileExistsError)  # from mkdir, where a file has that name
             why = "this is no folder, and a folder is needed here" if in_the_way else error.strerror
             _fail(f"{error.filename}: {why}", 2)
         if isinstance(error, RuntimeError) and (why := _out_of_memory(error)):

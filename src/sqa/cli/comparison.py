@@ -67,7 +67,7 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
 def _seeds(text: str) -> tuple[int, ...]:
     """The seeds, given as a list or as their number."""
     try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(name) for name in options.names(text)]
     except ValueError:
         raise InputError(f"--seeds must be a number of seeds (3) or a list (0,7,9), got {text!r}") from None
     if "," in text:

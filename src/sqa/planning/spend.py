@@ -182,14 +182,13 @@ def write_plans(proposals: Sequence[Proposal], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, members in plans.items():
-        alone = members[0].way == "longer-context"
         written.append(out / f"{reference.budget}-{name}.toml")
-        write_text(written[-1], _toml(written[-1].stem, reference, members, alone=alone))
+        write_text(written[-1], _toml(written[-1].stem, reference, members))
     return written
 
 
-def _toml(name: str, reference: Proposal, members: Sequence[Proposal], *, alone: bool) -> str:
-    variants = [p.variant for p in members]
+def _toml(name: str, reference: Proposal, members: Sequence[Proposal]) -> str:
+    variants, alone = [p.variant for p in members], members[0].way == "longer-context"
     if not alone:
         # a comparison without the baseline of wide heads proves nothing
         variants = list(dict.fromkeys([reference.variant, *variants, "wide-gqa"]))
