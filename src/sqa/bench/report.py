@@ -1,7 +1,7 @@
 """The result of a benchmark: measurements with a header, as JSON Lines, as tables of 80 columns and as plots."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,18 +81,14 @@ class BenchResult:
         """The benchmarks of the measurements, in their order."""
         return list(dict.fromkeys(row.kind for row in self.rows))
 
-    def tables(self) -> Iterator[Group]:
-        """One table for each benchmark, width, dtype and pass."""
-        parts: dict[tuple[Any, ...], list[Measurement]] = {}
-        for row in self.rows:
-            parts.setdefault((row.kind, row.d_model, row.dtype, row.what), []).append(row)
-        for (kind, *_), rows in parts.items():
-            yield _wide_table(rows) if kind == "prefill" else _table(rows)
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         where = self.machine.gpu or f"{self.machine.processor}, {self.machine.threads} threads"
         yield Text(f"{where}, torch {self.versions['torch']}, git {self.revision}", style="dim")
-        yield from self.tables()
+        tables: dict[tuple[Any, ...], list[Measurement]] = {}
+        for row in self.rows:
+            tables.setdefault((row.kind, row.d_model, row.dtype, row.what), []).append(row)
+        for (kind, *_), rows in tables.items():
+            yield _wide_table(rows) if kind == "prefill" else _table(rows)
         for note in self.notes:
             yield Text(note, style="dim")
 

@@ -19,7 +19,7 @@ from sqa.progress import Interrupted
 app = typer.Typer()
 
 MAX_SEEDS = 1000
-"""A larger number of seeds is taken for a slip: nobody trains so many runs of one variant."""
+"""A larger number of seeds is a slip: nobody trains so many runs of one variant."""
 
 PlanSource = Annotated[str | None, typer.Argument(metavar="PLAN", help="demo (default), published or a TOML file.")]
 Resume = Annotated[Path | None, typer.Option(help="Continue what is in this directory.")]

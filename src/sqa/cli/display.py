@@ -195,7 +195,7 @@ class _Lasting(ProgressColumn):
 
 
 class LiveDisplay(_SpeakingDisplay):
-    """One bar: variant, step, loss, tokens a second, time left. It needs no reminders, since the bar moves."""
+    """One bar: variant, step, loss, tokens a second, time left. While it moves, no reminder is needed."""
 
     def __init__(self, console: Console, beside: LiveDisplay | None = None) -> None:
         super().__init__(console, beside)
