@@ -1,5 +1,6 @@
 """GGUF files, read back with the gguf package; llama.cpp itself is in test_llama_cpp.py."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,7 +139,10 @@ def test_other_tokenizers_and_dtypes_are_refused(
     run = saved(model_of(config_of()))
     with pytest.raises(ValueError, match="f32, f16, bf16, q8_0"):
         export(run, tmp_path / "model.gguf", format="gguf", dtype="q4_0")
-    text = small_tokenizer.to_str().replace('"use_regex":true', '"use_regex":false')
-    (run / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match="GPT-2"):
-        export(run, tmp_path / "model.gguf", format="gguf")
+    other_split = small_tokenizer.to_str().replace('"use_regex":true', '"use_regex":false')
+    values = json.loads(small_tokenizer.to_str())
+    values["model"]["merges"] = []  # llama.cpp reads no such file
+    for text in (other_split, json.dumps(values)):
+        (run / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"has merges and splits text as GPT-2.* this tokenizer does not"):
+            export(run, tmp_path / "model.gguf", format="gguf")

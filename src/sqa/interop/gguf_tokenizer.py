@@ -126,10 +126,13 @@ def _splitter(split: str | None) -> Any:
 
 
 def pre_of(tokenizer: Tokenizer) -> str | None:
-    """The name in `tokenizer.ggml.pre` for how this byte-level tokenizer splits text; None if there is none."""
+    """The name in `tokenizer.ggml.pre` for how this byte-level tokenizer splits text; None if there is none.
+
+    There is none without merges either: llama.cpp reads no file that lacks them.
+    """
     values = json.loads(tokenizer.to_str())
     model, normalizer = values["model"], (values.get("normalizer") or {}).get("type")
-    if model["type"] != "BPE" or normalizer not in (None, "NFC"):
+    if model["type"] != "BPE" or not model["merges"] or normalizer not in (None, "NFC"):
         return None
     for split, (name, *_) in _SPLITS.items():
         if (

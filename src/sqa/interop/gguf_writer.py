@@ -40,8 +40,8 @@ def check_gguf(config: ModelConfig, tokenizer: Any, out: Path) -> None:
         raise InputError(f"export: gguf is written without {'; nor '.join(left_out)}; {elsewhere}")
     if tokenizer is not None and pre_of(tokenizer) is None:
         raise InputError(
-            f"export: gguf is written for byte-level BPE that splits text as GPT-2, SmolLM, Llama 3, Qwen2, Tekken or "
-            f"GPT-4o do, this tokenizer does not; {elsewhere}"
+            f"export: gguf is written for byte-level BPE that has merges and splits text as GPT-2, SmolLM, Llama 3, "
+            f"Qwen2, Tekken or GPT-4o do, this tokenizer does not; {elsewhere}"
         )
 
 
