@@ -37,7 +37,7 @@ from sqa.conversion import report
 from sqa.conversion.records import Conversion
 from sqa.conversion.run import convert
 from sqa.conversion.settings import Settings
-from sqa.interop import load_model
+from sqa.interop import load_config, load_model
 from sqa.progress import Display, Interrupted, StepReport, StopFlag
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
@@ -369,7 +369,7 @@ def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, t
     settings = Settings(query_heads=3, allocation="measured", **SMALL)
     with pytest.raises(ValueError, match="no allocation to 2 layers has 4 query heads in all; try 6"):
         converted(source, tmp_path / "out", text, replace(settings, query_heads=2))
-    with pytest.raises(ValueError, match="keeps the KV heads"):
+    with pytest.raises(ValueError, match="allocation measured decides about KV heads"):
         converted(source, tmp_path / "out", text, replace(settings, kv_heads=1))
     same = converted(source, tmp_path / "same", text, replace(settings, query_heads=6))
     assert same.stages[-1].quality.kl == pytest.approx(0, abs=1e-6)
@@ -396,6 +396,26 @@ def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, t
     torch.testing.assert_close(
         theirs(ids).logits, load_model(tmp_path / "spread").eval()(ids).logits, atol=1e-4, rtol=1e-4
     )
+
+
+def test_a_layer_may_lose_kv_heads(private_modules, hugging_face, text: Path, tmp_path: Path) -> None:
+    """Of three KV heads of a layer two have query heads that add nothing: they go, and nothing is lost."""
+    source = hugging_face("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][:, 16:] = 0.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    settings = Settings(query_heads=4, allocation="measured-kv", **SMALL)
+    result = converted(source, tmp_path / "out", text, settings)
+    assert [layer.kept for layer in result.layers] == [(0, 1, 2, 3, 4, 5), (0, 1)]
+    config = load_config(tmp_path / "out")
+    assert [layer.num_kv_heads for layer in config.layers] == [3, 1]
+    assert result.stages[-1].quality.kl == pytest.approx(0, abs=1e-6)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    ids = torch.arange(2, 40)[None]
+    expected = theirs(ids).logits
+    torch.testing.assert_close(expected, load_model(tmp_path / "out").eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    cached = theirs.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(cached, load_model(tmp_path / "out").eval().generate(ids, max_new_tokens=3))
 
 
 def test_stopped_in_any_phase_it_ends_the_same(hugging_face, text: Path, tmp_path: Path) -> None:

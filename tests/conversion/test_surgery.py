@@ -220,6 +220,57 @@ def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) 
         assert float(found[1][head]) == pytest.approx(sum(map(abs, slopes)), abs=1e-3, rel=1e-2)
 
 
+def test_heads_that_read_no_kept_kv_head_go() -> None:
+    """What stays of a layer without some of its KV heads is what those heads computed before."""
+    view = layer_view(6, 3)
+    after, pools = surgery.plan_without(view.config, 2, [0, 2])
+    assert (after.num_query_heads, after.num_kv_heads, pools) == (2, 2, [range(2), range(4, 6)])
+    weights = surgery.cut(view, after.num_kv_heads, [1, 4])
+    for got, linear, heads in ((weights.q, view.q, (1, 4)), (weights.k, view.k, (0, 2)), (weights.v, view.v, (0, 2))):
+        rows = linear.weight.detach().double().split(4)
+        torch.testing.assert_close(got[:, :24], torch.cat([rows[head] for head in heads]))
+    columns = view.o.weight.detach().double().split(4, dim=1)
+    torch.testing.assert_close(weights.o, torch.cat([columns[1], columns[4]], dim=1))
+
+
+@pytest.mark.parametrize("method", importance.METHODS)
+def test_every_method_keeps_heads_of_the_pools_alone(method: str) -> None:
+    view = layer_view(6, 3)
+    z = torch.randn(80, 24, generator=torch.Generator().manual_seed(2)).double()
+    moments = moments_of(z, z @ joined(view.o).T)
+    _, pools = surgery.plan_without(view.config, 2, [0, 2])
+    options = {"gate_gradients": torch.arange(6.0), "generator": torch.Generator().manual_seed(0)}
+    kept = importance.choose_heads(method, view, moments, pools, 1, **options)
+    assert [sum(head in pool for head in kept) for pool in pools] == [1, 1]
+    if method == "greedy":  # of each pair the head whose absence the three others' outputs make good worst
+        target, heads = z @ joined(view.o).T, z.split(4, dim=1)
+
+        def error(left: Sequence[int]) -> float:
+            own = torch.cat([heads[head] for head in left], dim=1)
+            return float((own @ torch.linalg.lstsq(own, target).solution - target).square().sum())
+
+        first = min((0, 1, 4, 5), key=lambda head: error([h for h in (0, 1, 4, 5) if h != head]))
+        rest = [h for h in (0, 1, 4, 5) if h != first]
+        others = [h for h in rest if h not in range(first // 4 * 4, first // 4 * 4 + 2)]
+        second = min(others, key=lambda head: error([h for h in rest if h != head]))
+        assert kept == [h for h in rest if h != second]
+
+
+def test_a_layer_keeps_the_kv_heads_whose_query_heads_add_most() -> None:
+    config = AttentionConfig(d_model=24, num_heads=6, num_kv_heads=3)
+    norms = torch.tensor([1.0, 5.0, 4.0, 4.0, 2.0, 3.0])
+    for counts, pools in (
+        ((1, 1), [range(2)]),  # the best single head
+        ((2, 1), [range(2, 4)]),  # 32 together beside 26 and 13
+        ((2, 2), [range(2), range(2, 4)]),
+        ((6, 3), [range(2), range(2, 4), range(4, 6)]),
+    ):
+        after, found = allocation.plan_layer(config, norms, *counts)
+        assert ((after.num_query_heads, after.num_kv_heads), found) == (counts, pools)
+    multi_head = config.replace(num_kv_heads=6)
+    assert allocation.plan_layer(multi_head, norms, 2, 2) == surgery.plan_heads(multi_head, 2, None)
+
+
 @given(costs=st.lists(st.dictionaries(st.integers(1, 8), st.floats(0, 9), min_size=1), min_size=1, max_size=4))
 def test_an_allocation_is_the_cheapest_of_all(costs: list[dict[int, float]]) -> None:
     totals: dict[int, float] = {}

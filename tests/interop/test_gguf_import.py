@@ -89,12 +89,13 @@ def test_what_we_write_we_read(changes: dict, config_of: Make, model_of, saved, 
 
 def test_layers_that_differ_in_their_heads_are_deci(config_of: Make, model_of, saved, tmp_path: Path) -> None:
     layer = config_of().layers[0]
-    config = config_of(attention=(layer, layer.replace(num_query_heads=6)))
+    config = config_of(attention=(layer, layer.replace(num_query_heads=6, num_kv_heads=1)))
     model = model_of(config)
     export(saved(model), tmp_path / "model.gguf", format="gguf")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["general.architecture"].contents() == "deci"
     assert fields["deci.attention.head_count"].contents() == [4, 6]
+    assert fields["deci.attention.head_count_kv"].contents() == [2, 1]
     again = load_model(tmp_path / "model.gguf")
     assert again.config == config
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())

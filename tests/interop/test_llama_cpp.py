@@ -24,7 +24,8 @@ def test_same_greedy_tokens(
     from llama_cpp import Llama
 
     layer = config_of(qk_norm=arch == "qwen3").layers[0]
-    model = model_of(config_of(attention=(layer, layer.replace(num_query_heads=6)) if arch == "deci" else layer))
+    layers = (layer, layer.replace(num_query_heads=6, num_kv_heads=1)) if arch == "deci" else layer
+    model = model_of(config_of(attention=layers))
     export(saved(model), tmp_path / "model.gguf", format="gguf", dtype="f32")
     kv_f32 = 0  # GGML_TYPE_F32: its default cache is f16
     llama = Llama(

@@ -114,7 +114,8 @@ def convert(
     allocation: Annotated[
         str,
         typer.Option(
-            help="uniform: as many query heads in each layer; measured: more where they matter, the same total."
+            help="uniform: as many query heads in each layer; measured: more where they matter, the same total; "
+            "measured-kv: KV heads may go too."
         ),
     ] = "uniform",
     method: Annotated[str, typer.Option(help="How to choose heads: random, weight, l2, taylor or greedy.")] = "l2",

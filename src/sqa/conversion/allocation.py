@@ -4,33 +4,41 @@ Shapes: d = d_model, F = Hq * D features of an output projection.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqa.conversion.importance import choose_heads
+from sqa.config import AttentionConfig
+from sqa.conversion.importance import choose_heads, l2_norms
 from sqa.conversion.moments import Moments
 from sqa.conversion.subject import AttentionView, Subject, joined, watched
-from sqa.conversion.surgery import solve_damped
+from sqa.conversion.surgery import Plan, plan_heads, plan_without, solve_damped
 from sqa.errors import InputError
 
 _DAMPING = 1e-4  # the ridge penalty that most layers choose
 
 
-def layer_costs(
-    original: Subject,
-    batches: Iterable[Any],
-    choices: Sequence[Mapping[int, Sequence[range]]],
-) -> list[dict[int, float]]:
-    """For each layer the cost of keeping so many query heads, in nats a token, by the number kept.
+@dataclass(frozen=True)
+class Choice:
+    """What a layer may become, and the cost of it in nats a token."""
 
-    `choices`: for each layer the numbers to try, each with its pools of heads (surgery.plan_heads).
+    plan: Plan
+    cost: float
 
-    The second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2, with e the
-    error of the refitted attention output and g the gradient of a token's loss by that output (the empirical Fisher
-    matrix, as in optimal brain surgeon, arXiv 2203.07259). With g and e independent it is tr(E[g g^T] E[e e^T]) / 2.
-    The heads with the largest L2 norms stay.
+
+def layer_choices(
+    original: Subject, batches: Iterable[Any], counts: Sequence[Sequence[tuple[int, int]]]
+) -> list[dict[int, Choice]]:
+    """For each layer the cheapest way to keep so many query heads, by their number.
+
+    `counts`: for each layer the numbers of query and KV heads to try.
+
+    The cost is the second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2,
+    with e the error of the refitted attention output and g the gradient of a token's loss by that output (the empirical
+    Fisher matrix, as in optimal brain surgeon, arXiv 2203.07259). With g and e independent it is
+    tr(E[g g^T] E[e e^T]) / 2. The heads with the largest L2 norms stay.
     """
     views = original.views
     moments = [Moments(view.o.in_features, 0, constant=view.o.bias is not None) for view in views]
@@ -47,16 +55,37 @@ def layer_costs(
                 m.add(original.tokens(read, batch))
                 g = original.tokens(gradient, batch).cpu().double()
                 slope += g.T @ g
-    return [
-        {n: _cost(view, m, pools, n, slope) / tokens**2 for n, pools in counts.items()}
-        for view, m, counts, slope in zip(views, moments, choices, slopes, strict=True)
-    ]
+    found: list[dict[int, Choice]] = []
+    for view, m, slope, pairs in zip(views, moments, slopes, counts, strict=True):
+        norms, cheapest = l2_norms(view, m), dict[int, Choice]()
+        for num_query_heads, num_kv_heads in pairs:
+            plan = plan_layer(view.config, norms, num_query_heads, num_kv_heads)
+            choice = Choice(plan, _cost(view, m, plan, slope) / tokens**2)
+            if num_query_heads not in cheapest or choice.cost < cheapest[num_query_heads].cost:
+                cheapest[num_query_heads] = choice
+        found.append(cheapest)
+    return found
 
 
-def _cost(view: AttentionView, moments: Moments, pools: Sequence[range], count: int, slope: Tensor) -> float:
+def plan_layer(config: AttentionConfig, norms: Tensor, num_query_heads: int, num_kv_heads: int) -> Plan:
+    """The layer with the KV heads whose best query heads have the largest `norms` (Hq,) together."""
+    if config.num_query_heads == config.num_kv_heads:  # each KV head goes with its query head
+        return plan_heads(config, num_query_heads, None)
+    best = norms.square().view(config.num_kv_heads, -1).topk(num_query_heads // num_kv_heads).values.sum(1)
+    return plan_without(config, num_query_heads, sorted(best.topk(num_kv_heads).indices.tolist()))
+
+
+def _cost(view: AttentionView, moments: Moments, plan: Plan, slope: Tensor) -> float:
     """tr(slope error gram error^T) / 2, where slope and gram are sums over tokens."""
+    after, pools = plan
     kept = choose_heads(
-        "l2", view, moments, pools, count // len(pools), gate_gradients=None, generator=torch.Generator()
+        "l2",
+        view,
+        moments,
+        pools,
+        after.num_query_heads // len(pools),
+        gate_gradients=None,
+        generator=torch.Generator(),
     )
     size, weight = view.config.head_dim, joined(view.o)
     columns = [head * size + i for head in kept for i in range(size)] + list(range(view.o.in_features, weight.shape[1]))

@@ -31,7 +31,7 @@ def choose_heads(
     gate_gradients: Tensor | None,
     generator: torch.Generator,
 ) -> list[int]:
-    """The heads that stay, `keep` of each pool, in rising order.
+    """The heads that stay, `keep` of each pool, in rising order; heads in no pool go.
 
     `moments`: of the layer's own output projection. `gate_gradients`: (Hq,), for `taylor`.
     """
@@ -74,18 +74,21 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
     weight = joined(view.o)
     left = {head: pool for pool in map(set, pools) for head in pool}
-    while any(len(pool) > keep for pool in left.values()):
+    outside = [head for head in range(view.config.num_query_heads) if head not in left]
+    while outside or any(len(pool) > keep for pool in left.values()):
         costs = {}
-        for head, pool in left.items():
-            if len(pool) > keep:
-                own = slice(head * size, (head + 1) * size)
-                costs[head] = float((weight[:, own].T * torch.linalg.solve(inverse[own, own], weight[:, own].T)).sum())
+        for head in outside or [head for head, pool in left.items() if len(pool) > keep]:
+            own = slice(head * size, (head + 1) * size)
+            costs[head] = float((weight[:, own].T * torch.linalg.solve(inverse[own, own], weight[:, own].T)).sum())
         dropped = min(costs, key=costs.__getitem__)
         own = slice(dropped * size, (dropped + 1) * size)
         share = torch.linalg.solve(inverse[own, own], inverse[own])  # (D, F)
         weight = weight - weight[:, own] @ share
         inverse = inverse - inverse[:, own] @ share
-        left.pop(dropped).remove(dropped)
+        if outside:
+            outside.remove(dropped)
+        else:
+            left.pop(dropped).remove(dropped)
     return sorted(left)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqa.config import AttentionConfig
 from sqa.conversion import importance, surgery
 from sqa.conversion.moments import Moments
 from sqa.conversion.records import LayerChange
 from sqa.conversion.settings import Settings
 from sqa.conversion.subject import AttentionView, Subject, watched
+from sqa.conversion.surgery import Plan
 
 
 def _walk(original: Subject, batches: Sequence[Any]) -> Iterator[tuple[Moments, list[Tensor], list[Tensor]]]:
@@ -61,14 +61,14 @@ def _moments_of(view: AttentionView) -> Moments:
 def operate(
     settings: Settings,
     original: Subject,
-    plans: Sequence[tuple[AttentionConfig, Sequence[range]]],
+    plans: Sequence[Plan],
     fit: Sequence[Any],
     held_out: Sequence[Any],
     on_layer: Callable[[], None] = lambda: None,
 ) -> tuple[Subject, Subject, tuple[LayerChange, ...]]:
     """The model with heads dropped, the same model refitted, and the changes in each layer.
 
-    `plans`: for each layer its new shape and its pools of heads (surgery.plan_heads). `fit` and `held_out`: batches of
+    `plans`: for each layer, by surgery.plan_heads or plan_without. `fit` and `held_out`: batches of
     calibration text; errors are measured on the second.
     """
     gradients: Sequence[Tensor | None] = [None] * len(plans)
@@ -90,7 +90,9 @@ def operate(
             gate_gradients=gradients[index],
             generator=generator,
         )
-        joins = settings.pooling == "aligned" and after.num_kv_heads < view.config.num_kv_heads
+        shared = view.config.num_query_heads // view.config.num_kv_heads
+        merged = len(pools) == after.num_kv_heads and len(pools[0]) > shared  # a pool's KV heads become one
+        joins = settings.pooling == "aligned" and merged
         weights = surgery.cut(view, after.num_kv_heads, kept, _input_moments(original, fit, inputs) if joins else None)
         dropped.views[index].write(weights)
         fitted = _features(dropped, index, fit, inputs, outputs)

@@ -36,7 +36,10 @@ def planned(job: Job) -> Group:
         ("parameters", attention_parameters),
         (f"MFLOP, forward, {n:,} tokens", lambda layer: attention_flops(layer, n) / 1e6),
     ):
-        table.add_row(what, *(_counted(sum(map(count, layers))) for layers in (job.before, after)))
+        counts = [_counted(sum(map(count, layers))) for layers in (job.before, after)]
+        if settings.allocation == "measured-kv" and what in ("KV heads a layer", "parameters"):
+            counts[1] = "measured"
+        table.add_row(what, *counts)
     total, first = (steps * settings.tokens_per_step for steps in (settings.steps, settings.layerwise_steps))
     healing = "healing: none"
     if total:

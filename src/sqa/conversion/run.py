@@ -238,9 +238,9 @@ class _Run:
     def _operate(self) -> None:
         job, text = self.job, self.text
         with self._autocast():
-            plans = job.plans(self._costs() if self.settings.allocation == "measured" else None)
-            counts = ", ".join(str(after.num_query_heads) for after, _ in plans)
-            self.display.note(f"query heads of the layers: {counts}")
+            plans = job.plans(None if self.settings.allocation == "uniform" else self._choices())
+            counts = ", ".join(f"{after.num_query_heads}/{after.num_kv_heads}" for after, _ in plans)
+            self.display.note(f"query/KV heads of the layers: {counts}")
             self.display.start("refitting layer by layer", len(plans))
             dropped, refitted, layers = operate(
                 self.settings, self.original, plans, text.fit, text.held_out, lambda: self.display.step(None)
@@ -251,11 +251,11 @@ class _Run:
         self._write(dropped, job.work / "dropped", torch.float32)
         self._write(refitted, job.work / "refitted", torch.float32)
 
-    def _costs(self) -> list[dict[int, float]]:
-        """The cost of fewer heads in each layer, on a quarter of the calibration text."""
+    def _choices(self) -> list[dict[int, allocation.Choice]]:
+        """What each layer may become, and the costs of that on a quarter of the calibration text."""
         part = self.text.fit[: -(-len(self.text.fit) // 4)]
         batches = self._shown("measuring what each layer's heads are worth", part)
-        return allocation.layer_costs(self.original, batches, self.job.choices())
+        return allocation.layer_choices(self.original, batches, self.job.counts())
 
     def _write(self, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
         """Write a model to a folder inside the work folder, whole or not at all."""

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from sqa import storage
 from sqa.config import AttentionConfig
-from sqa.conversion import allocation, surgery
+from sqa.conversion import surgery
+from sqa.conversion.allocation import Choice, allocate, plan_layer
 from sqa.conversion.importance import Method
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.subject import Subject
+from sqa.conversion.surgery import Plan
 from sqa.data import Corpus, open_corpus
 from sqa.errors import InputError
 from sqa.interop.hub import local_path
@@ -24,7 +28,8 @@ class Settings(Checked):
     """Everything that decides what a conversion gives.
 
     `query_heads`, `kv_heads`: in each layer (None: as surgery.plan_heads says). `allocation`: `uniform` gives every
-    layer the same number of query heads, `measured` gives the same total, with more to layers that need them most.
+    layer the same number of query heads, `measured` gives the same total, with more to layers that need them most;
+    under `measured-kv` a layer may lose KV heads with all of their query heads, too.
     `method` chooses heads; `pooling` merges KV heads. `sequences`: rows of `length` tokens that calibrate, an eighth
     of them held out. `heal_tokens`: for healing, of which the share `layerwise` trains layer by layer first; `train`:
     the parameters that healing changes. `control` also trains the original on these tokens. `evaluation_tokens`: to
@@ -38,7 +43,7 @@ class Settings(Checked):
     _where = "convert"
     query_heads: int
     kv_heads: int | None = None
-    allocation: Literal["uniform", "measured"] = "uniform"
+    allocation: Literal["uniform", "measured", "measured-kv"] = "uniform"
     method: Method = "l2"
     pooling: Literal["aligned", "mean"] = "aligned"
     sequences: int = 128
@@ -104,10 +109,6 @@ def subject_class(directory: Path) -> type[Subject]:
     return LanguageModel
 
 
-Plan = tuple[AttentionConfig, list[range]]
-"""A layer's new shape, and its pools of heads, of which it keeps the same number each."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A conversion that has been checked: source, output, text and settings.
@@ -128,27 +129,39 @@ class Job:
         """The folder from which a stopped conversion continues."""
         return self.out.with_name(f".{self.out.name}.converting")
 
-    def choices(self) -> list[dict[int, list[range]]]:
-        """For each layer the numbers of query heads that its KV heads allow, each with its pools of heads."""
+    def counts(self) -> list[list[tuple[int, int]]]:
+        """For each layer the numbers of query and KV heads that it may keep, by the settings' allocation."""
         found = []
         for layer in self.before:
-            multi_head = layer.num_query_heads == layer.num_kv_heads  # where KV heads go with their query heads
-            step = 1 if multi_head else layer.num_kv_heads
-            counts = range(step, layer.num_query_heads + 1, step)
-            found.append({n: surgery.plan_heads(layer, n, None)[1] for n in counts})
+            surgery.check_heads(layer)
+            heads, kv_heads = layer.num_query_heads, layer.num_kv_heads
+            if heads == kv_heads:  # multi-head attention, whose KV heads go with their query heads
+                found.append([(n, n) for n in range(1, heads + 1)])
+                continue
+            fewest = 1 if self.settings.allocation == "measured-kv" else kv_heads
+            of_each = range(1, heads // kv_heads + 1)
+            found.append([(n * each, n) for n in range(kv_heads, fewest - 1, -1) for each in of_each])
         return found
 
-    def plans(self, costs: Sequence[Mapping[int, float]] | None = None) -> list[Plan]:
-        """The plan of each layer. For a measured allocation, `costs` of the `choices` decide how many heads it keeps.
+    def plans(self, choices: Sequence[Mapping[int, Choice]] | None = None) -> list[Plan]:
+        """The plan of each layer; where layers may differ, the cheapest of `choices`, made by `layer_choices`.
 
-        Without costs it is any allocation with the same total; all take the same time.
+        Without choices it is any of the allocations with the same total, which all score as many pairs.
         """
-        counts = [self.settings.query_heads] * len(self.before)
-        if self.settings.allocation == "measured":
-            costs = costs or [dict.fromkeys(choices, 0.0) for choices in self.choices()]
-            counts = allocation.allocate(costs, sum(counts))
         kv_heads = self.settings.kv_heads
-        return [surgery.plan_heads(layer, n, kv_heads) for layer, n in zip(self.before, counts, strict=True)]
+        if self.settings.allocation == "uniform":
+            return [surgery.plan_heads(layer, self.settings.query_heads, kv_heads) for layer in self.before]
+        if choices is None:
+            choices = [
+                {
+                    n: Choice(plan_layer(layer, torch.ones(layer.num_query_heads), n, kv), 0.0)
+                    for n, kv in reversed(pairs)
+                }
+                for layer, pairs in zip(self.before, self.counts(), strict=True)
+            ]
+        costs = [{n: choice.cost for n, choice in layer.items()} for layer in choices]
+        counts = allocate(costs, self.settings.query_heads * len(self.before))
+        return [layer[n].plan for layer, n in zip(choices, counts, strict=True)]
 
 
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
@@ -171,14 +184,15 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
         (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
     ):  # else only figures are missing
         storage.refuse_existing(out)
-    if settings.allocation == "measured" and settings.kv_heads is not None:
-        raise InputError("convert: allocation measured keeps the KV heads of each layer; leave kv_heads out")
+    measured = settings.allocation != "uniform"
+    if measured and settings.kv_heads is not None:
+        raise InputError(f"convert: allocation {settings.allocation} decides about KV heads; leave kv_heads out")
     subject.check_source(directory, [after for after, _ in job.plans()])
     if settings.length > longest:
         raise InputError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
     for name, needs_loss in (
         ("method taylor", settings.method == "taylor"),
-        ("allocation measured", settings.allocation == "measured"),
+        (f"allocation {settings.allocation}", measured),
         ("control", settings.control),
     ):
         if needs_loss and not subject.predicts:

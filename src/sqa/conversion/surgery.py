@@ -18,19 +18,19 @@ DAMPING = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 ROUNDING = 2**-16
 """The share of energy that rounding to bf16 loses. A smaller error needs no refit."""
 
+Plan = tuple[AttentionConfig, list[range]]
+"""A layer's new shape, and its pools of query heads, of which it keeps the same number each."""
 
-def plan_heads(
-    config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None
-) -> tuple[AttentionConfig, list[range]]:
-    """The layer with fewer heads, and the pools of query heads, of which it keeps the same number each.
+
+def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None) -> Plan:
+    """The layer with fewer heads.
 
     Without `num_kv_heads` a layer keeps all of its KV heads; multi-head attention keeps one for each query head. Query
     heads that will share a KV head are one pool. If each query head keeps a KV head of its own, all heads are one
     pool. Raises InputError with the numbers that would fit.
     """
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
-    if heads < kv_heads:
-        raise InputError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
+    check_heads(config)
     multi_head = heads == kv_heads
     kept_kv = num_kv_heads or (num_query_heads if multi_head else kv_heads)
     one_pool = multi_head and kept_kv == num_query_heads
@@ -48,6 +48,20 @@ def plan_heads(
     size = heads if one_pool else heads // kept_kv
     pools = [range(start, start + size) for start in range(0, heads, size)]
     return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), pools
+
+
+def check_heads(config: AttentionConfig) -> None:
+    """Raise InputError for a layer with fewer query than KV heads."""
+    heads, kv_heads = config.num_query_heads, config.num_kv_heads
+    if heads < kv_heads:
+        raise InputError(f"convert: a layer with fewer query than KV heads ({heads} and {kv_heads}) is not supported")
+
+
+def plan_without(config: AttentionConfig, num_query_heads: int, kv_heads: Sequence[int]) -> Plan:
+    """The layer with `kv_heads` alone, as they are. The query heads that read each of them are a pool."""
+    size = config.num_query_heads // config.num_kv_heads
+    pools = [range(head * size, (head + 1) * size) for head in kv_heads]
+    return config.replace(num_query_heads=num_query_heads, num_kv_heads=len(pools)), pools
 
 
 def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Moments | None = None) -> AttentionWeights:
