@@ -298,6 +298,7 @@ def test_train_makes_one_run(tiny: Path) -> None:
         ("bench step --budget 3d", "budget: time needs a number above 0"),
         ("kernels --dtype int8", "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ("plan --budget equal-fun", "budget: must be one of"),
+        ("plan --budget equal-time --device abacus", "device: 'abacus' cannot be used here"),
         ("scale --n 0", "--n must be numbers of at least 1, got '0'"),
         ("scale --gpus 8,-1", "--gpus must be numbers of at least 1, got '8,-1'"),
         ("variants --n 0", "--n must be at least 1, got 0"),

@@ -66,12 +66,13 @@ def test_equal_parameters_spend_parameters_and_no_context() -> None:
 def test_equal_time_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which SQA runs at twice GQA's FLOP rate leaves room for twice the FLOPs."""
 
-    def measure(proposals: list[Proposal], rounds: int, device: str) -> list[Proposal]:
+    def measure(proposals: list[Proposal], device: str) -> list[Proposal]:
+        assert device == "meta"
         seconds = [p.flops / {"gqa": 1e12, "sqa": 2e12}[p.variant] for p in proposals]
         return [replace(p, step_s=s, share=s / seconds[0]) for p, s in zip(proposals, seconds, strict=True)]
 
     monkeypatch.setattr(spend, "_measure", measure)
-    reference, *found = propose("gqa", "published", "equal-time", ("sqa",))
+    reference, *found = propose("gqa", "published", "equal-time", ("sqa",), device="meta")
     assert reference.step_s == pytest.approx(GQA_FLOPS / 1e12)
     assert [p.way for p in found] == list(spend.WAYS)
     for p in found:
@@ -81,7 +82,7 @@ def test_equal_time_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -
 
 def test_equal_time_times_real_training_steps() -> None:
     small = Proposal(preset="demo", budget="equal-time", variant="sqa", model={}, context=64, batch_size=2)
-    first, second = spend._measure([small, replace(small, model={"num_layers": 12})], rounds=3, device="cpu")
+    first, second = spend._measure([small, replace(small, model={"num_layers": 12})], "cpu")
     assert first.step_s is not None
     assert second.step_s is not None
     assert first.share == 1.0

@@ -64,12 +64,14 @@ def plan_spending(
     variants: options.Variants = None,
     n: options.Length = 1024,
     batch_size: options.BatchSize[int] = 8,
+    device: options.Device[str] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Folder for plans that sqa compare runs, one for each way.")] = None,
 ) -> None:
     """Find shapes that spend what fewer query heads save: wider, deeper, or with longer context."""
     from sqa.planning import spend
 
-    proposals = spend.propose(like, preset, budget, options.names(variants) or MEASURED_VARIANTS, n, batch_size)
+    chosen = options.names(variants) or MEASURED_VARIANTS
+    proposals = spend.propose(like, preset, budget, chosen, n, batch_size, device=device)
     make_console().print(spend.table(proposals))
     for path in spend.write_plans(proposals, out) if out else []:
         print(path)

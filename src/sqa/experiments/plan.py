@@ -255,11 +255,9 @@ class Plan(Checked):
         return cls.from_dict({"name": stem, **values, **changes})
 
     @classmethod
-    def read_single(
-        cls, source: str, variant: str = "sqa", seed: int = 0, changes: Mapping[str, Any] | None = None
-    ) -> Self:
+    def read_single(cls, source: str, variant: str, seed: int, changes: Mapping[str, Any]) -> Self:
         """As `read`, for one run alone, without the timing phase unless a budget in time needs it."""
-        plan = cls.read(source, {**(changes or {}), "variants": (variant,), "seeds": (seed,)})
+        plan = cls.read(source, {**changes, "variants": (variant,), "seeds": (seed,)})
         return plan if Budget.parse(plan.budget).kind == "time" else plan.replace(timing_rounds=0)
 
 

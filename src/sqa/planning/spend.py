@@ -16,6 +16,7 @@ from sqa.config import ModelConfig
 from sqa.cost import parameters, train_step_flops
 from sqa.errors import InputError, shown
 from sqa.files import write_text
+from sqa.measure.machine import find_device
 from sqa.measure.timing import take_turns
 from sqa.model import Transformer
 from sqa.records import at_least_one
@@ -26,6 +27,8 @@ WAYS = ("wider-feed-forward", "more-layers", "wider-model", "longer-context")
 # a longer context has no more parameters
 BUDGETS = {"equal-time": WAYS, "equal-flops": WAYS, "equal-parameters": WAYS[:-1]}
 """What can stay equal, and the ways in which that can be spent."""
+
+ROUNDS = 5  # of timing, for equal-time
 
 _GROWS = {"wider-feed-forward": ("d_ff", 8), "more-layers": ("num_layers", 1), "wider-model": ("num_heads", 1)}
 """The field that a way increases, and the size of its steps."""
@@ -73,17 +76,18 @@ class Proposal:
 
 def propose(
     like: str, preset: str, budget: str, variants: Sequence[str] = MEASURED_VARIANTS, n: int = 1024, batch: int = 8,
-    *, rounds: int = 5, device: str = "cpu",
+    *, device: str = "cpu",
 ) -> list[Proposal]:  # fmt: skip
     """First `like` in the preset's shape, then each variant in the largest shapes that cost no more.
 
     A training step has `batch` rows of `n` tokens, or fewer and longer rows. Layers and width come in large steps, so
     the feed-forward gets what they leave. A way in which nothing fits is left out. For equal-time, fp32 training steps
-    are timed, `rounds` of each in turns. Raises InputError for bad options.
+    are timed in turns on `device`. Raises InputError for bad options.
     """
     if budget not in BUDGETS:
         raise InputError(f"budget: must be one of {', '.join(BUDGETS)}, got {shown(repr(budget))}")
-    at_least_one("plan", n=n, batch=batch, rounds=rounds)
+    at_least_one("plan", n=n, batch=batch)
+    find_device(device)
     reference, *starts = (
         Proposal(preset=preset, budget=budget, variant=find_variant(name)[0], model={}, context=n, batch_size=batch)
         for name in (like, *(name for name in variants if name.lower() != like.lower()))
@@ -92,13 +96,13 @@ def propose(
         chosen = [_largest(way, start, reference.cost) for way in BUDGETS[budget] for start in starts]
         return [reference, *(replace(p, share=p.cost / reference.cost) for p in chosen if p is not None)]
     # guess a shape from its FLOPs at the variant's measured rate, measure it, and guess again from its own rate
-    reference, *starts = _measure([reference, *starts], rounds, device)
+    reference, *starts = _measure([reference, *starts], device)
     bases, found = {start.variant: start for start in starts}, []
     for way in WAYS:
         guessed = starts
         for _ in range(2):
             fitting = [_largest(way, bases[p.variant], p.cost / p.share) for p in guessed]
-            guessed = _measure([reference, *(p for p in fitting if p is not None)], rounds, device)[1:]
+            guessed = _measure([reference, *(p for p in fitting if p is not None)], device)[1:]
         found += guessed
     return [reference, *found]
 
@@ -134,7 +138,7 @@ def _grown(way: str, start: Proposal) -> Iterator[Proposal]:
         yield grown
 
 
-def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Proposal]:
+def _measure(proposals: Sequence[Proposal], device: str) -> list[Proposal]:
     """Time a training step of each in turns, and set `step_s` and the share of the first one's time."""
 
     def step(proposal: Proposal) -> Any:
@@ -144,7 +148,7 @@ def _measure(proposals: Sequence[Proposal], rounds: int, device: str) -> list[Pr
         batch = torch.randint(config.vocab_size, (2, proposal.batch_size, proposal.context), device=device)
         return training_step(entrant, entrant.module, torch.float32, batch)
 
-    turns = take_turns({i: step(p) for i, p in enumerate(proposals)}, rounds=rounds, device=device)
+    turns = take_turns({i: step(p) for i, p in enumerate(proposals)}, rounds=ROUNDS, device=device)
     seconds = [timing.median for timing in turns.values()]
     return [replace(p, step_s=s, share=s / seconds[0]) for p, s in zip(proposals, seconds, strict=True)]
 
