@@ -296,6 +296,25 @@ def test_byte_level_tokenizer(pre: str, model_of, tmp_path: Path) -> None:
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [2, 0], 2)
 
 
+@pytest.mark.parametrize(
+    ("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("dbrx", False), ("smaug-bpe", False), ("gpt-4o", False)]
+)
+def test_as_llama_cpp_keeps_words_whole_and_begins_texts(pre: str, whole: bool, model_of, tmp_path: Path) -> None:
+    """Where it does one it does the other: a word stays whole that is a token, though no merges lead to it."""
+
+    def keys(writer: gguf.GGUFWriter) -> None:
+        add_byte_level(writer, pre)
+        for name, last in (("tokens", "zyxw"), ("token_type", 1)):
+            writer.kv_data[0][f"tokenizer.ggml.{name}"].value[-1] = last
+
+    path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), keys=keys)
+    export(path, tmp_path / "again.gguf", format="gguf")
+    for name in ("model.gguf", "again.gguf"):
+        text = open_source(tmp_path / name).read_text_side()
+        found = [text.tokenizer.id_to_token(i) for i in text.encode("zyxw")]
+        assert found == (["<|im_start|>", "zyxw"] if whole else list("zyxw"))
+
+
 def test_the_first_token_is_added_again_after_an_export(model_of, tmp_path: Path) -> None:
     def keys(writer: gguf.GGUFWriter) -> None:
         add_byte_level(writer, "smollm")
@@ -347,8 +366,10 @@ def test_sentencepiece_tokenizer(prefix: bool, model_of, tmp_path: Path) -> None
     assert words == ["<s>", *(["▁", "hello"] if prefix else ["hello"]), "▁world"]
 
 
-def test_no_tokenizer_is_a_note(model_of, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()))
+@pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
+def test_no_tokenizer_is_a_note(kind: str | None, model_of, tmp_path: Path) -> None:
+    keys = set_keys(**({} if kind is None else {"tokenizer__ggml__model": kind}))
+    path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), keys=keys)
     (note,) = import_model(path, tmp_path / "ours")
     assert "tokenizer" in note
 

@@ -32,7 +32,8 @@ _SPLITS: dict[str | None, tuple[str, ...]] = {
     rf"|\p{{N}}{{1,3}}|{_SLASHED}": ("gpt-4o", "llama4", "kanana2"),
 }  # fmt: skip
 _SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
-_LLAMA3 = _SPLIT_OF["llama-bpe"]
+# a word that is a token stays whole, whatever the merges; and texts begin with the bos token unless the file says no
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")  # Qwen's tokenizer composes characters first; GGUF files do not say so
 _UNUSED, _CONTROL, _USER_DEFINED = 5, 3, 4  # of gguf.TokenType
 _KEYS = "tokenizer.ggml"
@@ -48,7 +49,7 @@ def read_text_side(file: GgufFile, *, vocab_size: int, max_seq_len: int) -> Text
         ),
         pad=_token_id(file, "padding", vocab_size),
     )
-    if kind is None or kind == "none":
+    if kind in (None, "none", "no_vocab"):
         return TextSide(special=special)
     if kind not in _BUILDERS:
         raise InputError(
@@ -106,12 +107,12 @@ def _byte_level(file: GgufFile, vocab: dict[str, int]) -> tuple[Tokenizer, bool]
             f"(known: {', '.join(sorted(_SPLIT_OF))})"
         )
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _texts(file, "merges"))]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_SPLIT_OF[pre] == _LLAMA3))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     tokenizer.pre_tokenizer = _splitter(_SPLIT_OF[pre])
     if pre in _NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken")
+    return tokenizer, pre in _WHOLE_WORDS
 
 
 def _splitter(split: str | None) -> Any:
@@ -134,14 +135,18 @@ def pre_of(tokenizer: Tokenizer) -> str | None:
     model, normalizer = values["model"], (values.get("normalizer") or {}).get("type")
     if model["type"] != "BPE" or not model["merges"] or normalizer not in (None, "NFC"):
         return None
-    for split, (name, *_) in _SPLITS.items():
-        if (
-            _parts(json.loads(_splitter(split).__getstate__())) == _parts(values.get("pre_tokenizer") or {})
-            and bool(model.get("ignore_merges")) == (split == _LLAMA3)
-            and (normalizer == "NFC") == (name in _NFC)
-        ):
-            return name
-    return None
+    own = _parts(values.get("pre_tokenizer") or {})
+    whole, composed = bool(model.get("ignore_merges")), normalizer == "NFC"
+    return next(
+        (
+            name
+            for split, names in _SPLITS.items()
+            if _parts(json.loads(_splitter(split).__getstate__())) == own
+            for name in names
+            if (name in _WHOLE_WORDS, name in _NFC) == (whole, composed)
+        ),
+        None,
+    )
 
 
 def _parts(splitter: dict[str, Any]) -> list[dict[str, Any]]:
