@@ -201,7 +201,23 @@ def test_rope_scaling(scaling: RopeScaling, model_of, tmp_path: Path) -> None:
     assert read == model.config
 
 
-@pytest.mark.parametrize(("lacking", "kv_heads"), [([], 2), (["attention.head_count_kv"], 8)], ids=str)
+def test_linear_scaling_under_its_old_key(model_of, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", model_of(wide_config()), keys=set_keys(llama__rope__scale_linear=4.0))
+    assert load_config(path).layers[0].rope == Rope(scaling=RopeScaling(kind="linear", factor=4.0))
+
+
+def test_frequencies_that_are_all_divided_by_one_are_plain(model_of, tmp_path: Path) -> None:
+    model = model_of(wide_config())
+    ones = np.ones(4, dtype=np.float32)
+    path = write_gguf(tmp_path / "m.gguf", model, keys=lambda writer: writer.add_tensor("rope_freqs.weight", ones))
+    assert load_config(path) == model.config
+
+
+@pytest.mark.parametrize(
+    ("lacking", "kv_heads"),
+    [([], 2), (["attention.head_count_kv"], 8), (["rope.freq_base", "attention.layer_norm_rms_epsilon"], 2)],
+    ids=str,
+)
 def test_keys_that_files_may_lack(lacking: list[str], kv_heads: int, model_of, tmp_path: Path) -> None:
     """The width of a head is then that of the model over its heads, and each query head has a KV head."""
 
@@ -283,11 +299,13 @@ def test_byte_level_tokenizer(pre: str, model_of, tmp_path: Path) -> None:
     for name in ("ours", "hf", "again.gguf"):
         again = open_source(tmp_path / name).read_text_side()
         assert (again.encode(TEXT), again.special, again.chat_template) == (ids, text.special, TEMPLATE)
+        assert again.decode(again.encode("<think><|im_end|> 42")) == "<think> 42"  # of the two one is special
     assert (text.special.bos, text.special.eos, text.special.pad) == (1, (2, 0), 2)
     assert text.end_of_document == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs(TEXT)["input_ids"] == ids
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
+    assert (theirs.model_max_length, theirs.padding_side) == (96, "left")
     chat = [{"role": "user", "content": TEXT}]
     assert theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == text.encode_chat(TEXT)
     if pre != "smollm":  # transformers does not split digits off there
@@ -426,6 +444,16 @@ def test_bad_keys_are_refused(name: str, model_of, tmp_path: Path) -> None:
     keys, message = BAD_KEYS[name]
     path = write_gguf(tmp_path / "model.gguf", model_of(wide_config()), keys=set_keys(**keys))
     refused(path, tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["attention_scale", "logit_scale", "residual_scale", "embedding_scale",
+                                  "rope_scaling_alpha", "causal_attention"])  # fmt: skip
+def test_what_would_compute_something_else_is_refused(name: str, model_of, tmp_path: Path) -> None:
+    value = False if name == "causal_attention" else 0.5
+    path = write_gguf(
+        tmp_path / "m.gguf", model_of(wide_config()), keys=lambda writer: getattr(writer, f"add_{name}")(value)
+    )
+    refused(path, tmp_path, f"must be .* to be read here, got {value}")
 
 
 def test_other_architectures_are_refused(model_of, tmp_path: Path) -> None:
