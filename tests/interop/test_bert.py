@@ -148,6 +148,11 @@ def test_all_but_the_attention_is_copied(stock: BertModel) -> None:
     assert not new.training
 
 
+def test_a_model_keeps_the_dtype_of_its_file(stock: BertModel, source: Path) -> None:
+    stock.to(torch.bfloat16).save_pretrained(source)
+    assert {parameter.dtype for parameter in load_bert(source).parameters()} == {torch.bfloat16}
+
+
 def test_it_trains_with_gradient_checkpointing(stock: BertModel, batch: tuple[Tensor, Tensor]) -> None:
     model = with_heads(stock, num_query_heads=4, num_kv_heads=2)
     gradients = []

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen2Config
 
 from sqa import InputError, ModelConfig, Transformer, fewer_query_heads
+from sqa.cost import attention_flops
 from sqa.interop import load_model
 
 Make = Callable[..., ModelConfig]
@@ -58,6 +59,14 @@ def test_a_directory_and_a_config_of_ours(config_of: Make, model_of, saved) -> N
         found = [choice.config for choice in fewer_query_heads(source)]
         assert found == expected
         assert isinstance(Transformer(found[0]), Transformer)
+
+
+def test_the_saving_is_over_the_heads_that_the_model_has(config_of: Make) -> None:
+    """Of eight nominal heads it has six: three of them halve its attention."""
+    config = config_of(num_heads=8, num_query_heads=6, num_kv_heads=3)
+    (choice,) = fewer_query_heads(config)
+    before, after = (attention_flops(each.layers[0], 64) for each in (config, choice.config))
+    assert choice.attention_saving == before / after == 2
 
 
 def test_what_has_no_choices_is_refused(config_of: Make) -> None:

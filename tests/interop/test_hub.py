@@ -136,6 +136,8 @@ def test_card_without_a_result(config_of: Make) -> None:
     layer = config.layers[0]
     varied = config.replace(attention=(layer, layer.replace(num_query_heads=2)))
     assert "differ by layer" in model_card(varied, licence="mit")
+    # keys and values of two layers with two heads of 6, two bytes each
+    assert "| KV cache a token (16 bit), bytes | 96 |" in model_card(config, licence="mit")
 
 
 def test_card_of_a_shape_of_the_plans_own(config_of: Make) -> None:

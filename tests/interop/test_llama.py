@@ -423,6 +423,11 @@ def test_index_may_not_point_elsewhere(config_of: Make, model_of, saved, tmp_pat
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="files beside it"):
         load_model(run)
+    save_file(tensors, run / "elsewhere.safetensors")
+    index = {"weight_map": dict.fromkeys((*tensors, "lost"), "elsewhere.safetensors")}
+    (run / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names tensors that its files lack: lost"):
+        load_model(run)
 
 
 def test_trainer_trains_the_exported_model(config_of: Make, model_of, saved, tmp_path: Path) -> None:

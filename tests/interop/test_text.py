@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 from tokenizers import processors
+from transformers import AutoTokenizer
 
 from sqa import InputError, ModelConfig
 from sqa.interop import export, import_model, open_source
@@ -65,6 +66,37 @@ def test_ids_follow_from_the_tokens_that_tokenizer_config_names(stock: Path) -> 
     change(stock / "tokenizer_config.json", eos_token={"content": "a"}, pad_token=None)
     text = open_source(stock).read_text_side()
     assert text.special == SpecialIds(eos=(text.tokenizer.token_to_id("a"),))
+
+
+def test_a_template_over_several_lines_is_rendered_as_transformers_does(stock: Path) -> None:
+    """Blocks on lines of their own, indented, leave no newline; JSON keeps its letters; loops can be left."""
+    lines = (
+        "{% for m in messages %}",
+        "    {% if m['role'] == 'user' %}",
+        "[{{ m['content'] | tojson }}]",
+        "    {% endif %}",
+        "    {% break %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}",
+        "[assistant]",
+        "{% endif %}",
+    )
+    change(stock / "tokenizer_config.json", chat_template="\n".join(lines))
+    chat = [{"role": "user", "content": "größer"}]
+    theirs = AutoTokenizer.from_pretrained(stock).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    text = open_source(stock).read_text_side()
+    assert text.encode_chat("größer") == theirs
+    assert text.decode(theirs) == '["größer"]\n[assistant]\n'
+
+
+def test_a_tokenizer_that_was_saved_to_cut_and_to_pad_does_neither(stock: Path, small_tokenizer) -> None:
+    changed = type(small_tokenizer).from_str(small_tokenizer.to_str())
+    changed.enable_truncation(4)
+    changed.enable_padding(length=8)
+    changed.save(str(stock / "tokenizer.json"))
+    text = open_source(stock).read_text_side()
+    for sentence in ("return softmax(q @ k.T) @ v, 42 times", "def"):
+        assert text.encode(sentence) == small_tokenizer.encode(sentence).ids
 
 
 def test_of_several_templates_the_default_is_taken_and_a_file_of_its_own_wins(stock: Path) -> None:
