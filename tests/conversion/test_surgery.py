@@ -14,6 +14,8 @@ from sqa import AttentionConfig, ModelConfig, Rope, Transformer
 from sqa.conversion import allocation, importance, surgery
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.moments import Moments
+from sqa.conversion.operation import operate
+from sqa.conversion.settings import Settings
 from sqa.conversion.subject import AttentionView, AttentionWeights, joined, watched
 from sqa.data.batches import Batch
 
@@ -135,6 +137,22 @@ def test_refitting_is_least_squares(bias: bool) -> None:
     design = torch.cat([x[:, :8], torch.ones(400, 1)], dim=1) if bias else x[:, :8]
     expected = torch.linalg.lstsq(design.double(), y).solution.T
     torch.testing.assert_close(fitted, expected, atol=1e-6, rtol=1e-6)  # the smallest damping is 1e-8
+
+
+def test_the_penalty_is_the_one_with_the_lowest_error_on_held_out_text() -> None:
+    """By augmented least squares, on so few and noisy tokens that neither the least nor the greatest penalty wins."""
+    generator = torch.Generator().manual_seed(0)
+    true, start = (torch.randn(6, 12, generator=generator).double() for _ in range(2))
+    x, held_x = (torch.randn(size, 12, generator=generator).double() for size in (20, 200))
+    y, held_y = (z @ true.T + torch.randn(len(z), 6, generator=generator).double() for z in (x, held_x))
+    fits = []
+    for share in surgery.DAMPING:
+        ridge = (share * x.square().sum(0).mean()).sqrt() * torch.eye(12).double()
+        fits.append(torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, ridge @ start.T])).solution.T)
+    errors = [float((held_y - held_x @ fit.T).square().sum()) for fit in fits]
+    best = errors.index(min(errors))
+    assert 0 < best < len(fits) - 1
+    torch.testing.assert_close(surgery.refit(start, moments_of(x, y), moments_of(held_x, held_y)), fits[best])
 
 
 def test_refitting_leaves_as_they_were_the_columns_that_the_text_does_not_show() -> None:
@@ -271,6 +289,54 @@ def test_a_layer_keeps_the_kv_heads_whose_query_heads_add_most() -> None:
     assert allocation.plan_layer(multi_head, norms, 2, 2) == surgery.plan_heads(multi_head, 2, None)
 
 
+def test_random_heads_follow_the_seed() -> None:
+    view = layer_view(6, 2)
+    chosen = [
+        importance.choose_heads(
+            "random",
+            view,
+            Moments(24, 24, constant=False),
+            [[0, 1, 2], [3, 4, 5]],
+            1,
+            gate_gradients=None,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (*range(8), *range(8))
+    ]
+    assert chosen[:8] == chosen[8:]
+    assert len({tuple(heads) for heads in chosen}) > 1
+
+
+def test_a_layers_cost_is_half_the_curvature_of_the_loss_along_its_error(
+    config_of: Make, model_of: Build, batches: list[Batch]
+) -> None:
+    """Errors of a ridge refit by augmented least squares, and the gradients of a token's loss by the layer's output."""
+    subject = LanguageModel(model_of(config_of()))
+    found = allocation.layer_choices(subject, batches, [[(1, 1), (2, 2), (4, 2)]] * len(subject.views))
+    for index, (view, choices) in enumerate(zip(subject.views, found, strict=True)):
+        size, weight = view.config.head_dim, joined(view.o)
+        z, slopes = read_by(subject, batches, index, "o"), []
+        for batch in batches:
+            with watched([view.o]) as seen:
+                loss = subject.loss(batch) * batch.input_ids.numel()
+            slopes.append(subject.tokens(torch.autograd.grad(loss, seen[0][1])[0], batch).double())
+        slope = torch.cat(slopes)
+        assert choices[4].cost == pytest.approx(0.0, abs=1e-9 * choices[2].cost)
+        for count in (1, 2):
+            _, pools = choices[count].plan
+            kept = importance.choose_heads(
+                "l2", view, moments_of(z, z), pools, 1, gate_gradients=None, generator=torch.Generator()
+            )
+            stay = torch.isin(torch.arange(z.shape[1]) // size, torch.tensor(kept))
+            lost = z[:, ~stay] @ weight[:, ~stay].T
+            own = z[:, stay]
+            ridge = (1e-4 * own.square().sum(0).mean()).sqrt() * torch.eye(own.shape[1]).double()
+            change = torch.linalg.lstsq(torch.cat([own, ridge]), torch.cat([lost, lost.new_zeros(len(ridge), 48)]))
+            error = lost - own @ change.solution
+            curvature = (slope.T @ slope / len(z)) @ (error.T @ error / len(z))
+            assert choices[count].cost == pytest.approx(float(curvature.trace()) / 2)
+
+
 @given(costs=st.lists(st.dictionaries(st.integers(1, 8), st.floats(0, 9), min_size=1), min_size=1, max_size=4))
 def test_an_allocation_is_the_cheapest_of_all(costs: list[dict[int, float]]) -> None:
     totals: dict[int, float] = {}
@@ -372,6 +438,25 @@ def test_aligned_pooling_undoes_rotations_that_change_nothing(
     assert got["mean"] > 1e-2 * scale
 
 
+def test_heads_are_aligned_on_the_inputs_that_there_are() -> None:
+    """Values that are one in disguise on every input pool without loss, whatever they are where no input is."""
+    view = layer_view(2, 2)
+    size, generator = view.config.head_dim, torch.Generator().manual_seed(7)
+    turn = torch.linalg.qr(torch.randn(size, size, generator=generator).double())[0]
+    x = torch.zeros(50, 24, dtype=torch.float64)
+    x[:, :12] = torch.randn(50, 12, generator=generator)
+    with torch.no_grad():
+        view.v.weight[size:, :12] = (turn @ view.v.weight[:size, :12].double()).float()
+    inputs = Moments(24, 0, constant=True)
+    inputs.add(x)
+    weights = surgery.cut(view, 1, range(2), inputs)
+    for head in range(2):
+        own = slice(head * size, (head + 1) * size)
+        before = x @ (view.o.weight[:, own] @ view.v.weight[own]).detach().double().T
+        after = x @ (weights.o[:, own] @ weights.v[:, :24]).T
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)  # the turned weights are fp32
+
+
 def test_under_qk_norm_keys_are_not_turned() -> None:
     view = layer_view(4, 4, qk_norm=True)
     inputs = Moments(24, 0, constant=True)
@@ -403,3 +488,59 @@ def test_heads_that_keep_their_keys_compute_what_they_did(
         assert torch.equal(cut(ids).logits, model(ids).logits)
     else:
         torch.testing.assert_close(cut(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("pooling", ["aligned", "mean"])
+def test_an_operation_chooses_and_fits_on_one_text_and_measures_on_the_other(
+    pooling: str, config_of: Make, model_of: Build, batches: list[Batch]
+) -> None:
+    original = LanguageModel(model_of(config_of(num_query_heads=8, num_kv_heads=8)))
+    fit, held = batches[:2], batches[2:]
+    plans = [surgery.plan_heads(view.config, 4, 2) for view in original.views]
+    settings = Settings(query_heads=4, kv_heads=2, pooling=pooling)  # type: ignore[arg-type]
+    dropped, refitted, changes = operate(settings, original, plans, fit, held)
+    chosen = []
+    for index, (view, change) in enumerate(zip(original.views, changes, strict=True)):
+        kept, other = (
+            importance.choose_heads(
+                "l2", view, moments_of(z, z), plans[index][1], 2, gate_gradients=None, generator=torch.Generator()
+            )
+            for z in (read_by(original, part, index, "o") for part in (fit, held))
+        )
+        chosen.append((kept, other))
+        assert list(change.kept) == kept
+        inputs = Moments(48, 0, constant=True)
+        inputs.add(read_by(original, fit, index, "q"))
+        weights = surgery.cut(view, 2, kept, inputs if pooling == "aligned" else None)
+        for name in ("q", "k", "v", "o"):
+            written = getattr(dropped.views[index], name).weight.detach().double()
+            torch.testing.assert_close(written, getattr(weights, name)[:, : written.shape[1]], atol=1e-6, rtol=1e-6)
+
+        reads: list[Moments] = []
+        for part in (fit, held):
+            pairs = []
+            for batch in part:
+                with torch.no_grad(), watched([dropped.views[index].o]) as seen:
+                    x, target = list(original.layers(batch))[index]
+                    dropped.attend(index, x, batch)
+                pairs.append((seen[0][0].flatten(0, 1), target.flatten(0, 1)))
+            reads.append(moments_of(*(torch.cat(each).double() for each in zip(*pairs, strict=True))))
+        expected = surgery.refit(weights.o, *reads)
+        torch.testing.assert_close(joined(refitted.views[index].o), expected, atol=1e-5, rtol=1e-5)
+        assert change.dropped == pytest.approx(reads[1].error(weights.o))
+        assert change.refitted == pytest.approx(reads[1].error(expected))
+    assert any(kept != other for kept, other in chosen)
+
+
+def test_random_heads_of_an_operation_follow_the_seed_of_its_settings(
+    config_of: Make, model_of: Build, batches: list[Batch]
+) -> None:
+    original = LanguageModel(model_of(config_of()))
+    plans = [surgery.plan_heads(view.config, 2, None) for view in original.views]
+    kept = []
+    for seed in (0, 1, 2, 3, 0):
+        settings = Settings(query_heads=2, method="random", seed=seed)
+        _, _, changes = operate(settings, original, plans, batches[:1], batches[:1])
+        kept.append([change.kept for change in changes])
+    assert kept[0] == kept[4]
+    assert any(kept[0] != other for other in kept)
