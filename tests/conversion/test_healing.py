@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sqa.conversion.healing import Distillation, Layerwise, heal
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.settings import Settings
 from sqa.data.batches import Batch
+from sqa.losses import IGNORE
 from sqa.progress import Interrupted, NonFiniteLoss, StepReport, StopFlag
 from sqa.training.checkpoint import Progress
 from sqa.training.loop import Hooks, Task
@@ -74,6 +76,42 @@ def test_distillation_is_the_divergence_of_the_logits(
     with torch.no_grad():
         torch.testing.assert_close(mean(Distillation(student, original), batch), expected)
         assert float(mean(Distillation(original, original), batch)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_quality_is_that_of_whole_logits(pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]) -> None:
+    """Loss over the tokens that have a target, divergence and agreement over all of them."""
+    original, student = pair
+    batches = [replace(batch, labels=batch.labels.masked_fill(batch.document_ids == 1, IGNORE)) for batch in batches]
+    found = student.measure(batches, original, original.outputs(batches))
+    theirs, own = (
+        torch.cat([subject.model(batch.input_ids, document_ids=batch.document_ids).logits for batch in batches])
+        .detach()
+        .flatten(0, 1)
+        for subject in pair
+    )
+    loss = F.cross_entropy(own, torch.cat([batch.labels for batch in batches]).flatten())
+    kl = F.kl_div(own.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert found.loss == pytest.approx(float(loss), rel=1e-5)
+    assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert found.kl == pytest.approx(float(kl), rel=1e-4)
+    assert found.agreement == pytest.approx(float((own.argmax(-1) == theirs.argmax(-1)).float().mean()))
+
+
+def test_text_is_packed_document_by_document(saved, config_of: Make, model_of: Build, small_tokenizer) -> None:
+    run = saved(model_of(config_of()))
+    texts = ["def attend(q, k, v):", "return", "softmax(q @ k.T) @ v", "42 times, größer als ß"]
+    found = LanguageModel.load(run).batches(run, iter(texts), rows=3, length=10, batch_size=2)
+    assert [len(batch) for batch in found] == [2, 1]
+    documents = [[*small_tokenizer.encode(text).ids, small_tokenizer.token_to_id("<|endoftext|>")] for text in texts]
+    ids = torch.tensor([i for document in documents for i in document])
+    number = torch.tensor([n for n, document in enumerate(documents) for _ in document])
+    assert torch.equal(torch.cat([batch.input_ids for batch in found]).flatten(), ids[:30])
+    same = number[1:31] == number[:30]
+    assert 0 < same.sum() < 30
+    labels = torch.cat([batch.labels for batch in found]).flatten()
+    assert torch.equal(labels, torch.where(same, ids[1:31], IGNORE))
+    rows, apart = number[:30].view(3, 10), torch.cat([batch.document_ids for batch in found])
+    assert torch.equal(apart[:, :, None] == apart[:, None], rows[:, :, None] == rows[:, None])
 
 
 def test_a_layers_loss_is_its_share_of_energy(pair: tuple[LanguageModel, LanguageModel], batches: list[Batch]) -> None:
