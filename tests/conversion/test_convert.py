@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -34,10 +35,13 @@ from typer.testing import CliRunner
 from sqa import ModelConfig
 from sqa.cli import app
 from sqa.conversion import report
+from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.records import Conversion
 from sqa.conversion.run import convert
 from sqa.conversion.settings import Settings
+from sqa.data.batches import Batch
 from sqa.interop import load_config, load_model
+from sqa.measure.timing import Timing
 from sqa.progress import Display, Interrupted, StepReport, StopFlag
 
 SMALL = {"length": 32, "sequences": 16, "batch_size": 4, "evaluation_tokens": 320, "speed_at": ()}
@@ -204,7 +208,8 @@ def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) 
         "control",
     }
     assert ("layers healed", 384) in stages
-    assert ("distilled", 1280) in stages
+    assert whole.peak_bytes is not None
+    assert 2**26 < whole.peak_bytes < 2**40  # PyTorch alone takes more than the first
     assert stages["distilled", 1280].kl < stages["refitted", 0].kl
     out = tmp_path / "out"
     steps: list[StepReport] = []
@@ -223,7 +228,52 @@ def test_healed_in_phases_and_resumed(hugging_face, text: Path, tmp_path: Path) 
     assert resumed.stages == whole.stages
     weights = [load_model(tmp_path / name).state_dict() for name in ("whole", "out")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    before = load_model(source).state_dict()
+    changed = {name for name, tensor in weights[0].items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "self_attn" in name}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_text_of_each_split_has_its_own_use(
+    hugging_face, tmp_path: Path, small_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted on the train split of the first domain, some of it held out; measured on the validation split of both."""
+    for domain, letters in (("first", "ab"), ("second", "cd")):
+        (tmp_path / domain).mkdir()
+        for split, letter in zip(("train", "validation"), letters, strict=True):
+            documents = (json.dumps({"text": f"{letter * 4}{number:03}"}) + "\n" for number in range(100))
+            (tmp_path / domain / f"{split}.jsonl").write_text("".join(documents))
+    seen: dict[str, str] = {}
+    measure = LanguageModel.measure
+
+    def read(batches: object) -> str:
+        return "".join(small_tokenizer.decode(row.tolist()) for batch in batches for row in batch.input_ids)  # type: ignore[attr-defined]
+
+    def measured(self: LanguageModel, batches: object, teacher: LanguageModel, reference: object) -> object:
+        batches = list(batches)  # type: ignore[call-overload]
+        seen[f"measured {len(seen)}"] = read(batches)
+        return measure(self, batches, teacher, reference)  # type: ignore[arg-type]
+
+    def operate(settings: Settings, original: object, plans: object, fit: object, held_out: object, *rest: object):
+        seen.update({"fit": read(fit), "held out": read(held_out)})
+        raise Interrupted("enough is seen")
+
+    monkeypatch.setattr(LanguageModel, "measure", measured)
+    monkeypatch.setattr(sys.modules[convert.__module__], "operate", operate)
+    source, options = hugging_face("llama"), {"calibration": str(tmp_path / "first")}
+    settings = Settings(query_heads=3, **SMALL)
+    with pytest.raises(Interrupted, match="enough"):
+        convert(source, tmp_path / "out", settings, evaluate=str(tmp_path / "second"), **options)
+    letters = {name: set(words) - set("0123456789") for name, words in seen.items()}
+    assert letters == {"measured 0": {"b"}, "measured 1": {"d"}, "fit": {"a"}, "held out": {"a"}}
+    fit, held_out = (set(re.findall(r"\d{3}", seen[name])) for name in ("fit", "held out"))
+    assert fit
+    assert held_out
+    assert not fit & held_out
+    text = tmp_path / "first" / "train.jsonl"
+    text.write_text(text.read_text().replace("a010", "e010"))
+    with pytest.raises(ValueError, match=r"unfinished conversion with other settings \(text: "):
+        convert(source, tmp_path / "out", settings, evaluate=str(tmp_path / "second"), **options)
 
 
 def test_an_encoder(private_modules, small_tokenizer, text: Path, tmp_path: Path) -> None:
@@ -325,23 +375,38 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
     refused("quantization_config must be None")
 
 
-def test_a_second_domain_samples_and_what_serves_it(hugging_face, text: Path, tmp_path: Path) -> None:
+def test_a_second_domain_samples_and_what_serves_it(
+    hugging_face, text: Path, tmp_path: Path, small_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
 
     class Telling(Display):
         def note(self, text: str) -> None:
             told.append(text)
 
-    small = Settings(query_heads=3, heal_tokens=640, **SMALL)
-    state = convert(
-        hugging_face("llama"), tmp_path / "out", small, calibration=str(text), evaluate="builtin", display=Telling()
-    )
+    continued, said = LanguageModel.continued, []
+
+    def listening(self: LanguageModel, batch: Batch, new_tokens: int) -> torch.Tensor:
+        said.append((batch.input_ids, continued(self, batch, new_tokens)))
+        return said[-1][1]
+
+    monkeypatch.setattr(LanguageModel, "continued", listening)
+    source = hugging_face("llama")
+    small = Settings(query_heads=3, heal_tokens=640, layerwise=0.4, train="all", control=True, **SMALL)
+    state = convert(source, tmp_path / "out", small, calibration=str(text), evaluate="builtin", display=Telling())
     elsewhere = {stage.stage: stage.elsewhere for stage in state.stages}
     assert elsewhere["original"].kl == 0 < elsewhere["distilled"].kl
     assert elsewhere["original"].loss != state.last("original").quality.loss
     assert elsewhere["dropped"].kl > elsewhere["refitted"].kl
     assert len(state.samples) == 3
-    assert all(sample.prompt and sample.original and sample.converted for sample in state.samples)
+    before, after = load_model(source).eval(), load_model(tmp_path / "out").eval()
+    texts = []
+    for ids, _ in said[::2]:
+        new = (model.generate(ids, max_new_tokens=32)[0, ids.shape[1] :] for model in (before, after))
+        texts.append([small_tokenizer.decode(each.tolist()) for each in (ids[0], *new)])
+    assert [[sample.prompt, sample.original, sample.converted] for sample in state.samples] == texts
+    weights = (model.model.layers[0].mlp.up_proj.weight for model in (before, after))
+    assert not torch.equal(*weights)  # all parameters were trained
     assert state.serve == "vllm serve out"
     told_of = [line.split(":")[0].split(" (")[0] for line in told]
     order = [told_of.index(stage) for stage in ("original", "dropped", "refitted", "layers healed", "distilled")]
@@ -421,8 +486,10 @@ def test_a_layer_may_lose_kv_heads(private_modules, hugging_face, text: Path, tm
 def test_stopped_in_any_phase_it_ends_the_same(hugging_face, text: Path, tmp_path: Path) -> None:
     """Stopped again and again, ever later: what is done is kept, no step is trained twice, the weights are the same."""
     source = hugging_face("llama")
-    settings = Settings(query_heads=3, heal_tokens=512, **{**SMALL, "speed_at": (16,)})
+    settings = Settings(query_heads=3, heal_tokens=512, **{**SMALL, "evaluation_tokens": 32, "speed_at": (16,)})
     whole = converted(source, tmp_path / "whole", text, settings)
+    # measuring 32 tokens takes as long as training on 11: it fits after every step into a tenth of the phase's time
+    assert [stage.tokens for stage in whole.stages if stage.stage == "distilled"] == [256, 384, 512]
     said: list[str] = []
     steps: list[StepReport] = []
     while True:
@@ -456,8 +523,38 @@ def test_weights_are_there_before_the_timing(
             converted(source, tmp_path / "out", text, settings)
     assert load_model(tmp_path / "out").config.layers[0].num_query_heads == 3
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["speed"] == []
+    passes: list[tuple[str, int, int]] = []
+
+    def noting(name: str) -> Callable:
+        real = getattr(LanguageModel, name)
+
+        def passing(self: LanguageModel, row: Batch) -> object:
+            passes.append((name, self.views[0].config.num_query_heads, row.input_ids.shape[1]))
+            found = real(self, row)
+            assert name == "loss" or found.logits.shape[1] == 1  # as in bench prefill
+            return found
+
+        return passing
+
+    def timed(contestants: dict, **options: object) -> dict:
+        """As many seconds as the model has heads; ten times that for forward and backward."""
+        found = {}
+        for name, run in contestants.items():
+            run()
+            what, heads, n = passes.pop()
+            seconds = float(heads * n * (1 if what == "prefill" else 10))
+            found[name] = Timing(p20=seconds, median=seconds, p80=seconds)
+        return found
+
+    for name in ("prefill", "loss"):
+        monkeypatch.setattr(LanguageModel, name, noting(name))
+    monkeypatch.setattr(sys.modules[convert.__module__], "take_turns", timed)
     state = converted(source, tmp_path / "out", text, settings)
-    assert [speed.n for speed in state.speed] == [16, 16]
+    assert [(speed.what, speed.n, speed.before["median"], speed.after["median"]) for speed in state.speed] == [
+        ("prefill", 16, 6 * 16, 3 * 16),
+        ("forward and backward", 16, 60 * 16, 30 * 16),
+    ]
+    assert [speed.ratio for speed in state.speed] == [2, 2]
     assert Conversion.from_dict(json.loads((tmp_path / "out" / "conversion.json").read_text())) == state
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     with pytest.raises(ValueError, match="exists"):
