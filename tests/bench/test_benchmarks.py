@@ -151,9 +151,20 @@ def test_a_window_runs_beside_full_attention_and_the_layer_takes_part() -> None:
     windowed = [row for row in result.rows if row.mask == "window"]
     assert {row.what for row in windowed} == {"forward", "forward+backward", "layer step"}
     assert {row.kernel for row in windowed} == {"blocks" if fused.lacks() in NOT_BUILT else "fused"}
+    baselines = {(row.mask, row.what): row.median for row in result.rows if row.variant == "gqa"}
+    assert all(row.ratio == baselines[row.mask, row.what] / row.median for row in result.rows)
     full = next(row for row in result.rows if row.mask == "causal" and row.what == "layer step")
     layer = next(row for row in windowed if row.what == "layer step")
     assert layer.ratio_to_full == full.median / layer.median
+
+
+def test_the_step_of_a_layer_has_the_gradients_of_its_input_and_of_all_its_weights() -> None:
+    each = replace(setting(), what="layer step")
+    gradients = each.contestant()()
+    widths = [each.config.query_width, each.config.kv_width, each.config.kv_width, each.config.output_width]
+    assert gradients[0].shape == (2, 100, 128)  # type: ignore[index]
+    assert sorted(g.numel() for g in gradients[1:]) == sorted(128 * width for width in widths)  # type: ignore[index]
+    assert all(g.abs().sum() > 0 for g in gradients)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +225,7 @@ def test_a_model_from_a_directory_is_measured_with_its_own_weights(changes, conf
     model = model_of(config_of(**changes))
     models = Models.of_sources(saved(model))
     (name,) = models.configs
+    assert replace(models, configs={**models.configs, "larger": shape("sqa", length=8)}).vocab_size == 300
     built = models.fitted(512, ("hf-llama",)).build(name)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), built.parameters(), strict=True))
     result = run_prefill(models, peers=("hf-llama",), lengths=(16,), dtype="fp32", compile=False, rounds=1)
@@ -244,12 +256,22 @@ def test_models_from_directories_take_turns(config_of, model_of, tmp_path: Path)
         Models.of_sources(tmp_path / "converted", tmp_path / "x" / "converted")
 
 
-def test_a_step_changes_the_weights() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_changes_the_weights_and_leaves_no_gradient(dtype: torch.dtype) -> None:
     config = shape("sqa", length=16)
-    own = peers.ours(Transformer(config))
+    own, computed = peers.ours(Transformer(config)), []
+
+    def loss(module, ids, labels):  # type: ignore[no-untyped-def]
+        hidden = module.hidden_states(ids)
+        computed.append(torch.nn.functional.linear(hidden, module.lm_head.weight).dtype)
+        return module(ids, labels=labels).loss
+
     before = own.module.state_dict()["lm_head.weight"].clone()
-    step.training_step(own, own.module, torch.bfloat16, torch.randint(config.vocab_size, (2, 1, 16)))()
+    batch = torch.randint(config.vocab_size, (2, 1, 16))
+    step.training_step(replace(own, loss=loss), own.module, dtype, batch)()
+    assert computed == [dtype]
     assert not torch.equal(before, own.module.state_dict()["lm_head.weight"])
+    assert all(parameter.grad is None for parameter in own.module.parameters())
 
 
 def test_ours_runs_compiled_and_peers_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +403,8 @@ def test_peak_memory_grows_with_the_batch() -> None:
     if small is None or large is None:
         assert sys.platform != "linux"
         return
+    # weights, gradients and two moments; but not what PyTorch holds, which is more than 100 MiB
+    assert small < 2 * 16 * cost.parameters(config) + 2**26
     # 31 x 128 tokens more: their activations, at least 30 values of the width in each of 3 layers
     assert large - small > 31 * 128 * 128 * 4 * 30
 
@@ -394,6 +418,21 @@ def test_prefill_lists_every_variant_at_every_length() -> None:
     assert [row.limit for row in ours] == [1.0, flops[0] / flops[1]]
     assert [row.share_of_peak for row in ours] == [f / row.median / 1e11 for f, row in zip(flops, ours, strict=True)]
     assert all(row.preprint_ratio is None for row in result.rows)  # another shape than the preprint's
+
+
+@pytest.mark.parametrize("run", [run_prefill, run_decode])
+def test_models_run_in_the_dtype_and_give_the_logits_of_one_position(run, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    forward, seen = Transformer.forward, set()
+
+    def noting(self: Transformer, *arguments, **options):  # type: ignore[no-untyped-def]
+        found = forward(self, *arguments, **options)
+        seen.add((found.logits.shape[1], found.logits.dtype, found.logits.is_inference()))
+        return found
+
+    monkeypatch.setattr(Transformer, "forward", noting)
+    options = {"compile": False} if run is run_prefill else {"steps": 2}
+    run(demo("sqa"), lengths=(16,), dtype="bf16", rounds=1, **options)
+    assert seen == {(1, torch.bfloat16, True)}
 
 
 def test_a_spent_budget_leaves_out_longer_prompts() -> None:
@@ -412,6 +451,8 @@ def test_decoding_starts_from_a_filled_cache_and_says_that_sqa_wins_little() -> 
     assert gqa.cache_bytes * 38 == cache.num_bytes * 32
     assert gqa.cache_bytes == 2 * mqa.cache_bytes
     assert gqa.tokens_per_s == 2 / gqa.median
+    (two,) = run_decode(demo("gqa"), lengths=(32,), batch_size=2, steps=2, rounds=1).rows
+    assert two.cache_bytes == 2 * gqa.cache_bytes
 
 
 def test_long_work_is_not_silent_and_tables_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:

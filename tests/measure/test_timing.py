@@ -1,5 +1,6 @@
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,43 @@ def test_everybody_is_warm_before_anybody_is_timed_and_rounds_alternate() -> Non
 def test_what_happens_between_turns_is_not_timed() -> None:
     timings = take_turns({"a": lambda: None}, rounds=3, on_turn=lambda: time.sleep(0.02))
     assert timings["a"].p80 < 0.02
+
+
+def test_a_turn_lasts_from_an_idle_device_until_it_is_idle_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device runs behind the program: it still has 5 seconds to do when a turn begins, and 2 when it ends."""
+    now, left = 0.0, 0.0
+
+    def wait(device: object) -> None:
+        nonlocal now, left
+        now, left = now + left, 0.0
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        nonlocal now, left
+        now, left = now + 10, left + 5
+        yield
+        now += 10
+
+    def run() -> None:
+        nonlocal now, left
+        now, left = now + 1, left + 2
+
+    monkeypatch.setattr("sqa.measure.timing.synchronize", wait)
+    monkeypatch.setattr("sqa.measure.timing.time.perf_counter", lambda: now)
+    assert take_turns({"a": run}, rounds=3, around=around)["a"].to_dict() == {"p20": 3, "median": 3, "p80": 3}
+
+
+def test_lengths_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes as many seconds as its length; a length takes at least twice the time of the one before."""
+    now, notes = 0.0, []
+    monkeypatch.setattr("sqa.measure.timing.time.monotonic", lambda: now)
+    done = []
+    for n in TimeLimit(seconds=10, start=now).fitting((1, 2, 4, 8), notes):
+        done.append(n)
+        now += n
+    assert done == [1, 2, 4]
+    assert notes == ["The budget was spent before N = 8."]
+    assert list(TimeLimit().fitting((1, 2, 4, 8), notes)) == [1, 2, 4, 8]
 
 
 def test_quantiles_are_those_of_the_measurements() -> None:
