@@ -5,16 +5,18 @@ import random
 import shutil
 import string
 from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from sqa import AttentionConfig, ModelConfig, Transformer, evaluation
 from sqa.data import Corpus
 from sqa.errors import InputError
-from sqa.evaluation import Item, Reader, Score, make_items, open_reader
+from sqa.evaluation import Item, Reader, Score, make_items, open_reader, score_table
 from test_cli import sqa as command
 
 LETTERS = string.ascii_lowercase
@@ -47,6 +49,17 @@ def test_items_are_the_next_paragraph_and_those_of_other_articles() -> None:
     assert {item.answer for item in items} == {0, 1, 2, 3}
     assert items == make_items([*texts[:10], "too short\n\nfor an item", *texts[10:]], 30)
     assert items != make_items(texts, 30, seed=1)
+
+
+def test_long_paragraphs_are_cut_at_their_inner_ends_between_words() -> None:
+    """The end of the first, up to 300 characters, and the beginning of the second, up to 120."""
+    first, second = (" ".join(f"{letter}{i:03}" for i in range(200)) for letter in "xy")
+    for item in make_items([f"{first}\n\n{second}"] * 4, 4):
+        choice = item.choices[item.answer]
+        assert first.endswith(f" {item.context}")
+        assert 295 <= len(item.context) <= 300
+        assert second.startswith(f"{choice} ")
+        assert 115 <= len(choice) <= 120
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
@@ -188,6 +201,10 @@ def test_intervals() -> None:
     b = Score(model="b", right=(True,) * 4 + (False,) * 3 + (True, False, False))
     # gained 3, lost 1: (3 - 1) / 12, sqrt((5 / 12 - 1 / 36) / 12) = 0.18002
     assert a.minus(b) == pytest.approx((0.2, 1 / 6 - 1.959964 * 0.18002, 1 / 6 + 1.959964 * 0.18002), abs=1e-4)
+    console = Console(file=StringIO(), width=80)
+    console.print(score_table([b, a]))
+    *_, last = console.file.getvalue().splitlines()
+    assert last.split() == ["a", "70.0%", "39.7%", "to", "89.2%", "+20.0%", "-18.6%", "to", "+52.0%"]
     same, low, high = a.minus(a)
     assert same == 0
     assert low < 0 < high
@@ -215,6 +232,7 @@ def test_bfloat16_is_autocast_and_the_items_are_of_the_validation_text(
         found = evaluation.evaluate(["model"], corpus, items=4, dtype=dtype)
         assert seen == ["validation"] + [autocast] * 4
         assert found.items == tuple(make_items(articles(8), 4))
+    assert evaluation.evaluate(["model"], corpus, items=4, seed=3).items == tuple(make_items(articles(8), 4, seed=3))
 
 
 def test_the_command_compares_two_models(

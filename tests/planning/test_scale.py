@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sqa.cost import parameters
+from sqa.cost import parameters, train_step_flops
 from sqa.model import Transformer
 from sqa.planning.scale import (
     ASSUMPTIONS,
@@ -106,8 +106,13 @@ def test_where_the_saving_disappears() -> None:
 def test_estimates_fill_rows_and_the_tables_fit_80_columns() -> None:
     assert [estimate("1.3b", "sqa", n, 8).rows for n in (4096, 16_384, 131_072)] == [4, 1, 1]
     both = [estimate("8b", "SQA", 4096, gpus) for gpus in (8, 512)]
+    config = preset("8b", "sqa")
+    assert both[0].flops == 8 * train_step_flops(config, 4096, 4)  # four rows on each GPU
+    assert both[0].memory == memory(config, 16_384, 8)
     assert both[1].flops == 64 * both[0].flops
     assert both[0].step_s == both[1].step_s == both[0].compute_s > both[1].communicate_s > both[0].communicate_s
+    # rows of the same tokens on each of the GPUs
+    assert both[0].gpu_hours_per_billion == pytest.approx(both[0].step_s * 8 / 3600 * 1e9 / (8 * 16_384))
     assert estimate("8b", "sqa", 512, 512, tokens=512).step_s == both[1].communicate_s  # too little to compute
     for shape in ("1.3b", "8b"):
         console = Console(width=80, record=True, file=StringIO())
@@ -118,4 +123,10 @@ def test_estimates_fill_rows_and_the_tables_fit_80_columns() -> None:
         assert "…" not in text
         assert "wide GQA" in text
         assert "1.00x" in text
+        steps = {(e.n, e.variant): e.step_s for e in estimates}
+        rows = [line.split() for line in text.splitlines()]
+        ratio = steps[131_072, "gqa"] / steps[131_072, "xsqa"]
+        assert [row[-1] for row in rows if row[:2] == ["131,072", "xSQA"]] == [f"{ratio:.2f}x"]
+        # of GQA's attention xSQA computes a quarter
+        assert [row[-1] for row in rows if row[:1] == ["xSQA"]] == ["75%"]
     assert max(map(len, ASSUMPTIONS.splitlines())) <= 80
