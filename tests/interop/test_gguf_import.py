@@ -447,7 +447,7 @@ def test_bad_keys_are_refused(name: str, model_of, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention_scale", "logit_scale", "residual_scale", "embedding_scale",
-                                  "rope_scaling_alpha", "causal_attention"])  # fmt: skip
+                                  "rope_scaling_alpha", "rope_scaling_attn_factors", "causal_attention"])  # fmt: skip
 def test_what_would_compute_something_else_is_refused(name: str, model_of, tmp_path: Path) -> None:
     value = False if name == "causal_attention" else 0.5
     path = write_gguf(

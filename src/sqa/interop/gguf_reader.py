@@ -42,6 +42,7 @@ _FIXED: dict[str, Any] = {
     "residual_scale": 0.0,
     "embedding_scale": 0.0,
     "rope.scaling.alpha": 0.0,
+    "rope.scaling.attn_factor": 1.0,
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
