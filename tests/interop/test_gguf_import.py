@@ -206,6 +206,12 @@ def test_linear_scaling_under_its_old_key(model_of, tmp_path: Path) -> None:
     assert load_config(path).layers[0].rope == Rope(scaling=RopeScaling(kind="linear", factor=4.0))
 
 
+def test_a_scaling_factor_of_zero_is_none(model_of, tmp_path: Path) -> None:
+    model = model_of(wide_config())
+    path = write_gguf(tmp_path / "m.gguf", model, keys=set_keys(llama__rope__scaling__factor=0.0))
+    assert load_config(path) == model.config
+
+
 def test_frequencies_that_are_all_divided_by_one_are_plain(model_of, tmp_path: Path) -> None:
     model = model_of(wide_config())
     ones = np.ones(4, dtype=np.float32)

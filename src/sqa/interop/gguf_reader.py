@@ -247,7 +247,9 @@ def _read_rope(file: GgufFile, arch: str, head_dim: int, max_seq_len: int) -> Ro
     base = file.get(f"{arch}.rope.freq_base", float, 10_000.0)
     prefix = f"{arch}.rope.scaling"
     kind = file.get(f"{prefix}.type", str, "none")
-    factor = file.get(f"{prefix}.factor", float, file.get(f"{arch}.rope.scale_linear", float, 1.0))
+    # 0 stands for a key that is not there, as in llama.cpp
+    factors = (file.get(key, float, 0.0) for key in (f"{prefix}.factor", f"{arch}.rope.scale_linear"))
+    factor = next(filter(None, factors), 1.0)
     length = file.get(f"{prefix}.original_context_length", int, max_seq_len)
     if f"{prefix}.type" not in file.metadata and factor != 1.0:
         kind = "linear"
