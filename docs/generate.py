@@ -55,11 +55,22 @@ def comparison(name: str) -> str:
     return f"{table}\n\n{machine}; torch {record.versions['torch']}; {record.git}"
 
 
-def horizons() -> str:
-    """The table of the complete trainings of several lengths that are committed."""
-    found = [RESULTS / name for name in HORIZONS if (RESULTS / name / "results.jsonl").exists()]
-    times = RESULTS / "step-times"
-    return text_of(results_table(read_experiment(found, times), title="horizon: complete trainings, context 1,024"))
+def horizons(suffix: str = "") -> str:
+    """The table of the complete trainings of several lengths that are committed; `suffix` ends their directories."""
+    folders = [RESULTS / f"{name}{suffix}" for name in HORIZONS]
+    times = RESULTS / f"step-times{suffix}"
+    found = [folder for folder in folders if (folder / "results.jsonl").exists()]
+    experiment = read_experiment(found, times if times.exists() else None)
+    return text_of(results_table(experiment, title="horizon: complete trainings, context 1,024"))
+
+
+def float32() -> str:
+    """The table of the trainings in float32, and where they ran."""
+    records = [Directory(RESULTS / f"{name}-fp32").read().record for name in HORIZONS]
+    machines = {f"{each.machine['processor']}, threads: {each.machine['threads']}" for each in records}
+    assert len(machines) == 1, f"the trainings in float32 ran on several machines: {machines}"
+    versions = f"torch {records[0].versions['torch']}; {', '.join(dict.fromkeys(str(each.git) for each in records))}"
+    return f"{horizons('-fp32')}\n\n{machines.pop()}; {versions}"
 
 
 def rates(*names: str) -> str:
@@ -387,7 +398,7 @@ SECTIONS = {
     "small tokens": lambda: comparison("small-tokens"),
     "small time": lambda: comparison("small-time"),
     "horizons": horizons,
-    "middle horizon": lambda: comparison("horizon-6M-fp32"),
+    "float horizons": float32,
     "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
     "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
     "output rates": lambda: output_rates("output-rate-0.5", "output-rate-1", "output-rate-2"),
@@ -409,7 +420,7 @@ SECTIONS = {
     "encoder at eight": lambda: conversion(quality_table, "minilm-8"),
     "encoder speed": lambda: conversion(speed_table, "minilm-speed"),
     "surgeries": surgeries,
-    "pretrained": lambda: pretrained("smollm2-6-attention", "smollm2-3-attention"),
+    "pretrained": lambda: pretrained("smollm2-6-attention", "smollm2-3-attention", "smollm2-3-kv"),
     "pretrained at a glance": lambda: at_a_glance(heal7="smollm2-6-attention", heal3b="smollm2-3-attention"),
     "pretrained all": lambda: pretrained("smollm2-6", "smollm2-6-measured", "smollm2-3"),
     "pretrained heads": lambda: f"Query heads of the layers, in order: {kept_heads('smollm2-6-attention')}.",
