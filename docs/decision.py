@@ -203,7 +203,21 @@ def verdict(directories: Sequence[str], *, timed: str) -> str:
     return (
         f"**Verdict so far**, for a model of {line.parameters / 1e6:.1f} M parameters and a context of {context:,}: "
         f"SQA's training steps are {steps.speed_vs_gqa:.2f} times as fast as GQA's, and after "
-        f"{line.budget.removeprefix('tokens=').removesuffix('M')} M tokens its loss is {where} ({known})."
+        f"{line.budget.removeprefix('tokens=').removesuffix('M')} M tokens its loss is {where} ({known}). "
+        f"{time_saved()}"
+    )
+
+
+def time_saved() -> str:
+    """The longest trainings in float32 whose effective speed-up has an interval, in words."""
+    folders = [RESULTS / f"horizon-{length}-fp32" for length in ("2M", "6M", "16M")]
+    lines = read_experiment(folders, RESULTS / "step-times-fp32").summaries()
+    known = [each for each in lines if each.variant == "sqa" and each.effective_speedup and each.effective_speedup.low]
+    found, tokens = known[-1].effective_speedup, round(known[-1].tokens / 1e6)
+    assert found is not None
+    interval = f"{found.low:.2f} to {found.high:.2f}, {found.runs} seeds, float32"
+    return (
+        f"GQA needs {found.ratio:.2f} times SQA's time ({interval}) for the loss that SQA has after {tokens} M tokens."
     )
 
 
