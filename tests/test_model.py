@@ -280,6 +280,8 @@ def test_generation_is_repeatable_and_ignores_the_mode() -> None:
         ({"temperature": "x"}, "temperature must be a number, got 'x'"),
         ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
         ({"temperature": None}, "temperature must be a number, got None"),
+        ({"temperature": torch.ones(2)}, r"temperature must be a number, got tensor\(\[1., 1.\]\)"),
+        ({"top_p": 10**400}, "top_p must be a number, got 1000"),
         ({"temperature": math.nan}, "temperature must be 0 or more, got nan"),
         ({"end_id": 1.5}, "end_id must be a whole number, got 1.5"),
         ({"end_id": [1, True]}, "end_id must be a whole number, got True"),
@@ -386,6 +388,20 @@ def test_a_cache_of_another_layer_is_refused() -> None:
         KVCache(config, batch_size=1, capacity=4, dtype=torch.int32)
 
 
+def test_a_model_with_a_cache_takes_no_documents() -> None:
+    model, ids = make(), torch.zeros(2, 6, dtype=torch.long)
+    cache = KVCache(model.config, batch_size=2, capacity=9)
+    with pytest.raises(ValueError, match="a cache holds one document a row"):
+        model(ids, document_ids=torch.arange(6).expand(2, 6) // 3, cache=cache)
+    assert cache.length == 0
+
+
+def test_a_cache_for_fewer_layers_is_refused() -> None:
+    model = make(**MODELS["per-layer"])
+    with pytest.raises(ValueError, match="made for 1 layers, got layer 1"):
+        model(torch.zeros(1, 2, dtype=torch.long), cache=KVCache(model.config.layers[:1], batch_size=1, capacity=4))
+
+
 def test_a_label_that_is_no_token_is_an_error_not_token_zero() -> None:
     model = Transformer(preset("demo", "sqa"))
     ids = torch.ones(1, 4, dtype=torch.long)
@@ -449,4 +465,6 @@ def test_compiling_leaves_the_settings_of_pytorch_as_they_were(monkeypatch: pyte
     model.compile()
     model(ids)
     assert seen == [64]
+    with pytest.raises(ValueError, match="input_ids must be from 0 to vocab_size - 1 = 31, got 32"):
+        model(ids + VOCAB)
     assert torch._dynamo.config.recompile_limit == before

@@ -9,6 +9,7 @@ import operator
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,15 +193,12 @@ class Transformer(nn.Module):
                 f"input_ids: {held + input_ids.shape[1]} tokens, "
                 f"but the model's max_seq_len is {self.config.max_seq_len}"
             )
-        if not self._compiled:
-            try:
+        try:
+            with _many_shapes() if self._compiled else nullcontext():
                 return self.model(input_ids, padding_mask, document_ids, cache)
-            except IndexError:  # on the CPU; looking at the ids beforehand would make a GPU wait
-                _check_range(input_ids, "input_ids", self.config.vocab_size)
-                raise
-        # blocks share one code object: every shape of a comparison takes an entry of its cache
-        with torch._dynamo.config.patch(recompile_limit=max(torch._dynamo.config.recompile_limit, 64)):
-            return self.model(input_ids, padding_mask, document_ids, cache)
+        except IndexError:  # on the CPU; looking at the ids beforehand would make a GPU wait
+            _check_range(input_ids, "input_ids", self.config.vocab_size)
+            raise
 
     @torch.no_grad()
     def token_losses(
@@ -378,9 +376,12 @@ def _whole(value: Any, name: str) -> int:
 
 def _real(value: Any, name: str) -> float:
     """A number of Python, NumPy or a tensor as a float."""
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise InputError(f"generate: {name} must be a number, got {shown(repr(value))}")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not hasattr(value, "__float__"):  # float() would read a text, too
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"generate: {name} must be a number, got {shown(repr(value))}") from None
 
 
 def _end_ids(given: Any) -> list[int]:
@@ -398,6 +399,13 @@ def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Calla
     """
     with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+
+def _many_shapes() -> AbstractContextManager[None]:
+    """Blocks share one code object, so every shape of a comparison takes an entry of its cache: allow 64."""
+    limit = max(torch._dynamo.config.recompile_limit, 64)
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=limit)
+    return patched
 
 
 def _compiler_lacks() -> str | None:

@@ -90,7 +90,11 @@ class SparseQueryAttention(nn.Module):
 
         Raises InputError for shapes that do not fit or options that exclude each other.
         """
-        self._check(x, context, document_ids, cache)
+        self._check_input("x", x)
+        if context is not None:
+            self._check_input("context", context)
+        if cache is not None:
+            cache.check(self.layer_index, self.config, x.device)
         if shared is None:
             if cache is not None:
                 cache.claim(self.layer_index, id(self))
@@ -125,11 +129,23 @@ class SparseQueryAttention(nn.Module):
         """What this layer and others of the same config share for x (B, T, d_model); arguments as for `forward`.
 
         The cache's positions get the new tokens here; each layer adds their keys and values later.
+
+        Raises InputError, before the cache is changed, for options that exclude each other, for shapes that do not fit
+        and for a cache of other layers.
         """
+        if context is not None and context.shape[0] != x.shape[0]:
+            raise InputError(
+                f"attention: x and context must have one batch size, got {x.shape[0]} and {context.shape[0]}"
+            )
+        if context is not None and (self.config.causal or cache is not None or document_ids is not None):
+            raise InputError("attention: context needs causal=False, and neither a cache nor document_ids")
+        if cache is not None and document_ids is not None:
+            raise InputError("attention: a cache holds one document a row; document_ids cannot be given with it")
         batch_size, length = x.shape[:2]
         num_keys = length if context is None else context.shape[1]
         step, cached = None, None
         if cache is not None:
+            cache.check(self.layer_index, self.config, x.device)
             step = cache.begin(self.layer_index, (batch_size, length), padding_mask)
             cached, num_keys = step.keys, step.num_keys
         tables = None
@@ -148,19 +164,7 @@ class SparseQueryAttention(nn.Module):
         )
         return Shared(prepare(call, self.kernel), tables, step)
 
-    def _check(self, x: Tensor, context: Tensor | None, document_ids: Tensor | None, cache: KVCache | None) -> None:
-        d_model = self.config.d_model
-        for name, tensor in {"x": x, **({} if context is None else {"context": context})}.items():
-            check_tensor(name, tensor, or_none=name == "context")
-            if tensor.ndim != 3 or tensor.shape[-1] != d_model:
-                raise InputError(f"attention: {name} must be (B, T, {d_model}), got {tuple(tensor.shape)}")
-        if context is not None and context.shape[0] != x.shape[0]:
-            raise InputError(
-                f"attention: x and context must have one batch size, got {x.shape[0]} and {context.shape[0]}"
-            )
-        if context is not None and (self.config.causal or cache is not None or document_ids is not None):
-            raise InputError("attention: context needs causal=False, and neither a cache nor document_ids")
-        if cache is not None and document_ids is not None:
-            raise InputError("attention: a cache holds one document a row; document_ids cannot be given with it")
-        if cache is not None:
-            cache.check(self.layer_index, self.config, x.device)
+    def _check_input(self, name: str, tensor: Tensor) -> None:
+        check_tensor(name, tensor, or_none=name == "context")
+        if tensor.ndim != 3 or tensor.shape[-1] != self.config.d_model:
+            raise InputError(f"attention: {name} must be (B, T, {self.config.d_model}), got {tuple(tensor.shape)}")
