@@ -229,6 +229,16 @@ def test_a_checkpoint_whose_step_was_changed_is_passed_over(
     assert "progress.json does not match its checksum" in caplog.text
 
 
+def test_checkpoints_that_were_passed_over_do_not_push_out_new_ones(shards: TokenShards, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path, recipe(checkpoint_seconds=0.0), **stopping(6))
+    for name in ("step-5", "step-6"):
+        (tmp_path / "checkpoints" / name / "progress.json").write_text("{")
+    with pytest.raises(Interrupted):
+        run(shards, tmp_path, recipe(checkpoint_seconds=0.0), **stopping(2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-1", "step-2"]
+
+
 @pytest.mark.parametrize("damage", ["torn", "a line gone"])
 @pytest.mark.parametrize(("kept", "begun"), [(0, 0), (3, 0), (5, 5)])
 def test_a_run_with_a_damaged_curve_goes_back_to_a_checkpoint_that_it_covers(

@@ -70,7 +70,7 @@ class Checkpoints:
                 dist.destroy_process_group(self._group)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write `step-N` and drop all but the last two. A full disk leaves the earlier ones as they were.
+        """Write `step-N`, and drop all but this one and the one before. A full disk leaves those there as they were.
 
         Raises OSError that names the folder for what the system refuses to write.
         """
@@ -133,8 +133,11 @@ class Checkpoints:
                     shutil.rmtree(target)
                 os.replace(temporary, target)
                 sync_directory(self._folder)
-                for old in _steps(self._folder)[:-_KEPT]:
-                    shutil.rmtree(old)
+                # `load` passed over those of later steps, which are damaged or have no curve
+                kept = [path for path in _steps(self._folder) if _step_of(path) <= progress.step][-_KEPT:]
+                for path in _steps(self._folder):
+                    if path not in kept:
+                        shutil.rmtree(path)
         finally:
             if _is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -190,16 +193,18 @@ def _is_main() -> bool:
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("step-*") if path.name[5:].isdigit()),
-        key=lambda path: int(path.name.removeprefix("step-")),
-    )
+    """The checkpoints, whole or not, by rising step."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdecimal()), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _last_whole(folder: Path, at_most: int | None = None) -> _Checkpoint | None:
     """The last checkpoint whose files match their checksums, of step `at_most` or before."""
     for path in reversed(_steps(folder)):
-        if at_most is not None and int(path.name[5:]) > at_most:
+        if at_most is not None and _step_of(path) > at_most:
             logger.warning("checkpoint %s is passed over: the curve before it is damaged", path.name)
             continue
         try:
