@@ -96,6 +96,9 @@ def test_model_mistakes(changes: dict, message: str) -> None:
     [
         ({"kind": "ntk", "factor": 2.0}, "kind must be one of 'linear', 'llama3', 'yarn', got 'ntk'"),
         ({"kind": "linear", "factor": 0.5}, "factor must be at least 1, got 0.5"),
+        ({"kind": "yarn", "factor": 2.0, "beta_fast": 0}, "beta_fast must be above 0, got 0.0"),
+        ({"kind": "yarn", "factor": 2.0, "beta_slow": -1.0}, "beta_slow must be above 0, got -1.0"),
+        ({"kind": "yarn", "factor": 2.0, "attention_factor": -1.0}, "attention_factor must be above 0, got -1.0"),
         ({"kind": "yarn", "factor": 2.0}, "original_max_seq_len must be a positive whole number, got None"),
         (
             {"kind": "llama3", "factor": 2.0, "original_max_seq_len": 8, "low_freq_factor": 4.0},

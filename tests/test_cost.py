@@ -108,4 +108,17 @@ def test_saving_and_cache() -> None:
     saving = {name: cost.attention_saving(variant(name, d_model=256, num_heads=16), 1024) for name in PUBLISHED}
     assert saving == {"mha": 1, "gqa": 1, "mqa": 1, "sqa": 2, "ssqa": 2, "xsqa": 4, "xsmqa": 4}
     assert cost.attention_saving(variant("rsqa", d_model=256, num_heads=16), 1024) == 2
+    for odd in ({"d_model": 100, "head_dim": 32}, {"d_model": 24, "rope": None}):  # of which no MHA has a config
+        layer = AttentionConfig(num_heads=8, num_query_heads=4, window=8, **odd)
+        full = layer.replace(window=None)
+        ratio = cost.attention_flops(full, 32) / cost.attention_flops(layer, 32)
+        assert cost.attention_saving(layer, 32) == pytest.approx(ratio * odd["d_model"] / (4 * layer.head_dim))
     assert cost.kv_cache_bytes(preset("published", "sqa")) == 2 * 8 * 4 * 16 * 2
+
+
+def test_costs_of_variants_are_found_in_any_case_and_unknown_ones_named() -> None:
+    costs, left_out = cost.variant_costs("larger", 64, ["SQA", "wide-gqa"])
+    assert [(row.variant, row.label) for row in costs] == [("sqa", "SQA")]
+    assert "got num_heads=12, 8 or 16 would fit" in left_out[0]
+    with pytest.raises(ValueError, match="variant: 'nope' is unknown"):
+        cost.variant_costs("larger", 64, ["nope"])

@@ -69,6 +69,12 @@ def test_any_head_count_fits_or_is_refused(name: str, heads: int, kv: int | None
             variant(name, **shape)
 
 
+def test_wide_heads_may_be_twice_an_odd_width() -> None:
+    assert variant("wide-gqa", d_model=24, num_heads=8).head_dim == 6
+    with pytest.raises(ValueError, match="head_dim must be even for rotary positions, got head_dim=3"):
+        variant("gqa", d_model=24, num_heads=8)
+
+
 def test_names_in_any_case_and_free_kv_heads() -> None:
     assert variant("xSMQA", d_model=256, num_heads=16) == variant("xsmqa", d_model=256, num_heads=16)
     assert variant("sqa", d_model=256, num_heads=16, num_kv_heads=2).num_kv_heads == 2

@@ -80,6 +80,9 @@ class RopeScaling(_Config):
         super().__post_init__()
         if self.factor < 1:
             raise InputError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise InputError(f"rope scaling: {name} must be above 0, got {value!r}")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f"rope scaling llama3: low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError
-from sqa.variants import VARIANTS, preset, shape
+from sqa.variants import find_variant, preset, shape
+
+
+def _projection_weights(config: AttentionConfig) -> int:
+    """Weights of the four projections of one attention layer, biases left out."""
+    return config.d_model * (config.query_width + 2 * config.kv_width + config.output_width)
 
 
 def attention_parameters(config: AttentionConfig, *, output_bias: bool = False) -> int:
     """Parameters of one attention layer."""
-    d = config.d_model
-    total = d * (config.query_width + 2 * config.kv_width) + config.output_width * d
+    total = _projection_weights(config)
     if config.qkv_bias:
         total += config.query_width + 2 * config.kv_width
     if output_bias:
-        total += d
+        total += config.d_model
     if config.qk_norm:
         total += 2 * config.head_dim
     return total
@@ -44,10 +48,8 @@ def attention_flops(config: AttentionConfig, n: int) -> int:
 
 
 def _matrix_parameters(config: ModelConfig) -> int:
-    """Weights of all matrix products but the output head, a token."""
-    d = config.d_model
-    layers = sum(d * (layer.query_width + 2 * layer.kv_width) + layer.output_width * d for layer in config.layers)
-    return layers + config.num_layers * 3 * d * config.d_ff
+    """Weights that every token is multiplied with, those of the output head left out."""
+    return sum(map(_projection_weights, config.layers)) + config.num_layers * 3 * config.d_model * config.d_ff
 
 
 def forward_flops(config: ModelConfig, n: int) -> int:
@@ -77,9 +79,9 @@ def kv_cache_bytes(config: ModelConfig, n: int = 1, *, bytes_per_element: int = 
 
 
 def attention_saving(config: AttentionConfig, n: int) -> float:
-    """Attention FLOPs of full multi-head attention of the same nominal shape over this layer's: H / Hq for SQA."""
-    nominal = AttentionConfig(d_model=config.d_model, num_heads=config.num_heads, causal=config.causal)
-    return attention_flops(nominal, n) / attention_flops(config, n)
+    """FLOPs of full multi-head attention, whose heads are d_model wide in all, over this layer's: H / Hq for SQA."""
+    pairs = config.replace(window=None, num_sink_tokens=0).visible_pairs(n)
+    return 4 * config.d_model * pairs / attention_flops(config, n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +104,12 @@ class VariantCost:
 def variant_costs(preset_name: str, n: int, variants: Iterable[str]) -> tuple[list[VariantCost], list[str]]:
     """The costs of those variants whose rule fits the shape, and a sentence for each that does not.
 
-    Raises InputError for an unknown preset.
+    Raises InputError for an unknown preset or variant.
     """
     shape(preset_name)
     costs: list[VariantCost] = []
     left_out: list[str] = []
-    for name in variants:
+    for name, row in map(find_variant, variants):
         try:
             config = preset(preset_name, name)
         except InputError as error:
@@ -117,7 +119,7 @@ def variant_costs(preset_name: str, n: int, variants: Iterable[str]) -> tuple[li
         costs.append(
             VariantCost(
                 variant=name,
-                label=VARIANTS[name].label,
+                label=row.label,
                 num_query_heads=layer.num_query_heads,
                 num_kv_heads=layer.num_kv_heads,
                 head_dim=layer.head_dim,

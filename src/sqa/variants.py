@@ -114,8 +114,7 @@ def variant(
     """
     key, row = find_variant(name)
     reject_unknown(options, _LAYER_FIELDS, f"variant {key}")
-    rope = {name: options[name] for name in ("rope",) if name in options}
-    nominal = AttentionConfig(d_model=d_model, num_heads=num_heads, **rope)  # checks both numbers first
+    nominal = AttentionConfig(d_model=d_model, num_heads=num_heads, rope=None)  # checks both numbers first
     num_query_heads = _heads(key, "num_query_heads", row.query, num_heads)
     if num_kv_heads is None or not row.kv_free:
         fixed = 1 if row.kv is None else _heads(key, "num_kv_heads", row.kv, num_heads)

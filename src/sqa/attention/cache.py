@@ -190,9 +190,9 @@ class KVCache:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise InputError(f"cache: dtype must be a floating-point one of 16 bits or more, got {shown(repr(dtype))}")
         try:
-            device = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise InputError(f"cache: device must be one of PyTorch's, got {shown(repr(device))}") from None
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError):
+            raise InputError(f"cache: device must be one that PyTorch has here, got {shown(repr(device))}") from None
         self.batch_size, self.capacity, self._configs = batch_size, capacity, layers
         kept: dict[tuple[int | None, int], _Positions] = {}
         self.layers: list[_Keys] = []

@@ -22,27 +22,25 @@ def inverse_frequencies(rope: Rope, head_dim: int, device: torch.device | None =
         return frequencies, 1.0
     if scaling.kind == "linear":
         return frequencies / scaling.factor, 1.0
-    assert scaling.original_max_seq_len is not None  # RopeScaling checks it
+    length = scaling.original_max_seq_len
+    assert length is not None  # RopeScaling checks it
     if scaling.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
         # 0 below low_freq_factor turns within the original length (interpolate), 1 above high_freq_factor (keep)
-        turns = scaling.original_max_seq_len / wavelengths
+        turns = length / wavelengths
         keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = keep.clamp(0, 1)
         return (1 - keep) * frequencies / scaling.factor + keep * frequencies, 1.0
 
     def pair_with(turns: float) -> float:
         """The (fractional) pair that makes `turns` turns within the original length."""
-        length = scaling.original_max_seq_len or 0
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), head_dim - 1)
     ramp = torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low
     interpolate = (ramp / max(high - low, 0.001)).clamp(0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0
+    factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
     return interpolate * frequencies / scaling.factor + (1 - interpolate) * frequencies, factor
 
 
