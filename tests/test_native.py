@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sqa import native
+
 
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
@@ -26,3 +28,8 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     ]
     assert [process.communicate(timeout=100)[0] for process in both] == ["1\n", "1\n"]
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_compiler_that_is_no_command_line_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'c++ "')
+    assert native.load(tmp_path / "one.cpp") in ("did not compile", "built on Linux only")

@@ -158,6 +158,17 @@ def test_a_window_runs_beside_full_attention_and_the_layer_takes_part() -> None:
     assert layer.ratio_to_full == full.median / layer.median
 
 
+def test_a_window_is_compared_with_full_attention_of_the_same_kernel() -> None:
+    options = {"lengths": (256,), "num_heads": 4, "rounds": 1, "dtypes": ("fp32",), "mask": "window", "window": 16}
+    rows = run_attention(variants=("GQA", "8/2x16"), kernels=("reference", "sdpa"), **options).rows  # type: ignore[arg-type]
+    assert {row.variant for row in rows} == {"gqa", "8/2x16"}
+    assert {row.baseline for row in rows} == {"gqa"}
+    full = {(row.variant, row.kernel, row.what): row.median for row in rows if row.mask == "causal"}
+    for row in rows:
+        if row.mask == "window":
+            assert row.ratio_to_full == full[row.variant, row.kernel, row.what] / row.median
+
+
 def test_the_step_of_a_layer_has_the_gradients_of_its_input_and_of_all_its_weights() -> None:
     each = replace(setting(), what="layer step")
     gradients = each.contestant()()
@@ -418,6 +429,7 @@ def test_prefill_lists_every_variant_at_every_length() -> None:
     assert [row.limit for row in ours] == [1.0, flops[0] / flops[1]]
     assert [row.share_of_peak for row in ours] == [f / row.median / 1e11 for f, row in zip(flops, ours, strict=True)]
     assert all(row.preprint_ratio is None for row in result.rows)  # another shape than the preprint's
+    assert list(demo("SQA", "GQA").configs) == ["sqa", "gqa"]
 
 
 @pytest.mark.parametrize("run", [run_prefill, run_decode])

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sqa.bench.measurement import Measurement, choose_baseline, with_ratios
 from sqa.bench.prefill import PREPRINT_SECONDS, preprint_ratio
-from sqa.bench.report import BenchResult
+from sqa.bench.report import BenchResult, seconds_text
 from sqa.measure.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +144,17 @@ def test_plots_have_a_mark_for_every_measurement(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no timed row"):
         result(missing("sqa", "not installed: x")).plot(tmp_path / "none.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["all.svg"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1234.5, "1,230 s"), (99.96, "100 s"), (0.9999, "1.00 s"), (0.1234, "123 ms"), (0.0009996, "1.00 ms"),
+        (2.5e-7, "0.250 µs"),
+    ],
+)  # fmt: skip
+def test_times_have_three_digits_and_no_exponent(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
 
 
 def test_the_processor_is_named_above_every_result() -> None:

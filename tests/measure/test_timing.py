@@ -2,6 +2,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from models import NOT_BUILT
 from sqa import measure, native
 from sqa.dtypes import find_dtype
 from sqa.measure.machine import find_device, flags
-from sqa.measure.peak import matmul_peak, measure_peak
+from sqa.measure.peak import matmul_peak, measure_peak, processor_peak
 from sqa.measure.timing import TimeLimit, Timing, failure, synchronize, take_turns
 from sqa.records import at_least_one
 
@@ -135,6 +137,12 @@ def test_any_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     synchronize("mps")
     synchronize("cpu")
     assert waited == ["mps"]
+
+
+def test_a_peak_of_instructions_that_the_compiler_lacks_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda source: SimpleNamespace(sqa_peak=Mock(return_value=0)))
+    monkeypatch.setattr("sqa.measure.peak.flags", lambda: ["avx512_bf16"])
+    assert processor_peak(torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -244,9 +244,10 @@ def run_attention(
             if name not in allowed:
                 raise unknown(field, name, allowed)
     at_least_one(
-        "benchmark", variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels)
-    )
-    at_least_one("benchmark", head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds)
+        "benchmark", variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels),
+        head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds,
+    )  # fmt: skip
+    variants = [name.lower() for name in variants]
     where, limit, baseline = find_device(device), TimeLimit(seconds=budget), choose_baseline(variants)
     configs = {
         head_dim: {name: layer_config(name, head_dim=head_dim, num_heads=num_heads) for name in variants}
@@ -294,7 +295,10 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
     """Add rates, shares and ratios to the measurements of one length, head_dim and dtype."""
     timed = [m for m in measurements if m.seconds is not None]
     scores = {(m.variant, m.mask): m.scores or 0 for m in timed}
-    full = {(m.variant, m.what): m.median for m in timed if m.mask == "causal"}
+    full: dict[tuple[str, str | None], dict[str | None, float]] = {}  # of each kernel
+    for m in timed:
+        if m.mask == "causal":
+            full.setdefault((m.variant, m.what), {})[m.kernel] = m.median
     sdpa = {(m.variant, m.mask, m.what): m.median for m in timed if m.kernel == "sdpa"}
     for m in with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline):
         if m.seconds is not None and m.flops is not None:
@@ -303,7 +307,8 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
             limit = scores[baseline, m.mask] / scores[m.variant, m.mask]
             m = replace(m, limit=limit, share_of_limit=m.ratio / limit)
         if m.seconds is not None and m.mask == "window" and (m.variant, m.what) in full:
-            m = replace(m, ratio_to_full=full[m.variant, m.what] / m.median)
+            times = full[m.variant, m.what]  # "auto" may choose another kernel for full attention
+            m = replace(m, ratio_to_full=times.get(m.kernel, min(times.values())) / m.median)
         if m.seconds is not None and m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
             m = replace(m, ratio_to_sdpa=sdpa[m.variant, m.mask, m.what] / m.median)
         yield m

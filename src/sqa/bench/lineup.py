@@ -22,7 +22,7 @@ from sqa.losses import IGNORE
 from sqa.measure.timing import TimeLimit
 from sqa.model import Transformer
 from sqa.records import at_least_one
-from sqa.variants import MEASURED_VARIANTS
+from sqa.variants import MEASURED_VARIANTS, find_variant
 from sqa.variants import preset as model_preset
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Models:
     def of_preset(cls, preset: str, variants: Sequence[str] = MEASURED_VARIANTS) -> Self:
         """A named shape in each variant. Raises InputError for an unknown name, or no variant."""
         at_least_one("benchmark", variants=len(variants))
-        return cls(name=preset, configs={name: model_preset(preset, name) for name in variants})
+        return cls(name=preset, configs={find_variant(name)[0]: model_preset(preset, name) for name in variants})
 
     @classmethod
     def of_sources(cls, *sources: str | Path) -> Self:

@@ -149,8 +149,10 @@ def _record(row: Measurement, rows: Sequence[Measurement], *, over_n: bool) -> d
 
 def seconds_text(value: float) -> str:
     """A time with three digits, in s, ms or µs."""
+    value = float(f"{value:.3g}")  # before a unit is chosen: 999.9 ms are 1.00 s
     unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
-    return f"{value * factor:#.3g}".rstrip(".") + f" {unit}"
+    number = f"{value:,.0f}" if value >= 1000 else f"{value * factor:#.3g}".rstrip(".")
+    return f"{number} {unit}"
 
 
 def _time(row: Measurement) -> str | Text:

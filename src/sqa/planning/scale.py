@@ -174,9 +174,9 @@ def lengths_table(shape: str, variants: Sequence[str]) -> Table:
     shares = (0.05, 0.1, 0.25)
     headings = ("variant", *(f"{share:.0%} from N" for share in shares), "at most")
     built = make_table(*headings, title=f"{shape}: attention saved, as a share of GQA's step", gap=2)
-    for name in variants:
+    for name, row in map(find_variant, variants):
         lengths = [first_length(shape, name, share) for share in shares]
         heads, theirs = (preset(shape, v).layers[0].num_output_heads for v in (name, BASELINE))
         if None not in lengths:
-            built.add_row(VARIANTS[name].label, *(f"{n:,}" for n in lengths), f"{1 - heads / theirs:.0%}")
+            built.add_row(row.label, *(f"{n:,}" for n in lengths), f"{1 - heads / theirs:.0%}")
     return built
