@@ -47,26 +47,21 @@ def attention_flops(config: AttentionConfig, n: int) -> int:
     return 4 * config.num_output_heads * config.head_dim * config.visible_pairs(n)
 
 
-def _matrix_parameters(config: ModelConfig) -> int:
-    """Weights that every token is multiplied with, those of the output head left out."""
-    return sum(map(_projection_weights, config.layers)) + config.num_layers * 3 * config.d_model * config.d_ff
-
-
-def forward_flops(config: ModelConfig, n: int) -> int:
-    """One forward pass over one sequence of `n` tokens, logits at every position."""
-    matrix = _matrix_parameters(config) + config.vocab_size * config.d_model
-    return 2 * n * matrix + sum(attention_flops(layer, n) for layer in config.layers)
+def forward_flops(config: ModelConfig, n: int, *, num_logits: int | None = None) -> int:
+    """FLOPs of a forward pass over one sequence of `n` tokens, with the logits of every position or of `num_logits`."""
+    blocks = sum(map(_projection_weights, config.layers)) + config.num_layers * 3 * config.d_model * config.d_ff
+    logits = config.vocab_size * config.d_model * (n if num_logits is None else num_logits)
+    return 2 * (n * blocks + logits) + sum(attention_flops(layer, n) for layer in config.layers)
 
 
 def train_step_flops(config: ModelConfig, n: int, batch_size: int = 1) -> int:
-    """One training step over `batch_size` sequences of `n` tokens: forward and backward."""
+    """FLOPs of a training step over `batch_size` sequences of `n` tokens: forward and backward."""
     return 3 * batch_size * forward_flops(config, n)
 
 
 def prefill_flops(config: ModelConfig, n: int) -> int:
-    """Reading a prompt of `n` tokens: a forward pass with the logits of the last position only."""
-    matrix = 2 * n * _matrix_parameters(config) + 2 * config.vocab_size * config.d_model
-    return matrix + sum(attention_flops(layer, n) for layer in config.layers)
+    """FLOPs of reading a prompt of `n` tokens: a forward pass with the logits of the last position only."""
+    return forward_flops(config, n, num_logits=1)
 
 
 def kv_cache_bytes(config: ModelConfig, n: int = 1, *, bytes_per_element: int = 2) -> int:

@@ -30,11 +30,7 @@ def load(source: Path) -> ctypes.CDLL | str:
         return "no C++ compiler"
     try:
         return ctypes.CDLL(str(_compiled(source, compiler)))
-    except (
-        OSError,
-        ValueError,
-        subprocess.CalledProcessError,
-    ) as error:  # ValueError: no command line in CXX
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: no command line in CXX
         logger.warning("%s could not compile %s, going on without it: %s", compiler, source.name, error)
         return "did not compile"
 

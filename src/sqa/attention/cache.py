@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sqa.attention.masks import CachedKeys
-from sqa.config import LONGEST, AttentionConfig, ModelConfig
+from sqa.attention.masks import CachedKeys, check_whole
+from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError, shown
 
 
@@ -127,8 +127,7 @@ class _RollingKeys(_Keys):
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, positions: _Positions) -> None:
         super().__init__(shape, dtype, positions)
-        self.num_sinks = positions.num_sinks
-        self.sink_keys = self.keys.new_zeros(shape[0], self.num_sinks + 1, *shape[2:])
+        self.sink_keys = self.keys.new_zeros(shape[0], positions.num_sinks + 1, *shape[2:])
         self.sink_values = torch.zeros_like(self.sink_keys)
 
     def extend(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +137,7 @@ class _RollingKeys(_Keys):
         """Keep the new keys or values; return those that the queries see: sinks, the last window - 1, and the new."""
         held, seen = torch.cat((recent, new.detach()), 1), new
         if step.keys is not None:
-            num_sinks = self.num_sinks if step.keys.holes else 0
+            num_sinks = self.positions.num_sinks if step.keys.holes else 0
             seen = held[:, held.shape[1] + num_sinks - step.num_keys :]
             if num_sinks:
                 seen = torch.cat((sinks[:, :num_sinks], seen), 1)
@@ -175,9 +174,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value in (("batch_size", batch_size), ("capacity", capacity)):
-            if type(value) is not int or not 1 <= value <= LONGEST:
-                wanted = f"a whole number from 1 to {LONGEST:,}"
-                raise InputError(f"cache: {name} must be {wanted}, got {shown(repr(value))}")
+            check_whole(f"cache: {name}", value, 1)
         given = config.layers if isinstance(config, ModelConfig) else config
         layers = tuple(given) if isinstance(given, Sequence) else (given,)
         if not layers:

@@ -62,13 +62,14 @@ class Kernel:
         return f"{words}, soft-cap" if "soft-capping" in self.takes else words
 
 
-def _reference(call: Call, form: Tensor | None) -> Tensor:
-    return reference_attention(call.q, call.k, call.v, form, scale=call.scale, softcap=call.softcap)
-
-
 KERNELS: dict[str, Kernel] = {
     # the oracle; memory grows with N x N
-    "reference": Kernel(run=_reference, prepare=pytorch.dense_form, takes=_DENSE | {"soft-capping"}, devices="all"),
+    "reference": Kernel(
+        run=lambda call, form: reference_attention(
+            call.q, call.k, call.v, form, scale=call.scale, softcap=call.softcap
+        ),
+        prepare=pytorch.dense_form, takes=_DENSE | {"soft-capping"}, devices="all",
+    ),
     "sdpa": Kernel(run=pytorch.sdpa, prepare=pytorch.sdpa_form, takes=_DENSE, devices="all"),
     # this one and those below skip what a mask hides
     "blocks": Kernel(

@@ -62,14 +62,11 @@ class Mask:
     def __post_init__(self) -> None:
         if not isinstance(self.causal, bool):
             raise InputError(f"attention: causal must be true or false, got {shown(repr(self.causal))}")
-        if self.window is not None and not _whole(self.window, 1):
-            wanted = f"a whole number from 1 to {LONGEST:,}, or None for no window"
-            raise InputError(f"attention: window must be {wanted}, got {shown(repr(self.window))}")
+        if self.window is not None:
+            check_whole("attention: window", self.window, 1, ", or None for no window")
         if self.window is not None and not self.causal:
             raise InputError(f"attention: a window needs causal=True, got window={self.window} and causal=False")
-        if not _whole(self.num_sink_tokens, 0):
-            wanted, given = f"a whole number from 0 to {LONGEST:,}", shown(repr(self.num_sink_tokens))
-            raise InputError(f"attention: num_sink_tokens must be {wanted}, got {given}")
+        check_whole("attention: num_sink_tokens", self.num_sink_tokens, 0)
         for name, tensor in (("padding_mask", self.padding_mask), ("document_ids", self.document_ids)):
             if tensor is not None:
                 check_tensor(name, tensor, or_none=True)
@@ -118,8 +115,11 @@ def check_tensor(name: str, value: object, *, or_none: bool = False) -> None:
         raise InputError(f"attention: {name} must be dense, got layout {value.layout}")
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LONGEST
+def check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Raise InputError unless it is a whole number from `least` to LONGEST; `otherwise` says what else would do."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LONGEST:
+        wanted = f"a whole number from {least} to {LONGEST:,}{otherwise}"
+        raise InputError(f"{name} must be {wanted}, got {shown(repr(value))}")
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

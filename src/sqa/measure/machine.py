@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,16 +42,15 @@ class Machine:
 
 def machine(device: str = "cpu") -> Machine:
     """This machine, with its GPU when `device` is one."""
-    described = Machine(
+    gpu = torch.cuda.get_device_properties(device) if torch.device(device).type == "cuda" else None
+    return Machine(
         system=platform.system(),
         processor=_processor(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
+        gpu=gpu and gpu.name,
+        gpu_memory_gib=gpu and round(gpu.total_memory / 2**30),
     )
-    if torch.device(device).type != "cuda":
-        return described
-    properties = torch.cuda.get_device_properties(device)
-    return replace(described, gpu=properties.name, gpu_memory_gib=round(properties.total_memory / 2**30))
 
 
 def find_device(name: str) -> torch.device:
