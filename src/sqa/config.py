@@ -43,9 +43,10 @@ class _Config(Checked):
             _check_count(self._where, name, getattr(self, name), least)
 
     def unusual(self, known: Collection[str]) -> Iterator[str]:
-        """`field=value (field=default)` for each field outside `known` without its default, also in inner configs.
+        """Yield `field=value (field=default)` for each field that is not in `known` and does not have its default.
 
-        Code that supports some fields only asks this what it would ignore, so that it refuses fields added later.
+        Fields of inner configs count too. Code that supports only the fields in `known` refuses a config for which this
+        yields anything: then it also refuses fields that are added later.
         """
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -64,6 +65,8 @@ class RopeScaling(_Config):
 
     `linear` divides every frequency by `factor`; `llama3` leaves short wavelengths alone (Llama 3.1 config);
     `yarn` interpolates by wavelength and scales the tables by `attention_factor` (arXiv 2309.00071).
+
+    Raises InputError for a number out of its range, and without the length that llama3 and yarn need.
     """
 
     _where = "rope scaling"
@@ -97,6 +100,8 @@ class Rope(_Config):
     """Rotary position embedding (arXiv 2104.09864) over the whole head.
 
     `interleaved` pairs dimension 2j with 2j+1; otherwise j pairs with j + head_dim/2, as in Llama.
+
+    Raises InputError for a base that is not above 1.
     """
 
     _where = "rope"
@@ -188,7 +193,7 @@ class AttentionConfig(_Config):
 
     @property
     def num_output_heads(self) -> int:
-        """Heads of the attention output and of its cost: max(num_query_heads, num_kv_heads)."""
+        """Heads of the attention output, for which scores are computed: max(num_query_heads, num_kv_heads)."""
         return max(self.num_query_heads, self.num_kv_heads)
 
     @property
@@ -203,7 +208,7 @@ class AttentionConfig(_Config):
 
     @property
     def output_width(self) -> int:
-        """Rows that the output projection reads."""
+        """Columns of the attention output, which the output projection reads."""
         return self.num_output_heads * self.head_dim
 
     def visible_pairs(self, n: int) -> int:
@@ -222,7 +227,10 @@ class AttentionConfig(_Config):
 def window_pattern(
     attention: AttentionConfig, *, num_layers: int, window: int, full_every: int = 4, num_sink_tokens: int = 0
 ) -> tuple[AttentionConfig, ...]:
-    """One config for each layer: every `full_every`-th layer is full, the others have the window."""
+    """One config for each layer: every `full_every`-th layer has no window, the others have it.
+
+    Raises InputError as AttentionConfig does, and for counts below 1.
+    """
     if not isinstance(attention, AttentionConfig):
         raise InputError(f"window pattern: attention must be an AttentionConfig, got {shown(repr(attention))}")
     _check_count("window pattern", "num_layers", num_layers)
@@ -236,9 +244,12 @@ def window_pattern(
 class ModelConfig(_Config):
     """A Transformer: pre-norm blocks of attention and SwiGLU, a decoder (`causal`) or an encoder.
 
-    `attention` is one AttentionConfig for all layers, or a sequence with one per layer, which becomes one where all
-    are alike. `bias` adds a bias to the attention output projection, the feed-forward projections and the output head.
-    `final_norm=False` leaves out the last RMSNorm. The published shape has both (10,655,504 parameters for SQA).
+    `attention` is one AttentionConfig for all layers, or a sequence of one per layer; a sequence of equal configs
+    becomes one. `bias` adds a bias to the attention output projection, the feed-forward projections and the output
+    head. `final_norm=False` leaves out the last RMSNorm. The published shape has biases and no final norm (10,655,504
+    parameters for SQA).
+
+    Raises InputError, naming the field, for a shape that cannot be built.
     """
 
     _where = "model"

@@ -62,8 +62,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Embedding, blocks and final norm: everything under the checkpoint prefix `model.`.
 
-    With `activation_checkpointing` set, training keeps a block's input alone and runs the block again for its gradient;
-    with a cache, which a block must not extend twice, it has no effect.
+    With `activation_checkpointing` set, training keeps only the input of each block, and runs the block again for its
+    gradient. With a cache, which a block must extend only once, the setting has no effect.
     """
 
     def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
@@ -154,9 +154,10 @@ class Transformer(nn.Module):
 
         labels[t] is the target of position t (nothing is shifted here), -100 where there is none. padding_mask:
         bool (B, T), True = real; document_ids: int (B, T); cache: the tokens continue what it holds.
-        num_logits: only those of the last so many positions.
+        num_logits: return the logits of the last `num_logits` positions alone; the loss is always that of all labels.
 
-        Raises InputError when the tokens exceed max_seq_len or shapes do not fit.
+        Raises InputError when the tokens exceed max_seq_len, for ids that are not in the vocabulary (on the CPU; a GPU
+        would have to wait for the check), for shapes that do not fit and options that exclude each other.
         """
         if num_logits is not None and (type(num_logits) is not int or num_logits < 1):
             raise InputError(f"num_logits must be a whole number of at least 1, got {shown(repr(num_logits))}")
@@ -183,7 +184,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The last hidden states, which the output head reads: (B, T, d)."""
+        """The last hidden states, which the output head reads: (B, T, d). Arguments and errors as for `forward`."""
         _check_ids(input_ids, "input_ids")
         if not isinstance(cache, KVCache | None):
             raise InputError(f"cache must be a KVCache or None, got {shown(repr(cache))}")

@@ -13,7 +13,7 @@ KINDS = ("causal", "window", "sinks", "documents", "padding", "cache")
 """What a mask may ask of a kernel. A kernel never gets a kind that it does not name."""
 
 _OF_CACHES = frozenset({"causal", "window", "sinks", "padding", "cache"})
-"""The kinds that `_cached_mask` knows: another would be passed over while a model generates, without a word."""
+"""The kinds that `_cached_mask` knows. Any other kind would be ignored silently while a model generates."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read `to_dict`'s output. Raises KeyError or TypeError for anything else."""
+        """Read `to_dict`'s output. Raises KeyError, TypeError or ValueError for anything else."""
         given = dict(values)
         rounds = given.pop("rounds", 0)
         if "seconds" in given:

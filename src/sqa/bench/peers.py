@@ -23,10 +23,11 @@ class Unavailable(Exception):
 class Entrant:
     """A language model to be measured.
 
-    `module` is passed to the other three, or a compiled form of it: logits(module, input_ids) is (B, T, V), last_logits
-    (B, 1, V), and loss(module, input_ids, labels) the mean over labels != -100, labels[t] being the target of position
-    t. A model without `logits` and `loss` only gives its last logits. `same_function`: it has our weights, and the norm
-    of its difference to our results may be `tolerance` times the norm of these.
+    The functions take `module`, or a compiled form of it, as their first argument. `logits(module, input_ids)` returns
+    (B, T, V), `last_logits` (B, 1, V), and `loss(module, input_ids, labels)` the mean over labels != -100, where
+    labels[t] is the target of position t. A model that only gives its last logits has neither `logits` nor `loss`.
+    `same_function`: it has our weights, and the norm of the difference of its results from ours may be at most
+    `tolerance` times the norm of ours.
     """
 
     module: nn.Module

@@ -48,8 +48,8 @@ def machine(device: str = "cpu") -> Machine:
         processor=_processor(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        gpu=gpu and gpu.name,
-        gpu_memory_gib=gpu and round(gpu.total_memory / 2**30),
+        gpu=gpu.name if gpu else None,
+        gpu_memory_gib=round(gpu.total_memory / 2**30) if gpu else None,
     )
 
 

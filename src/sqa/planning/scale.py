@@ -78,6 +78,7 @@ class StepEstimate:
         return self.step_s / (self.rows * self.n) * 1e9 / 3600
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, and the two figures that follow from them, for --json."""
         return asdict(self) | {"step_s": self.step_s, "gpu_hours_per_billion": self.gpu_hours_per_billion}
 
 

@@ -1,4 +1,4 @@
-"""Shapes that spend what a variant saves: they cost as much as another variant; and plans that compare them."""
+"""Find shapes that spend what a variant saves, so that they cost as much as another variant; write plans of them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -51,7 +51,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints in `folder`. Several processes all call every method, and write while training goes on."""
+    """The checkpoints in `folder`.
+
+    Of several processes, each must call every method; theirs are written while training goes on.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -94,9 +97,8 @@ class Checkpoints:
 
         Damaged ones are skipped with a warning. Raises InputError for a checkpoint of a model of another shape.
         """
-        found = of_main(
-            _last_whole(self._folder, at_most) if _is_main() else None
-        )  # all processes must start from the same step
+        # all processes must start from the same step
+        found = of_main(_last_whole(self._folder, at_most) if _is_main() else None)
         if found is None:
             return Progress(step=0, tokens=0, wall_s=0.0)
         if isinstance(model, Transformer) and found.model is not None and found.model != model.config:
