@@ -202,6 +202,8 @@ def test_window_pattern() -> None:
         window_pattern(AttentionConfig(**GOOD), num_layers=10**30, window=8)
     with pytest.raises(ValueError, match="num_layers must be a positive whole number, got '6'"):
         window_pattern(AttentionConfig(**GOOD), num_layers="6", window=8)
+    with pytest.raises(ValueError, match="window must be a positive whole number, got None"):
+        window_pattern(AttentionConfig(**GOOD), num_layers=6, window=None)
     with pytest.raises(ValueError, match="attention must be an AttentionConfig, got None"):
         window_pattern(None, num_layers=6, window=8)
 

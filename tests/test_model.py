@@ -166,6 +166,11 @@ def test_loss_is_the_mean_over_real_labels(name: str) -> None:
     assert correct.sum() == (logits.argmax(-1) == labels).sum()
 
 
+def test_shapes_are_known_on_the_meta_device() -> None:
+    model = Transformer(config(**MODELS["windows"])).to("meta")
+    assert model(torch.zeros(2, 9, dtype=torch.long, device="meta")).logits.shape == (2, 9, VOCAB)
+
+
 def test_last_logits_alone() -> None:
     model, ids = make(), torch.randint(VOCAB, (2, 9))
     torch.testing.assert_close(model(ids, num_logits=2).logits, model(ids).logits[:, -2:])

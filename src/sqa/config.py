@@ -233,8 +233,8 @@ def window_pattern(
     """
     if not isinstance(attention, AttentionConfig):
         raise InputError(f"window pattern: attention must be an AttentionConfig, got {shown(repr(attention))}")
-    _check_count("window pattern", "num_layers", num_layers)
-    _check_count("window pattern", "full_every", full_every)
+    for name, value in (("num_layers", num_layers), ("window", window), ("full_every", full_every)):
+        _check_count("window pattern", name, value)
     windowed = attention.replace(window=window, num_sink_tokens=num_sink_tokens)
     full = attention.replace(window=None, num_sink_tokens=0)
     return tuple(full if (i + 1) % full_every == 0 else windowed for i in range(num_layers))

@@ -35,6 +35,16 @@ def find_dtype(name: str) -> torch.dtype:
     return found
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which products with a tensor are computed: that of autocast where it is on, else its own."""
+    import torch
+
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # for "meta" PyTorch cannot say
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """PyTorch's name of a dtype."""
     return str(dtype).removeprefix("torch.")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sqa.dtypes import product_dtype
+
 _linear = torch.nn.functional.linear
 
 IGNORE = -100
@@ -44,7 +46,7 @@ def linear_cross_entropy(
         nll, gradient = softmax_gradient(logits, labels[part], valid[part])
         return nll, gradient
 
-    total: Tensor = _ChunkedLoss.apply(hidden, weight, bias, cross_entropy, _product_dtype(hidden), compiled)
+    total: Tensor = _ChunkedLoss.apply(hidden, weight, bias, cross_entropy, product_dtype(hidden), compiled)
     return total
 
 
@@ -56,7 +58,7 @@ def linear_distillation(
     hidden (..., d), weight (V, d), bias (V,) or None; `teacher` has the same three of another model, whose width may
     differ and which gets no gradient. Chunks, autocast and gradients are as in `linear_cross_entropy`.
     """
-    dtype = _product_dtype(hidden)
+    dtype = product_dtype(hidden)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     rows = teacher[0].detach().reshape(-1, teacher[0].shape[-1]).to(dtype)
     head = teacher[1].detach().to(dtype), None if teacher[2] is None else teacher[2].detach().to(dtype)
@@ -94,11 +96,6 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
         nll[part] = (logits.logsumexp(1) - picked) * valid
         correct[part] = (logits.argmax(1) == target[:, 0]) & valid
     return nll.view(shape), correct.view(shape)
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

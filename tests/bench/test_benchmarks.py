@@ -185,6 +185,7 @@ def test_the_step_of_a_layer_has_the_gradients_of_its_input_and_of_all_its_weigh
         ({"kernels": ("flsh",)}, "kernel: 'flsh' is unknown; did you mean 'flash'"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"lengths": ()}, "lengths must be at least 1"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"variants": ("8/3",)}, "num_kv_heads must divide num_query_heads=8"),
         ({"budget": -1.0}, "seconds must be above 0"),
     ],

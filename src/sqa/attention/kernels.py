@@ -16,6 +16,7 @@ from sqa.attention.call import Call
 from sqa.attention.masks import KINDS, Mask, Prepared, check_tensor
 from sqa.attention.reference import reference_attention
 from sqa.config import unknown
+from sqa.dtypes import product_dtype
 from sqa.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -201,8 +202,4 @@ def attend(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast as autocast casts those of F.scaled_dot_product_attention."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+    return tuple(x.to(product_dtype(x)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

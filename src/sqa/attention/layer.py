@@ -11,6 +11,7 @@ from sqa.attention.kernels import attend, check_kernel, prepare
 from sqa.attention.masks import Mask, check_tensor
 from sqa.attention.rope import RotaryEmbedding
 from sqa.config import AttentionConfig
+from sqa.dtypes import product_dtype
 from sqa.errors import InputError, shown
 from sqa.records import read_value
 
@@ -153,13 +154,12 @@ class SparseQueryAttention(nn.Module):
             tables = self.rotary.tables(0 if step is None else step.start, length)
         padding_mask = padding_mask if cached is None else None  # the cache holds it
         mask = Mask.of(self.config, padding_mask=padding_mask, document_ids=document_ids, cached=cached)
-        device = x.device
         call = Call.described(
             self.config,
             mask,
             (batch_size, length, num_keys),
-            torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype,
-            device=device,
+            product_dtype(x),
+            device=x.device,
             grad=torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())),
         )
         return Shared(prepare(call, self.kernel), tables, step)

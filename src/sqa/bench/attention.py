@@ -245,7 +245,7 @@ def run_attention(
                 raise unknown(field, name, allowed)
     at_least_one(
         "benchmark", variants=len(variants), lengths=min(lengths, default=0), dtypes=len(dtypes), kernels=len(kernels),
-        head_dims=min(head_dims, default=0), batch_size=batch_size, window=window, rounds=rounds,
+        head_dims=min(head_dims, default=0), num_heads=num_heads, batch_size=batch_size, window=window, rounds=rounds,
     )  # fmt: skip
     variants = [name.lower() for name in variants]
     where, limit, baseline = find_device(device), TimeLimit(seconds=budget), choose_baseline(variants)

@@ -62,7 +62,8 @@ class BenchResult:
     def read(cls, path: Path) -> Self:
         """Read a file of `write_json`. Raises InputError for any other file."""
         try:
-            header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            with path.open(encoding="utf-8") as file:  # splitlines() would cut within texts, too
+                header, *rows = map(json.loads, file)
             if header.pop("kind") != "header":
                 raise ValueError
             header |= {"machine": Machine(**header["machine"]), "notes": tuple(header["notes"])}
