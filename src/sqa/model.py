@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._functorch.config
@@ -25,6 +25,8 @@ from sqa.attention.layer import Shared
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError, shown
 from sqa.losses import IGNORE, linear_cross_entropy, token_losses
+
+Number = TypeVar("Number", int, float)
 
 
 class SwiGLU(nn.Module):
@@ -230,10 +232,10 @@ class Transformer(nn.Module):
 
         Raises InputError for settings out of range or when prompt and new tokens exceed max_seq_len.
         """
-        max_new_tokens = _whole(max_new_tokens, "max_new_tokens")
-        temperature = _real(temperature, "temperature")
-        top_k = None if top_k is None else _whole(top_k, "top_k")
-        top_p = None if top_p is None else _real(top_p, "top_p")
+        max_new_tokens = _number(operator.index, max_new_tokens, "max_new_tokens")
+        temperature = _number(float, temperature, "temperature")
+        top_k = None if top_k is None else _number(operator.index, top_k, "top_k")
+        top_p = None if top_p is None else _number(float, top_p, "top_p")
         for name, value, wanted, good in (
             ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
             ("temperature", temperature, "0 or more", temperature >= 0),
@@ -365,24 +367,15 @@ def _check_range(ids: Tensor, name: str, vocab_size: int) -> None:
             raise InputError(f"{name} must be from 0 to vocab_size - 1 = {vocab_size - 1}, got {wrong}") from None
 
 
-def _whole(value: Any, name: str) -> int:
-    """A whole number of Python, NumPy or a tensor as an int."""
+def _number(convert: Callable[[Any], Number], value: Any, name: str) -> Number:
+    """A number of Python, NumPy or a tensor, by operator.index or float."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | str | bytes):  # float() would read a text
             raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise InputError(f"generate: {name} must be a whole number, got {shown(repr(value))}") from None
-
-
-def _real(value: Any, name: str) -> float:
-    """A number of Python, NumPy or a tensor as a float."""
-    try:
-        if isinstance(value, bool) or not hasattr(value, "__float__"):  # float() would read a text, too
-            raise TypeError
-        return float(value)
+        return convert(value)
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"generate: {name} must be a number, got {shown(repr(value))}") from None
+        wanted = "a number" if convert is float else "a whole number"
+        raise InputError(f"generate: {name} must be {wanted}, got {shown(repr(value))}") from None
 
 
 def _end_ids(given: Any) -> list[int]:
@@ -390,7 +383,7 @@ def _end_ids(given: Any) -> list[int]:
         ids = [] if given is None else list(given)
     except TypeError:  # one alone
         ids = [given]
-    return [_whole(each, "end_id") for each in ids]
+    return [_number(operator.index, each, "end_id") for each in ids]
 
 
 def _frugal_inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

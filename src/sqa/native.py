@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from sqa.files import default_cache_dir, locked, replacing, write_text
+from sqa.files import default_cache_dir, locked, replacing, sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ def _compiled(source: Path, compiler: str) -> Path:
                 with replacing(path) as temporary:
                     arguments = [*command, *_FLAGS, str(source), "-o", str(temporary)]
                     subprocess.run(arguments, capture_output=True, check=True)
-                write_text(path.with_suffix(".sha256"), hashlib.sha256(path.read_bytes()).hexdigest())
+                write_text(path.with_suffix(".sha256"), sha256(path))
     return path
 
 
 def _whole(path: Path) -> bool:
     """Whether a library is there, unchanged since it was built: loading a truncated one would kill the process."""
     seal = path.with_suffix(".sha256")
-    return path.exists() and seal.exists() and seal.read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.exists() and seal.exists() and seal.read_text() == sha256(path)

@@ -117,10 +117,6 @@ class _Keys:
         self.keys[:, step.start : end], self.values[:, step.start : end] = k.detach(), v.detach()
         return (k, v) if step.keys is None else (self.keys[:, :end], self.values[:, :end])
 
-    @property
-    def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
-
 
 class _RollingKeys(_Keys):
     """The last window - 1 keys and values of one layer, and the sinks: memory does not grow with length."""
@@ -146,10 +142,6 @@ class _RollingKeys(_Keys):
             sinks.scatter_(1, slots, new.detach().to(sinks.dtype))
         recent.copy_(held[:, step.length :])
         return seen
-
-    @property
-    def num_bytes(self) -> int:
-        return super().num_bytes + 2 * self.sink_keys.numel() * self.sink_keys.element_size()
 
 
 class KVCache:
@@ -231,8 +223,8 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the keys and values held."""
-        return sum(layer.num_bytes for layer in self.layers)
+        """Bytes that are allocated for keys and values."""
+        return sum(x.nbytes for layer in self.layers for x in vars(layer).values() if isinstance(x, Tensor))
 
     def begin(self, layer_index: int, shape: tuple[int, int], padding_mask: Tensor | None = None) -> Step:
         """Enter the new tokens of a pass, shape (B, T), which continue what the layer holds.

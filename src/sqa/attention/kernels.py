@@ -38,8 +38,9 @@ _PLAIN = frozenset({"causal", "window", "documents"})
 class Kernel:
     """A row of the kernel table.
 
-    `takes` has the kinds of masks that it supports, and "soft-capping"; `limits(call)` names anything else in a call
-    that it cannot do. `prepare(call)` puts the mask into the form that the kernel reads; `run(call, form)` computes.
+    `takes` has the kinds of masks that it supports, and "soft-capping"; `devices` is checked where it is "cpu"
+    or "cuda" alone; `limits(call)` names anything else in a call that it cannot do. `prepare(call)` puts the mask into
+    the form that the kernel reads; `run(call, form)` computes.
     """
 
     run: Callable[[Call, Any], Tensor]
@@ -52,7 +53,10 @@ class Kernel:
     def lacks(self, call: Call) -> str | None:
         """Why a call cannot use this kernel, or None."""
         missing = call.needs - self.takes
-        return f"no {min(missing)}" if missing else self.limits(call)
+        if missing:
+            return f"no {min(missing)}"
+        elsewhere = self.devices in ("cpu", "cuda") and call.device.type != self.devices
+        return f"{self.devices.upper()} only" if elsewhere else self.limits(call)
 
     @property
     def masks(self) -> str:

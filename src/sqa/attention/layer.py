@@ -91,9 +91,11 @@ class SparseQueryAttention(nn.Module):
 
         Raises InputError for shapes that do not fit or options that exclude each other.
         """
-        self._check_input("x", x)
-        if context is not None:
-            self._check_input("context", context)
+        for name, tensor in (("x", x), ("context", context)):
+            check_tensor(name, tensor, or_none=name == "context")
+            if tensor is not None and (tensor.ndim != 3 or tensor.shape[-1] != self.config.d_model):
+                wanted = f"(B, T, {self.config.d_model})"
+                raise InputError(f"attention: {name} must be {wanted}, got {tuple(tensor.shape)}")
         if cache is not None:
             cache.check(self.layer_index, self.config, x.device)
         if shared is None:
@@ -163,8 +165,3 @@ class SparseQueryAttention(nn.Module):
             grad=torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())),
         )
         return Shared(prepare(call, self.kernel), tables, step)
-
-    def _check_input(self, name: str, tensor: Tensor) -> None:
-        check_tensor(name, tensor, or_none=name == "context")
-        if tensor.ndim != 3 or tensor.shape[-1] != self.config.d_model:
-            raise InputError(f"attention: {name} must be (B, T, {self.config.d_model}), got {tuple(tensor.shape)}")

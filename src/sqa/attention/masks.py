@@ -67,9 +67,8 @@ class Mask:
         if self.window is not None and not self.causal:
             raise InputError(f"attention: a window needs causal=True, got window={self.window} and causal=False")
         check_whole("attention: num_sink_tokens", self.num_sink_tokens, 0)
-        for name, tensor in (("padding_mask", self.padding_mask), ("document_ids", self.document_ids)):
-            if tensor is not None:
-                check_tensor(name, tensor, or_none=True)
+        check_tensor("padding_mask", self.padding_mask, or_none=True)
+        check_tensor("document_ids", self.document_ids, or_none=True)
         if self.padding_mask is not None and self.padding_mask.dtype != torch.bool:
             raise InputError(f"attention: padding_mask must be bool (True = real), got {self.padding_mask.dtype}")
         if self.cached is not None and (self.padding_mask is not None or self.document_ids is not None):
@@ -107,7 +106,9 @@ class Mask:
 
 
 def check_tensor(name: str, value: object, *, or_none: bool = False) -> None:
-    """Raise InputError unless it is a dense tensor."""
+    """Raise InputError unless it is a dense tensor, or None where that is allowed."""
+    if value is None and or_none:
+        return
     if not isinstance(value, Tensor):
         wanted = "a tensor or None" if or_none else "a tensor"
         raise InputError(f"attention: {name} must be {wanted}, got {shown(repr(value))}")

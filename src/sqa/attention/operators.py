@@ -6,8 +6,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sqa.attention.call import Call
-
 T = TypeVar("T")
 
 
@@ -41,8 +39,3 @@ def cpu_operator(name: str, forward: Callable[..., Any], backward: Callable[...,
     gradient.register_fake(lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
     operator.register_autograd(differentiate, setup_context=save)
     return operator
-
-
-def limits(call: Call) -> str | None:
-    """Why a call cannot use any operator here, or None."""
-    return None if call.device.type == "cpu" else "CPU only"

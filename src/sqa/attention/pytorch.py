@@ -131,8 +131,6 @@ def varlen(call: Call, form: Sequences) -> Tensor:
 
 def varlen_limits(call: Call) -> str | None:
     """Why a call cannot use varlen_attn, or None."""
-    if call.device.type != "cuda":
-        return "CUDA only"
     if call.num_queries != call.num_keys:
         return "no cross-attention"
     if call.dtype not in (torch.float16, torch.bfloat16):

@@ -71,4 +71,4 @@ def limits(call: Call) -> str | None:
         return f"fp32 and bf16 only, got {call.dtype}"
     if call.head_dim not in fused.HEAD_DIMS:
         return f"head_dim must be one of {', '.join(map(str, fused.HEAD_DIMS))}, got {call.head_dim}"
-    return operators.limits(call) or fused.lacks()
+    return fused.lacks()
