@@ -3,15 +3,18 @@
 import importlib.util
 import re
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from models import NOT_BUILT
-from sqa import cost
+from sqa import KVCache, cost
 from sqa.attention import fused
 from sqa.attention.kernels import attend
 from sqa.bench import lineup, peers, step
@@ -302,6 +305,34 @@ def test_memory_is_a_table_of_its_own() -> None:
     options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True}
     result = run_step(demo("sqa"), **options, rounds=2)  # type: ignore[arg-type]
     assert result.kinds == (["step", "step memory"] if sys.platform == "linux" else ["step"])
+
+
+def test_memory_that_cannot_be_measured_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(ThreadPoolExecutor):
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(1)
+
+        def submit(self, *_: object, **__: object) -> Future[Any]:
+            return super().submit(self.end)
+
+        def end(self) -> None:
+            raise BrokenProcessPool("the process ended")
+
+    monkeypatch.setattr(step, "ProcessPoolExecutor", Killed)
+    options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True}
+    rows = run_step(demo("sqa"), **options, rounds=1).rows  # type: ignore[arg-type]
+    assert [(row.kind, row.note) for row in rows] == [("step", None), ("step memory", "cannot run: the process ended")]
+
+
+def test_a_contestant_that_cannot_be_made_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(config: ModelConfig, n: int, **options: Any) -> KVCache:
+        if n > 16:
+            raise RuntimeError("no memory")
+        return filled_cache(config, n, **options)
+
+    monkeypatch.setattr("sqa.bench.decode.filled_cache", scarce)
+    rows = run_decode(demo("sqa"), lengths=(8, 32), steps=1, rounds=1).rows
+    assert [(row.n, row.note) for row in rows] == [(8, None), (32, "cannot run: no memory")]
 
 
 def test_the_better_setting_counts() -> None:

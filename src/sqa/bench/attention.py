@@ -281,7 +281,7 @@ def run_attention(
             for n in limit.fitting(sorted(lengths), notes, f"{dtype}, head_dim {head_dim}: the budget"):
                 logger.info("attention %s, head_dim %d, N = %d: %d contestants", dtype, head_dim, n, len(settings))
                 contestants = (
-                    (replace(each.measurement(peak), note=problem), each.contestant() if problem is None else None)
+                    (replace(each.measurement(peak), note=problem), each.contestant if problem is None else None)
                     for each, problem in ((replace(setting, n=n), problem) for setting, problem in refused.items())
                     if problem is None or n == min(lengths)
                 )

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -198,7 +199,7 @@ def measure(
             logger.info("warming %s (by %s, %s)", runner.variant, runner.implementation, runner.setting)
             measurement = task.measurement(runner.implementation, runner.variant, configs[runner.variant])
             checked = None if runner.implementation == OURS else runner.entrant.same_function
-            yield replace(measurement, setting=runner.setting, checked=checked), work(runner)
+            yield replace(measurement, setting=runner.setting, checked=checked), partial(work, runner)
 
     # time_all runs each once to see that it works: warm enough for a forward pass, but a second step still allocates
     warmup = 1 if task.kind == "step" else 0

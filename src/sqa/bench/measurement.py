@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -95,21 +96,26 @@ class Measurement:
         return cls(**given)
 
 
-Contestant = tuple[Measurement, Callable[[], object] | None]
-"""What is known before timing, and the call to time; None if the measurement already has a note."""
+Contestant = tuple[Measurement, Callable[[], Callable[[], object]] | None]
+"""What is known before timing, and what makes the call to time; None if the measurement already has a note."""
 
 
 def time_all(
     contestants: Iterable[Contestant], *, rounds: int, warmup: int, device: torch.device, limit: TimeLimit
 ) -> list[Measurement]:
-    """Time all contestants in turns: each measurement with its time, or a note why it cannot run."""
+    """Time all contestants in turns: each measurement with its time, or a note why it cannot be made or run."""
     measured: list[Measurement] = []
-    running = {}
-    for measurement, run in contestants:
-        if run is not None and (problem := failure(run, device)) is not None:
+    running: dict[int, Callable[[], object]] = {}
+
+    def begin(make: Callable[[], Callable[[], object]]) -> None:
+        run = make()
+        run()
+        running[len(measured)] = run
+
+    for measurement, make in contestants:
+        if make is not None and (problem := failure(partial(begin, make), device)) is not None:
             measurement = replace(measurement, note=f"cannot run: {problem}")
-        elif run is not None:
-            running[len(measured)] = run
+            running.pop(len(measured), None)
         measured.append(measurement)
     turns = itertools.count(1)
 

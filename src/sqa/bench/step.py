@@ -18,7 +18,7 @@ from sqa.bench.peers import OURS, Entrant, build, check_peers, ours
 from sqa.bench.report import BenchResult
 from sqa.config import ModelConfig
 from sqa.dtypes import find_dtype
-from sqa.errors import InputError
+from sqa.errors import InputError, first_line
 from sqa.measure.machine import find_device
 from sqa.measure.peak import measure_peak
 from sqa.measure.timing import TimeLimit
@@ -106,15 +106,17 @@ def _memory(timed: Sequence[Measurement], task: Task, configs: Mapping[str, Mode
         if m.seconds is None:
             continue
         name, config = m.implementation or OURS, configs[m.variant]
+        known = replace(task.measurement(name, m.variant, config), kind="step memory", setting=m.setting)
         logger.info("measuring the memory of %s (by %s)", m.variant, name)
         # a compiled contestant runs twice: the first fills the compiler's cache on disk
         for _ in range(2 if m.setting == "compiled" else 1):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                threads = torch.get_num_threads()
-                peak = process.submit(peak_memory, task, name, m.setting, config, threads).result()
-        if peak is not None:
-            known = task.measurement(name, m.variant, config)
-            found.append(replace(known, kind="step memory", setting=m.setting, peak_bytes=peak))
+                measuring = process.submit(peak_memory, task, name, m.setting, config, torch.get_num_threads())
+                error = measuring.exception()
+        if isinstance(error, RuntimeError):  # out of memory, or killed for it
+            found.append(replace(known, note=f"cannot run: {first_line(error)}"))
+        elif (peak := measuring.result()) is not None:
+            found.append(replace(known, peak_bytes=peak))
     return beside_peers(found)
 
 
