@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -21,7 +22,7 @@ from sqa.bench import lineup, peers, step
 from sqa.bench.attention import Setting, layer_config, refusal, run_attention
 from sqa.bench.decode import filled_cache, run_decode
 from sqa.bench.lineup import Models
-from sqa.bench.measurement import Measurement
+from sqa.bench.measurement import Measurement, time_all
 from sqa.bench.prefill import run_prefill
 from sqa.bench.report import BenchResult
 from sqa.bench.step import run_step
@@ -29,7 +30,7 @@ from sqa.cli import app
 from sqa.config import ModelConfig, Rope
 from sqa.dtypes import find_dtype
 from sqa.measure.peak import Peak
-from sqa.measure.timing import Timing
+from sqa.measure.timing import TimeLimit, Timing
 from sqa.model import Transformer
 
 CPU = torch.device("cpu")
@@ -333,6 +334,25 @@ def test_a_contestant_that_cannot_be_made_is_a_note(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sqa.bench.decode.filled_cache", scarce)
     rows = run_decode(demo("sqa"), lengths=(8, 32), steps=1, rounds=1).rows
     assert [(row.n, row.note) for row in rows] == [(8, None), (32, "cannot run: no memory")]
+
+
+def test_a_contestant_that_cannot_run_says_why_and_a_bug_is_raised() -> None:
+    def out_of_memory() -> None:
+        raise RuntimeError("no memory\nfor 8 GiB")
+
+    def bug() -> None:
+        raise KeyError("bug")
+
+    def timed(*runs: Callable[[], None]) -> list[Measurement]:
+        known = Measurement(kind="step", variant="v")
+        entered = [(known, lambda run=run: run) for run in runs]  # type: ignore[misc]
+        return time_all(entered, rounds=2, warmup=1, device=CPU, limit=TimeLimit())
+
+    rows = timed(out_of_memory, lambda: None)
+    assert [row.note for row in rows] == ["cannot run: no memory", None]
+    assert [row.seconds and row.seconds.rounds for row in rows] == [None, 2]
+    with pytest.raises(KeyError):
+        timed(bug)
 
 
 def test_the_better_setting_counts() -> None:

@@ -13,7 +13,7 @@ from sqa import measure, native
 from sqa.dtypes import find_dtype
 from sqa.measure.machine import find_device, flags
 from sqa.measure.peak import matmul_peak, measure_peak, processor_peak
-from sqa.measure.timing import TimeLimit, Timing, failure, synchronize, take_turns
+from sqa.measure.timing import TimeLimit, Timing, synchronize, take_turns
 from sqa.records import at_least_one
 
 
@@ -90,19 +90,6 @@ def test_a_budget_counts_down_and_none_never_ends() -> None:
     assert TimeLimit().left == float("inf")
     with pytest.raises(ValueError, match=r"seconds must be above 0, got 0"):
         TimeLimit(seconds=0)
-
-
-def test_a_contestant_that_cannot_run_says_why_and_a_bug_is_raised() -> None:
-    def out_of_memory() -> None:
-        raise RuntimeError("no memory\nfor 8 GiB")
-
-    def bug() -> None:
-        raise KeyError("bug")
-
-    assert failure(lambda: None) is None
-    assert failure(out_of_memory) == "no memory"
-    with pytest.raises(KeyError):
-        failure(bug)
 
 
 @pytest.mark.parametrize(

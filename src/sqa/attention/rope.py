@@ -72,10 +72,7 @@ class RotaryEmbedding(nn.Module):
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.rope.interleaved:
-            first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-        else:
-            first, second = x.float().chunk(2, dim=-1)
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+        paired = self.rope.interleaved
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1) if paired else x.float().chunk(2, dim=-1)
+        turned = first * cos - second * sin, second * cos + first * sin
+        return (torch.stack(turned, dim=-1).flatten(-2) if paired else torch.cat(turned, dim=-1)).to(x.dtype)

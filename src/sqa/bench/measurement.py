@@ -4,13 +4,13 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 
+from sqa.errors import first_line
 from sqa.measure.peak import Peak
-from sqa.measure.timing import TimeLimit, Timing, failure, take_turns
+from sqa.measure.timing import TimeLimit, Timing, synchronize, take_turns
 from sqa.variants import BASELINE
 
 logger = logging.getLogger(__name__)
@@ -106,16 +106,15 @@ def time_all(
     """Time all contestants in turns: each measurement with its time, or a note why it cannot be made or run."""
     measured: list[Measurement] = []
     running: dict[int, Callable[[], object]] = {}
-
-    def begin(make: Callable[[], Callable[[], object]]) -> None:
-        run = make()
-        run()
-        running[len(measured)] = run
-
     for measurement, make in contestants:
-        if make is not None and (problem := failure(partial(begin, make), device)) is not None:
-            measurement = replace(measurement, note=f"cannot run: {problem}")
-            running.pop(len(measured), None)
+        if make is not None:
+            try:
+                run = make()
+                run()
+                synchronize(device)
+                running[len(measured)] = run
+            except RuntimeError as error:  # the kernel cannot do the shape, memory, no compiler
+                measurement = replace(measurement, note=f"cannot run: {first_line(error)}")
         measured.append(measurement)
     turns = itertools.count(1)
 

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 
-from sqa.errors import InputError, first_line
+from sqa.errors import InputError
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -77,16 +77,6 @@ def synchronize(device: torch.device | str) -> None:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and accelerator.type == device.type:
         torch.accelerator.synchronize(device)
-
-
-def failure(run: Callable[[], object], device: torch.device | str = "cpu") -> str | None:
-    """Run once. None if that works, else why not (the kernel cannot do the shape, memory, no compiler)."""
-    try:
-        run()
-        synchronize(device)
-    except RuntimeError as error:
-        return first_line(error)
-    return None
 
 
 def take_turns(
