@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from models import NOT_BUILT
-from sqa import KVCache, cost
+from sqa import KVCache, cost, variant
 from sqa.attention import fused
 from sqa.attention.kernels import attend
 from sqa.bench import lineup, peers, step
@@ -306,6 +306,16 @@ def test_memory_is_a_table_of_its_own() -> None:
     options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True}
     result = run_step(demo("sqa"), **options, rounds=2)  # type: ignore[arg-type]
     assert result.kinds == (["step", "step memory"] if sys.platform == "linux" else ["step"])
+
+
+def test_the_model_that_is_run_first_does_not_count_against_a_wide_one() -> None:
+    layer = variant("sqa", d_model=512, num_heads=8)
+    wide = ModelConfig(vocab_size=8, num_layers=4, d_ff=2048, max_seq_len=8, attention=layer)
+    options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True, "rounds": 1}
+    rows = run_step(Models(name="wide", configs={"sqa": wide}), **options).rows  # type: ignore[arg-type]
+    for row in rows:
+        if row.peak_bytes is not None:  # weights, gradients and two moments take 16 bytes a parameter
+            assert row.peak_bytes > 15 * cost.parameters(wide)
 
 
 def test_memory_that_cannot_be_measured_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

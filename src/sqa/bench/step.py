@@ -140,16 +140,16 @@ def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig,
     # a small model first: memory that libraries hold after their first use does not count
     for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
         step()
-    before = _resident("VmRSS")
+    del step  # it holds the small model
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else _resident("VmRSS")
     for turn, step in enumerate(steps(config, task.n)):
-        if turn == 2 and device.type == "cuda":
+        if turn == 2 and on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         elif turn == 2 and before is not None:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM starts again from here
         step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = _resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _resident("VmHWM")
     return None if before is None or peak is None else peak - before
 
 
