@@ -73,7 +73,7 @@ class Checkpoints:
                 dist.destroy_process_group(self._group)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """Write `step-N`, and drop all but this one and the one before. A full disk leaves those there as they were.
+        """Write `step-N`, and drop all but this one and the one before. A full disk leaves them as they were.
 
         Raises OSError that names the folder for what the system refuses to write.
         """
