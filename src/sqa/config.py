@@ -42,6 +42,11 @@ class _Config(Checked):
         for name in names:
             _check_count(self._where, name, getattr(self, name), least)
 
+    def _check_above(self, bound: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value <= bound:
+                raise InputError(f"{self._where}: {name} must be above {bound}, got {value!r}")
+
     def unusual(self, known: Collection[str]) -> Iterator[str]:
         """Yield `field=value (field=default)` for each field that is not in `known` and does not have its default.
 
@@ -83,9 +88,7 @@ class RopeScaling(_Config):
         super().__post_init__()
         if self.factor < 1:
             raise InputError(f"rope scaling: factor must be at least 1, got {self.factor!r}")
-        for name in ("beta_fast", "beta_slow", "attention_factor"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise InputError(f"rope scaling: {name} must be above 0, got {value!r}")
+        self._check_above(0, "beta_fast", "beta_slow", "attention_factor")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f"rope scaling llama3: low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "
@@ -111,8 +114,7 @@ class Rope(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base <= 1:
-            raise InputError(f"rope: base must be above 1, got {self.base!r}")
+        self._check_above(1, "base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +188,7 @@ class AttentionConfig(_Config):
             raise InputError(f"attention: window needs causal=True, got window={self.window} and causal=False")
         if self.num_sink_tokens and self.window is None:
             raise InputError(f"attention: num_sink_tokens needs a window, got num_sink_tokens={self.num_sink_tokens}")
-        for name in ("logit_softcap", "scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"attention: {name} must be above 0, got {value!r}")
+        self._check_above(0, "logit_softcap", "scale")
 
     @property
     def num_output_heads(self) -> int:
@@ -266,8 +265,7 @@ class ModelConfig(_Config):
     def __post_init__(self) -> None:
         self._check_counts("vocab_size", "num_layers", "d_ff", "max_seq_len")
         super().__post_init__()
-        if not self.norm_eps > 0:
-            raise InputError(f"model: norm_eps must be above 0, got {self.norm_eps!r}")
+        self._check_above(0, "norm_eps")
         if isinstance(self.attention, tuple):
             if len(self.layers) != self.num_layers:
                 raise InputError(
