@@ -40,7 +40,7 @@ class Budget:
                 f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {shown(repr(text))}"
             )
         units = _SECONDS if kind == "time" else _UNITS
-        found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
+        found = re.fullmatch(r"([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
         if found is None or found[2] not in units or not float(found[1]) > 0:
             known = ", ".join(filter(None, units))
             raise InputError(
@@ -196,7 +196,12 @@ class Plan(Checked):
         return [(name, seed) for seed in self.seeds for name in self.variants]
 
     def find_cells(self, names: Sequence[str]) -> list[Cell]:
-        """The runs with these names, `variant:seed`, in the plan's order. Raises InputError for one not in it."""
+        """The runs with these names, `variant:seed`, in the plan's order.
+
+        Raises InputError for no name, and for a name that is not in the plan.
+        """
+        if not names:
+            raise InputError("only: must name one run or more, such as sqa:0")
         known = {f"{name}:{seed}": (name, seed) for name, seed in self.cells}
         for name in names:
             if name.lower() not in known:
@@ -247,11 +252,11 @@ class Plan(Checked):
         if not values:  # more likely a file that was cut short than a wish for all defaults
             raise InputError(f'plan: {source} is empty; give at least one field, such as budget = "tokens=1M"')
         changes = changes or {}
-        if "variants" in changes and isinstance(replaced := values.get("variants"), list):
-            left = {name for name in replaced if name not in changes["variants"]}
+        if "variants" in changes and isinstance(replaced := values.get("variants", DEFAULT_VARIANTS), list | tuple):
+            dropped = {str(name).lower() for name in replaced} - {str(name).lower() for name in changes["variants"]}
             for table in ("shapes", "learning_rates"):
                 if isinstance(values.get(table), dict):
-                    values[table] = {name: value for name, value in values[table].items() if name not in left}
+                    values[table] = {name: value for name, value in values[table].items() if name not in dropped}
         return cls.from_dict({"name": stem, **values, **changes})
 
     @classmethod
