@@ -295,6 +295,19 @@ def test_a_page_shows_what_there_is(tmp_path: Path) -> None:
     assert fields["compile"] == "<dd>no</dd>"
 
 
+def test_speed_is_drawn_before_gqa_has_a_run(tmp_path: Path) -> None:
+    folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"), shape="demo")
+    rows = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(row for row in rows if json.loads(row)["variant"] == "sqa"))
+    figures = make_figures(read_experiment([folder]), [Directory(folder)], [])
+    assert "speed-against-theory" in [figure.name for figure in figures]
+    # without GQA in the plan there is no theory, though its time is known
+    (folder / "results.jsonl").unlink()
+    alone = make_directory(tmp_path / "s", seeds=1, steps=5, variants=("sqa",), shape="demo")
+    figures = make_figures(read_experiment([alone], folder), [Directory(alone)], [])
+    assert "speed-against-theory" not in [figure.name for figure in figures]
+
+
 def test_a_whole_grid_is_a_heat_map(tmp_path: Path) -> None:
     plan = Plan.read(str(Path(__file__).resolve().parents[2] / "benchmarks" / "plans" / "grid.toml"))
     same = {"variants": plan.variants, "shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}

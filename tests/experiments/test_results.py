@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from sqa.cost import parameters
+from sqa.cost import parameters, train_step_flops
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
@@ -237,6 +237,19 @@ def test_horizons_are_joined_and_have_effective_speedups() -> None:
     again = Experiment.join(parts, quiet).longest()[1].effective_speedup
     assert again is not None
     assert again.ratio == pytest.approx(2 * found.ratio)
+
+
+def test_the_baselines_runs_are_ordered_by_their_own_length() -> None:
+    """At equal FLOPs SQA's run is the longest of all, and GQA's the shorter one of its two."""
+    by_steps = PUBLISHED.replace(variants=("gqa", "sqa"), seeds=(0,), budget="steps=1000")
+    flops = 950 * train_step_flops(by_steps.model_config("gqa"), by_steps.context, by_steps.batch_size)
+    by_flops = by_steps.replace(budget=f"flops={flops:.0f}")
+    parts = [comparison(by_steps, {("gqa", 0): 3.0}), comparison(by_flops, {("gqa", 0): 4.0, ("sqa", 0): 3.5})]
+    experiment = Experiment.join(parts)
+    assert [run.steps for runs in experiment.horizons.values() for run in runs if run.variant == "gqa"] == [1000, 950]
+    found = experiment.longest()[1].effective_speedup
+    assert found is not None
+    assert found.ratio == pytest.approx((1000 * 950) ** 0.5 / (experiment.horizons[by_flops.budget][1].steps * 0.5))
 
 
 def test_a_line_has_the_means_of_its_runs() -> None:

@@ -56,7 +56,7 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
     found += _curve_figures(training_curves(experiment, held), plan.label(BASELINE), colours, timed=bool(timed))
     if timed:
         found.append(_pareto_figure(timed, colours, front))
-    if any(line.speed_vs_gqa for line in timed):
+    if BASELINE in plan.variants and any(line.speed_vs_gqa for line in timed):
         found.append(_speed_figure(timed, plan))
     found += [
         _grid(experiment, lines),
@@ -125,7 +125,7 @@ def _zero(axis: str) -> Any:
 
 
 def _interval(value: Estimate) -> str:
-    return f"± {value.half_width:.4f}" if value.half_width else "one seed"
+    return "one seed" if value.half_width is None else f"± {value.half_width:.4f}"
 
 
 def _with_interval(value: Estimate) -> Row:
@@ -358,7 +358,7 @@ def _pareto_figure(timed: Sequence[Summary], colours: Colours, front: Sequence[s
 
 
 def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
-    configs = {line.variant: plan.model_config(line.variant) for line in timed}
+    configs = {name: plan.model_config(name) for name in (BASELINE, *(line.variant for line in timed))}
     step = {name: train_step_flops(config, plan.context) for name, config in configs.items()}
     attention = {
         name: sum(attention_flops(layer, plan.context) for layer in config.layers) for name, config in configs.items()

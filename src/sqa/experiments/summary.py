@@ -178,7 +178,9 @@ class Experiment:
         for budget in self.horizons:
             for run in self.runs(BASELINE, budget):
                 curves.setdefault(run.seed, []).append((run.steps * self.step_seconds[BASELINE], run.val.loss))
-        return effective_speedup(losses, seconds, {seed: curve for seed, curve in curves.items() if len(curve) > 1})
+        # horizons are in the order of their longest runs, which need not be that of the baseline's
+        known = {seed: sorted(curve) for seed, curve in curves.items() if len(curve) > 1}
+        return effective_speedup(losses, seconds, known)
 
 
 def _check_same(merged: Plan, other: Plan, names: Iterable[str]) -> None:
