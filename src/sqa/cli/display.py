@@ -34,10 +34,10 @@ def output_closed() -> OutputClosed:
 
 
 class _Console(Console):
-    """A console that prints text unchanged: no markup in brackets, no coloured numbers."""
+    """A console that prints text unchanged: no markup in brackets, no emoji for `:key:`, no coloured numbers."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=not is_main(), markup=False, highlight=False)
+        super().__init__(quiet=not is_main(), markup=False, emoji=False, highlight=False)
 
     def on_broken_pipe(self) -> None:
         """Rich would end the process without a word. It writes nothing more after this."""

@@ -72,7 +72,7 @@ def compare(
                 directory.check_holds(_stored(plan))
             todo = of_main(directory.missing(cells))
             if directory.begun and not todo:
-                display.note(f"{out} holds this comparison, finished")
+                display.note(f"{out} holds {'this comparison' if only is None else 'these runs'}, finished")
                 return directory.read()
             if directory.begun and not resume and only is None:
                 raise InputError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")
