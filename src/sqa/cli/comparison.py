@@ -139,7 +139,8 @@ def _run(
 
     from sqa.experiments.compare import compare as run
     from sqa.experiments.launch import LOCAL, RAY
-    from sqa.experiments.summary import Experiment, comparison_text
+    from sqa.experiments.report import read_experiment, write_report
+    from sqa.experiments.summary import comparison_text
 
     try:
         with make_display() as display:
@@ -166,13 +167,12 @@ def _run(
     console = make_console()
     console.print()
     console.print(comparison_text(comparison))
+    experiment = read_experiment([out])
     notes = [f"Rows: {out / 'results.jsonl'}"]
     if not comparison.missing:
         try:
-            from sqa.experiments.report import write_report
-
             with speak_of("sqa.experiments.report"):
-                notes.append(f"Report: {write_report([out])[0]}")
+                notes.append(f"Report: {write_report(experiment)[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail because a plotting library is missing
             notes.append(f"No report: {error}")
     if single and not comparison.missing:
@@ -181,7 +181,7 @@ def _run(
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
         console.print(text, soft_wrap=True)
-    options.save_json(json_path, Experiment.join([comparison]).summaries())
+    options.save_json(json_path, experiment.summaries())
 
 
 @app.command()
@@ -235,7 +235,7 @@ def report(
     if len(directories) > 1:
         make_console().print(results_table(experiment))
     with speak_of("sqa.experiments.report"):
-        written = write_report(directories, out, step_times=step_times)
+        written = write_report(experiment, out)
     for path in written:
         print(path)
     options.save_json(json_path, experiment.summaries())

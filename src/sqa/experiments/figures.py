@@ -9,7 +9,6 @@ import numpy as np
 
 from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
 from sqa.experiments.curves import Row, difference_curves, probe_points, training_curves
-from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
 from sqa.experiments.statistics import Estimate
 from sqa.experiments.summary import Experiment, Summary
@@ -40,10 +39,10 @@ class Figure:
     height: int = 300
 
 
-def make_figures(experiment: Experiment, held: Sequence[Directory], front: Sequence[str]) -> list[Figure]:
+def make_figures(experiment: Experiment, front: Sequence[str]) -> list[Figure]:
     """All figures that the results allow: curves need curve.jsonl, speed needs the timing phase.
 
-    `held`: the experiment's directories. `front`: the variants of the Pareto front, the fastest first.
+    `front`: the variants of the Pareto front, the fastest first.
     """
     lines, plan, colours = experiment.longest(), experiment.plan, Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
@@ -53,14 +52,14 @@ def make_figures(experiment: Experiment, held: Sequence[Directory], front: Seque
         found = _horizon_figures(experiment.summaries(), colours)
     else:
         found = [_difference_by_variant(lines, colours)]
-    found += _curve_figures(training_curves(experiment, held), plan.label(BASELINE), colours, timed=bool(timed))
+    found += _curve_figures(training_curves(experiment), plan.label(BASELINE), colours, timed=bool(timed))
     if timed:
         found.append(_pareto_figure(timed, colours, front))
     if BASELINE in plan.variants and any(line.speed_vs_gqa for line in timed):
         found.append(_speed_figure(timed, plan))
     found += [
         _grid(experiment, lines),
-        *_probe_figures(experiment, held, colours),
+        *_probe_figures(experiment, colours),
         _bars_figure(
             "parameters", "Parameters", "All of the model's, in millions.", lines, colours,
             {line.variant: line.parameters / 1e6 for line in lines}, "million parameters", ".2f",
@@ -245,7 +244,7 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
     )  # fmt: skip
 
 
-def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: Colours) -> list[Figure]:
+def _probe_figures(experiment: Experiment, colours: Colours) -> list[Figure]:
     """When the models of the longest horizon began to use their context, if they were probed."""
     values: list[tuple[str, str, str, Callable[[Probe], float]]] = [
         (
@@ -261,7 +260,7 @@ def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: C
     ]  # fmt: skip
     found = []
     for name, title, caption, value in values:
-        if not (data := probe_points(experiment, held, value)):
+        if not (data := probe_points(experiment, value)):
             continue
         base = _chart(
             data,

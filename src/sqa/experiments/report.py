@@ -36,24 +36,23 @@ def read_experiment(directories: Sequence[Path], step_times: Path | None = None)
 
     Raises InputError when one has no finished run, when they do not fit together, or when nothing was timed.
     """
-    comparisons = [Directory(path).read() for path in directories]
+    held = [Directory(path) for path in directories]
+    comparisons = [directory.read() for directory in held]
     for path, comparison in zip(directories, comparisons, strict=True):
         if not comparison.results:
             raise InputError(f"report: no run of {path} has finished yet")
     timed = None if step_times is None else Directory(step_times).record()
     if timed is not None and not timed.step_s:
         raise InputError(f"report: {step_times} has no step times (timing_rounds = 0)")
-    return Experiment.join(comparisons, timed)
+    return Experiment.join(comparisons, timed, held)
 
 
-def write_report(directories: Sequence[Path], out: Path | None = None, *, step_times: Path | None = None) -> list[Path]:
+def write_report(experiment: Experiment, out: Path | None = None) -> list[Path]:
     """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the last directory).
 
-    Several directories are horizons of one experiment. An unfinished comparison is reported as far as it has run.
-    Returns the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError without
-    the extra `report`.
+    An unfinished comparison is reported as far as it has run. Returns the paths, the HTML file first. Raises
+    MissingExtraError without the extra `report`.
     """
-    experiment = read_experiment(directories, step_times)
     try:
         import altair as alt
         import jinja2
@@ -65,7 +64,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
     longest = experiment.longest()
     front = pareto_front({line.variant: (line.step_s, line.loss.mean) for line in longest if line.step_s})
     logger.info("preparing the figures of the report")
-    figures = make_figures(experiment, [Directory(path) for path in directories], front)
+    figures = make_figures(experiment, front)
     template = (files("sqa.experiments") / "report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     plan = experiment.plan
@@ -85,7 +84,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         # a "<" in a text could begin a comment or close our script element
         specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("<", "\\u003c"),
     )
-    out = out or directories[-1] / "report"
+    out = out or experiment.directories[-1].path / "report"
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html"]
     write_text(written[0], text)

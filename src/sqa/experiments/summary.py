@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sqa.cost import attention_saving
 from sqa.errors import InputError, shown
+from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import Estimate, Speedup, effective_speedup, paired_difference, summarise
@@ -65,15 +66,19 @@ class Experiment:
 
     `plan`: with the variants, shapes and seeds of all. `horizons`: the runs by budget, the shortest first.
     `step_seconds`: of a single timing phase, so that changes of the machine between comparisons do not matter.
+    `directories`: where the curves and probes of the runs are.
     """
 
     plan: Plan
     records: Sequence[Record]
     horizons: dict[str, list[RunResult]]
     step_seconds: dict[str, float]
+    directories: Sequence[Directory] = ()
 
     @classmethod
-    def join(cls, comparisons: Sequence[Comparison], timed: Record | None = None) -> Self:
+    def join(
+        cls, comparisons: Sequence[Comparison], timed: Record | None = None, directories: Sequence[Directory] = ()
+    ) -> Self:
         """Join one comparison or more; a run that two of them have counts once.
 
         Step times are those of `timed`, or of the longest comparison that has a timing phase. Raises InputError for
@@ -110,6 +115,7 @@ class Experiment:
             records=[comparison.record for comparison in comparisons],
             horizons={budget: list(runs.values()) for budget, runs in horizons},
             step_seconds=next((record.step_seconds for record in phases if record.step_s), {}),
+            directories=directories,
         )
 
     @property
