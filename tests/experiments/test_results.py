@@ -3,6 +3,7 @@ are refused."""
 
 import json
 import math
+import os
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -298,6 +299,15 @@ def test_what_does_not_belong_together_is_refused() -> None:
 @pytest.fixture
 def result() -> RunResult:
     return comparison(PUBLISHED, {("sqa", 0): 2.0}).results[0]
+
+
+def test_a_result_and_the_name_of_its_file_are_synced(
+    tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    Directory(tmp_path).finish(result)
+    assert synced == [str(tmp_path / "results.jsonl"), str(tmp_path)]
 
 
 def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: Path, result: RunResult) -> None:

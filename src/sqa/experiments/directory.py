@@ -12,7 +12,7 @@ from typing import Any
 from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
-from sqa.files import LOCK, locked, write_json
+from sqa.files import LOCK, locked, sync_directory, write_json
 from sqa.progress import StepReport
 from sqa.records import differences, read_lines, to_json
 from sqa.training.probes import Probe
@@ -71,6 +71,7 @@ class Directory:
             file.write(json.dumps(result, default=to_json).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            sync_directory(self.path)  # the file may be new
         shutil.rmtree(self.run_folder(*result.cell) / "checkpoints", ignore_errors=True)
 
     def record(self) -> Record:

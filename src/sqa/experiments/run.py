@@ -60,7 +60,10 @@ class Session:
 
 
 def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda text: None) -> Prepared:
-    """The text of `source` with the plan's tokenizer and splits. Raises InputError for too little text."""
+    """The text of `source` with the plan's tokenizer and splits.
+
+    Raises InputError for too little text, and where the plan has probes but no validation document is long enough.
+    """
     data = prepare(
         source,
         vocab_size=plan.model_config(plan.variants[0]).vocab_size,
@@ -70,6 +73,8 @@ def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda t
     )
     if int(np.max(data.validation.lengths)) < 2:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")
+    if plan.probes:
+        make_prober(plan, data)
     return data
 
 
@@ -82,6 +87,16 @@ def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
         context_length=plan.context,
         pad_id=data.tokenizer.pad_id,
         seed=seed,
+    )
+
+
+def make_prober(plan: Plan, data: Prepared) -> Prober:
+    """The probes of a plan, the same for every run. Raises InputError where no document is as long as the context."""
+    return Prober(
+        data.validation,
+        context_length=plan.context,
+        vocab_size=data.tokenizer.vocab_size,
+        batch_size=plan.batch_size,
     )
 
 
@@ -212,12 +227,7 @@ def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[S
     due = probe_steps(session.record.steps[cell[0]], plan.probes)
     if not due:
         return lambda report: None
-    prober = Prober(
-        session.data.validation,
-        context_length=plan.context,
-        vocab_size=model.config.vocab_size,
-        batch_size=plan.batch_size,
-    )
+    prober = make_prober(plan, session.data)
 
     def probe(report: StepReport) -> None:
         if report.step not in due:
