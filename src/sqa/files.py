@@ -112,7 +112,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError of the block, such as a full disk, unless the error names a file that is to stay."""
+    """Name `path` in an OSError of the block, such as a full disk, that names no file or a temporary one."""
     try:
         yield
     except OSError as error:

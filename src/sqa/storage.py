@@ -77,7 +77,7 @@ def check_layers(where: str, num_layers: int, num_tensors: int) -> None:
 
 
 def count_tensors(directory: Path) -> int | None:
-    """The number of tensors, from the headers alone; None if `read_tensors` would raise an error."""
+    """The number of tensors, from the headers of model*.safetensors alone; None if there is none or one is damaged."""
     try:
         counts = []
         for path in directory.glob("model*.safetensors"):

@@ -105,18 +105,13 @@ def compare(
     json_path: options.JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
-    _run(ctx.params, out, resume, json_path)
+    _run(ctx.params)
 
 
-def _run(
-    given: Mapping[str, Any],
-    out: Path | None,
-    resume: Path | None,
-    json_path: Path | None = None,
-    single: tuple[str, int] | None = None,
-) -> None:
-    """Run `sqa compare` or `sqa train`; `single` is the variant and seed of the latter."""
+def _run(given: Mapping[str, Any], single: tuple[str, int] | None = None) -> None:
+    """Run `sqa compare` or `sqa train` with the given options; `single` is the variant and seed of the latter."""
     launcher, track, only = given.get("launcher", "local"), given["track"], given.get("only")
+    out, resume = given["out"], given["resume"]
     source, changes = given["plan"], _changes(given)
     if track not in (None, "tensorboard"):
         raise InputError(f"--track must be tensorboard, got {track!r}")
@@ -181,7 +176,7 @@ def _run(
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
         console.print(text, soft_wrap=True)
-    options.save_json(json_path, experiment.summaries())
+    options.save_json(given.get("json_path"), experiment.summaries())
 
 
 @app.command()
@@ -211,7 +206,7 @@ def train(
     """Train one variant; started by torchrun or accelerate launch, on several devices."""
     if resume is not None and (variant is not None or seed is not None):
         raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
-    _run(ctx.params, out, resume, single=(variant or "sqa", seed or 0))
+    _run(ctx.params, single=(variant or "sqa", seed or 0))
 
 
 @app.command()

@@ -60,7 +60,7 @@ def make_console() -> Console:
 class Pulse:
     """Calls `remind` from a thread, inside the `with` block, whenever nothing was heard for SILENCE seconds.
 
-    Where that finds standard output closed, the next `heard` raises OutputClosed in the thread that works.
+    If `remind` finds standard output closed, the next call of `heard` raises OutputClosed.
     """
 
     def __init__(self, remind: Callable[[], None]) -> None:
@@ -100,13 +100,13 @@ class _OnStandardError(logging.Handler):
 
 
 def say_what_is_logged(logger: str) -> None:
-    """Print what this logger is told on standard error, from now on."""
+    """Print the records of this logger on standard error from now on."""
     logging.getLogger(logger).setLevel(logging.INFO)
     logging.getLogger(logger).addHandler(_OnStandardError())
 
 
 class LogSpeaker(logging.Handler):
-    """Prints log records on standard error, not too often, and after a long silence the last one again."""
+    """Prints log records on standard error, at most one in SILENCE / 2 seconds; after a silence, the last one again."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -128,7 +128,7 @@ class LogSpeaker(logging.Handler):
 
 
 def speak_of(name: str) -> Pulse:
-    """A context for a `with` block, in which a LogSpeaker prints what this logger is told."""
+    """Give this logger a LogSpeaker alone. In the `with` block of the result, it also prints reminders."""
     logger, speaker = logging.getLogger(name), LogSpeaker()
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [speaker]
@@ -264,7 +264,7 @@ class PlainDisplay(_SpeakingDisplay):
             self.note(self.state())
 
     def state(self) -> str:
-        """How far the phase is: once after each step with its loss, and then with the time since the phase began."""
+        """How far the phase is. The first line after a step has its loss, later ones the time since the phase began."""
         where, to_do = f"{self._label}: step {self._done}/{self._steps}", self._steps - self._done
         report, self._report = self._report, None
         if report is not None:

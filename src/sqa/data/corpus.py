@@ -163,15 +163,13 @@ def _data_files(path: Path) -> list[Path]:
     """The file itself, or the data files of a folder. Raises InputError for what cannot be read as text."""
     if not path.exists():
         raise InputError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
-    kinds = ", ".join(_SUFFIXES)
-    if path.is_file() and path.suffix not in _SUFFIXES:
-        raise InputError(f"The data file {path} must be one of {kinds}")
-    files = [path]
-    if not path.is_file():
-        visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-        files = sorted(file for file in visible if file.suffix in _SUFFIXES and file.is_file())
+    found = [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}"]
+    files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
     if not files:
-        raise InputError(f"The data folder {path} holds no data files ({kinds})")
+        what = "folder {} holds no data files ({})" if path.is_dir() else "file {} must be one of {}"
+        raise InputError(f"The data {what.format(path, ', '.join(_SUFFIXES))}")
     for file in files:
         if file.suffix == ".parquet":
             _check_parquet(file)

@@ -14,7 +14,7 @@ from sqa.data import Prepared
 from sqa.errors import InputError, load_extra
 from sqa.experiments.directory import Directory
 from sqa.experiments.launch import LOCAL, Launcher
-from sqa.experiments.plan import Budget, Cell, Plan
+from sqa.experiments.plan import Budget, Cell, Plan, cell_name
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
@@ -36,14 +36,14 @@ def compare(
     track: bool = False,
     any_kernel: bool = False,
 ) -> Comparison:
-    """Run those of the plan's runs that are not finished in the folder `out`, and return all results.
+    """Train the runs of the plan that are not finished in the folder `out`, and return all results.
 
     `resume` continues the comparison in `out` (its plan is `Directory(out).resumed({})`). `data_source` is where the
-    plan's text is now, if it moved. With `only`, other processes do the other runs, in `out` and perhaps at the same
-    time. Runs follow one another in this process (LOCAL) or are spread over a Ray cluster (RAY); the timing phase is
-    always here. Processes that torchrun started train each run together, and process 0 writes. `track`
-    writes the curves of each local run for TensorBoard, in `out`/tensorboard. `any_kernel` lets runs continue with
-    another attention kernel, which rounds differently.
+    plan's text is now, if it moved. `only`: train these runs alone; other processes may train others in `out` at the
+    same time. LOCAL trains one run after another in this process, RAY on a Ray cluster; the timing phase is always
+    here. Processes that torchrun started train each run together, and process 0 writes. `track` writes the curves of
+    each local run for TensorBoard, in `out`/tensorboard. `any_kernel` lets runs continue with another attention kernel,
+    which rounds differently.
 
     Raises InputError for whatever keeps the comparison from starting and MissingExtraError for a missing library,
     before anything is written, Interrupted when stopped, and NonFiniteLoss at the end when that happened to a run.
@@ -104,7 +104,7 @@ def compare(
         outcomes = stack.enter_context(closing(launcher.run(session, todo, display)))
         for cell, outcome in outcomes:
             if isinstance(outcome, NonFiniteLoss):
-                failures.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                failures.append(f"{cell_name(cell)}: {outcome}")
             elif main:
                 directory.finish(outcome)
             if left.without(cell):

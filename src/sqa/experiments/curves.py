@@ -20,7 +20,7 @@ Kept = TypeVar("Kept", StepReport, Probe)
 
 
 def kept(experiment: Experiment, name: str, read: Callable[[Directory, Cell], list[Kept]]) -> list[list[Kept]]:
-    """The records of each of a variant's longest runs, but for runs that have none of their last step."""
+    """A list of records for each of a variant's longest runs. Runs without a record of their last step are left out."""
     found = []
     for result in experiment.runs(name):
         records = (read(directory, result.cell) for directory in experiment.directories)

@@ -15,6 +15,7 @@ from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.files import LOCK, locked, sync_directory, write_json
 from sqa.progress import StepReport
 from sqa.records import differences, read_lines, to_json
+from sqa.storage import in_file
 from sqa.training.probes import Probe
 
 
@@ -38,10 +39,8 @@ class Directory:
 
     def read(self) -> Comparison:
         """The comparison, as far as it has run. Raises InputError when there is none or a file is damaged."""
-        try:
+        with in_file(self.path):
             return Comparison(record=self.record(), results=self.results())
-        except InputError as error:
-            raise error if str(self.path) in str(error) else InputError(f"{self.path}: {error}") from None
 
     def results(self) -> list[RunResult]:
         """The finished runs. Raises InputError for a damaged line, unless it is the last and torn."""

@@ -15,8 +15,6 @@ from sqa.experiments.summary import Experiment, Summary
 from sqa.training.probes import Probe
 from sqa.variants import BASELINE
 
-INTERVALS = "Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
-
 COLOURS = {
     "mha": "#808488", "gqa": "#e0585b", "mqa": "#d2761a", "sqa": "#3a86d8", "ssqa": "#279f8a", "xsqa": "#a266c8",
     "xsmqa": "#cf6ba9", "lsqa": "#3f9bd6", "rsqa": "#7f8c24", "wide-mha": "#b5754b", "wide-gqa": "#b08900",
@@ -346,12 +344,17 @@ def _pareto_figure(timed: Sequence[Summary], colours: Colours, front: Sequence[s
         )
         for side, dx, align in (("true", 9, "left"), ("false", -9, "right"))
     ]  # fmt: skip
-    several = any(line.loss.half_width for line in timed)
+    caption = (
+        "Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and better."
+    )
+    if any(line.loss.half_width for line in timed):
+        caption += (
+            " Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
+        )
     return Figure(
         name="loss-against-step-time",
         title="Loss against step time",
-        caption="Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and "
-        "better." + (f" {INTERVALS}" if several else ""),
+        caption=caption,
         chart=alt.layer(joined.encode(color=alt.value(_GREY)), bars, _dots(base, 80, tooltip=tips), *names),
     )
 

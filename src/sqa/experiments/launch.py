@@ -16,7 +16,7 @@ import torch
 
 from sqa.errors import InputError, MissingExtraError, load_extra
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Budget, Cell, Plan
+from sqa.experiments.plan import Budget, Cell, Plan, cell_name
 from sqa.experiments.results import Record, RunResult
 from sqa.experiments.run import Session, label, outcome_text, prepare_data, run
 from sqa.files import LOCK, locked
@@ -142,7 +142,7 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
                 for reference in done:
                     cell, outcome = running.pop(reference), _outcome(reference)
                     if isinstance(outcome, Interrupted):
-                        unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                        unfinished.append(f"{cell_name(cell)}: {outcome}")
                         shown[cell].finish(unfinished[-1])
                     elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
                         raise outcome

@@ -17,6 +17,12 @@ from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config,
 Cell = tuple[str, int]
 """One run of a comparison: the name of a variant, or of a shape of the plan's own, and a seed."""
 
+
+def cell_name(cell: Cell) -> str:
+    """`sqa seed 0`: a run's name in messages."""
+    return f"{cell[0]} seed {cell[1]}"
+
+
 BUDGETS = {"steps": 1e10, "tokens": 1e16, "epochs": 1e6, "flops": 1e30, "time": 1e9}
 """The kinds of budgets and the largest of each, far above what a machine can do."""
 

@@ -14,6 +14,7 @@ from sqa.experiments.results import Record
 from sqa.experiments.statistics import Estimate, Speedup
 from sqa.experiments.summary import Experiment, Summary
 from sqa.files import replacing, write_text
+from sqa.tables import known
 from sqa.variants import BASELINE
 
 logger = logging.getLogger(__name__)
@@ -226,10 +227,6 @@ def _difference(value: Estimate | None) -> _Cell:
     return _plus_minus(value), "one seed" if value.half_width is None else "not established"
 
 
-def _known(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)
-
-
 def _speedup(value: Speedup | None) -> _Cell:
     if value is None:
         return ""
@@ -242,7 +239,7 @@ def _results_table(experiment: Experiment) -> dict[str, Any]:
     several = len(experiment.horizons) > 1
     horizon: _Columns = {
         "tokens": lambda line: f"{line.tokens:,}",
-        "seconds": lambda line: _known("{:,.0f}", line.seconds),
+        "seconds": lambda line: known("{:,.0f}", line.seconds),
         "effective speed-up": lambda line: _speedup(line.effective_speedup),
     }
     columns: _Columns = {
@@ -256,8 +253,8 @@ def _results_table(experiment: Experiment) -> dict[str, Any]:
         "vs GQA": lambda line: _difference(line.difference),
         "accuracy": lambda line: f"{line.accuracy.mean:.2%}",
         "step, ms": lambda line: "" if line.step_s is None else f"{1000 * line.step_s:,.0f}",
-        "speed vs GQA": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
-        "speed vs MHA": lambda line: _known("{:.2f}×", line.speed_vs_mha),
+        "speed vs GQA": lambda line: known("{:.2f}×", line.speed_vs_gqa),
+        "speed vs MHA": lambda line: known("{:.2f}×", line.speed_vs_mha),
         "attention saving": lambda line: f"{line.attention_saving:.2f}×",
     }
     caption = (
@@ -287,11 +284,11 @@ def _published_table(summary: Sequence[Summary]) -> dict[str, Any]:
     columns: _Columns = {
         "variant": lambda line: line.label,
         "loss, published": lambda line: theirs("{:.4f}", line, 0),
-        "loss, here": lambda line: _known("{:.4f}", line.loss_all_positions),
+        "loss, here": lambda line: known("{:.4f}", line.loss_all_positions),
         "accuracy, published": lambda line: theirs("{:.2%}", line, 1),
-        "accuracy, here": lambda line: _known("{:.2%}", line.accuracy_all_positions),
+        "accuracy, here": lambda line: known("{:.2%}", line.accuracy_all_positions),
         "speed vs GQA, published": lambda line: theirs("{:.2f}×", line, 2),
-        "speed vs GQA, here": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
+        "speed vs GQA, here": lambda line: known("{:.2f}×", line.speed_vs_gqa),
     }
     caption = (
         f"Published: {PUBLISHED_SOURCE}. Here: the same convention, loss and accuracy over all positions, padding "

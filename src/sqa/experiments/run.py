@@ -20,7 +20,7 @@ from sqa.data.batches import Batches, evaluation_batches
 from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Cell, Plan
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Record, RunResult
 from sqa.files import write_text
 from sqa.model import Transformer
@@ -125,14 +125,14 @@ def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
 
 def label(plan: Plan, cell: Cell) -> str:
     """A run's name for a display."""
-    return f"{cell[0]} seed {cell[1]}" if len(plan.seeds) > 1 else cell[0]
+    return cell_name(cell) if len(plan.seeds) > 1 else cell[0]
 
 
 def outcome_text(cell: Cell, outcome: RunResult | NonFiniteLoss) -> str:
     """A display's line about a run that has ended."""
     if isinstance(outcome, NonFiniteLoss):
-        return f"{cell[0]} seed {cell[1]} stopped: {outcome}"
-    return f"{cell[0]} seed {cell[1]}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
+        return f"{cell_name(cell)} stopped: {outcome}"
+    return f"{cell_name(cell)}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
 
 
 def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambda report: None) -> RunResult:

@@ -14,7 +14,7 @@ from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import Estimate, Speedup, effective_speedup, paired_difference, summarise
-from sqa.tables import make_table
+from sqa.tables import known, make_table
 from sqa.variants import BASELINE, VARIANTS
 
 
@@ -218,10 +218,6 @@ def results_table(experiment: Experiment, *, title: str | None = None) -> Table:
     return built
 
 
-def _known(form: str, value: float | None) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _speedup(value: Speedup | None) -> str:
     if value is None:
         return "-"
@@ -255,14 +251,14 @@ _ONE_HORIZON: _Columns = {
     **_LOSS,
     "acc.\n%": lambda line: f"{100 * line.accuracy.mean:.2f}",
     "ms a\nstep": lambda line: "-" if line.step_s is None else f"{1000 * line.step_s:.0f}",
-    "vs\nGQA": lambda line: _known("{:.2f}x", line.speed_vs_gqa),
-    "vs\nMHA": lambda line: _known("{:.2f}x", line.speed_vs_mha),
+    "vs\nGQA": lambda line: known("{:.2f}x", line.speed_vs_gqa, "-"),
+    "vs\nMHA": lambda line: known("{:.2f}x", line.speed_vs_mha, "-"),
     "theory": lambda line: f"{line.attention_saving:.2f}x",
 }
 _SEVERAL_HORIZONS: _Columns = {
     **_MODEL,
     "tokens": lambda line: f"{line.tokens / 1e6:.1f}M",
-    "time\ns": lambda line: _known("{:,.0f}", line.seconds),
+    "time\ns": lambda line: known("{:,.0f}", line.seconds, "-"),
     **_LOSS,
     "effective\nspeed-up": lambda line: _speedup(line.effective_speedup),
 }
