@@ -408,6 +408,13 @@ def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, me
         Record.read(path)
 
 
+def test_a_time_budget_needs_the_times_of_steps() -> None:
+    values = as_dict(comparison(PUBLISHED, {}).record)
+    values["plan"]["budget"], values["step_s"] = "time=1h", {}
+    with pytest.raises(InputError, match=r"step_s must be of the variants \['mha', .*got \[\]"):
+        read_value(Record, values, "plan.json")
+
+
 def test_processes_of_a_record_are_counted_from_1(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(as_dict(comparison(PUBLISHED, {}).record) | {"processes": -2}))
     with pytest.raises(InputError, match=r"plan\.json is damaged: plan\.json\.processes must be at least 1, got -2"):

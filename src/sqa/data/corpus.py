@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,6 @@ from sqa.records import nearest
 Split = Literal["train", "validation"]
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
-_SPLIT_FILE = re.compile(r"(train|validation)(?![A-Za-z])")
 _WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa")
 # Folders of the standard library that hold installed packages, tests, or tables instead of text.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
@@ -177,10 +176,10 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _files_by_split(files: Sequence[Path]) -> dict[Split, list[Path]] | None:
-    by_split: dict[Split, list[Path]] = {"train": [], "validation": []}
-    for file in files:
-        if match := _SPLIT_FILE.match(file.name):
-            by_split["train" if match[1] == "train" else "validation"].append(file)
+    """The files named train* and those named validation*; None unless there are both."""
+    by_split: dict[Split, list[Path]] = {
+        split: [file for file in files if re.match(rf"{split}(?![A-Za-z])", file.name)] for split in get_args(Split)
+    }
     return by_split if all(by_split.values()) else None
 
 

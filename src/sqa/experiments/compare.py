@@ -14,7 +14,7 @@ from sqa.data import Prepared
 from sqa.errors import InputError, load_extra
 from sqa.experiments.directory import Directory
 from sqa.experiments.launch import LOCAL, Launcher
-from sqa.experiments.plan import Budget, Cell, Plan, cell_name
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
@@ -158,7 +158,7 @@ def _stored(plan: Plan) -> Plan:
 def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> Record:
     """Time the variants, and make the content of plan.json."""
     batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
-    if Budget.parse(plan.budget).kind != "time":  # a budget of less than one step is refused before anything is timed
+    if plan.budget_kind != "time":  # a budget of less than one step is refused before anything is timed
         plan.steps(batches_per_epoch=batches_per_epoch, step_seconds={})
     timings = time_steps(plan, data, accelerator, display)
     medians = {name: timing.median for name, timing in timings.items()}

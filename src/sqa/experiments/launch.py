@@ -16,7 +16,7 @@ import torch
 
 from sqa.errors import InputError, MissingExtraError, load_extra
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Budget, Cell, Plan, cell_name
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Record, RunResult
 from sqa.experiments.run import Session, label, outcome_text, prepare_data, run
 from sqa.files import LOCK, locked
@@ -88,7 +88,7 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
             needs = " and ".join(f"{count} {kind}" for kind, count in wanted.items())
             raise InputError(f"launcher: a run needs {needs}, which no machine of the Ray cluster has; see --threads")
         together = min(room, num_runs)
-        if Budget.parse(plan.budget).kind == "time" and device == "cpu" and together > 1:
+        if plan.budget_kind == "time" and device == "cpu" and together > 1:
             raise InputError(
                 f"launcher: with budget {plan.budget} each run needs a machine alone, but {together} would share one; "
                 f"give --threads its cores, or a budget in steps"

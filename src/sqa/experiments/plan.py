@@ -125,6 +125,9 @@ class Plan(Checked):
                 raise InputError(
                     f"plan: {name} must be one or more, none of them twice, got {shown(repr(list(values)))}"
                 )
+        labels = [self.label(name) for name in self.variants]
+        if len(set(labels)) < len(labels):
+            raise InputError(f"plan: labels must differ, or figures would join their lines, got {shown(repr(labels))}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {shown(repr(list(self.seeds)))}")
         if self.padding_in_loss and self.layout != "padded":
@@ -139,8 +142,10 @@ class Plan(Checked):
                 raise InputError(f"plan: {where} must be above 0, got {rate}")
         if not self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
-        if Budget.parse(self.budget).kind == "time" and not self.timing_rounds:
+        if self.budget_kind == "time" and not self.timing_rounds:
             raise InputError("plan: a time budget needs timing_rounds of at least 1, got 0")
+        if self.probes and self.context < 4:  # the second half of a repeated sequence needs two tokens
+            raise InputError(f"plan: probes need a context of at least 4, got {self.context}")
         for config in map(self.model_config, self.variants):
             if not config.causal:
                 raise InputError("plan: causal must be true, or a model trained on the next token would see it")
@@ -173,6 +178,11 @@ class Plan(Checked):
         for table in ("shapes", "learning_rates"):
             if unused := [name for name in getattr(self, table) if name not in names]:
                 raise InputError(f"plan: {table} must be of the variants {list(names)}, got {shown(repr(unused[0]))}")
+
+    @property
+    def budget_kind(self) -> str:
+        """A key of BUDGETS."""
+        return Budget.parse(self.budget).kind
 
     def base(self, name: str) -> str | None:
         """The variant that gives `name` its head counts; None if its shape gives them."""
@@ -269,7 +279,7 @@ class Plan(Checked):
     def read_single(cls, source: str, variant: str, seed: int, changes: Mapping[str, Any]) -> Self:
         """As `read`, for one run alone, without the timing phase unless a budget in time needs it."""
         plan = cls.read(source, {**changes, "variants": (variant,), "seeds": (seed,)})
-        return plan if Budget.parse(plan.budget).kind == "time" else plan.replace(timing_rounds=0)
+        return plan if plan.budget_kind == "time" else plan.replace(timing_rounds=0)
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
