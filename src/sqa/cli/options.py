@@ -47,10 +47,14 @@ def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None
     if path is None:
         return None
     file = Path(os.path.realpath(path))
-    if not file.is_file() and (file.exists() or file.is_symlink() or not file.parent.is_dir()):
-        what = "is a folder" if file.is_dir() else "is no regular file"
-        what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
-        raise InputError(f"{param.opts[0]} {path} {what}; name a file")
+    problems = {
+        "is a folder": file.is_dir(),
+        "is no regular file": (file.exists() or file.is_symlink()) and not file.is_file(),
+        "is in a folder that does not exist": not file.parent.is_dir(),
+        "is in a folder that you may not write to": not os.access(file.parent, os.W_OK),
+    }
+    if found := [problem for problem, there in problems.items() if there]:
+        raise InputError(f"{param.opts[0]} {path} {found[0]}; name a file")
     return file
 
 
