@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,31 @@ def test_a_whole_grid_is_a_heat_map(tmp_path: Path) -> None:
     svg = images["grid.svg"].read_text()
     assert svg.count('aria-roledescription="rect mark"') == 10
     assert len(re.findall(r">\d\.\d{3}</text>", svg)) == 10
+
+
+def test_a_grid_without_finished_runs_is_left_out(tmp_path: Path) -> None:
+    plan = Plan.read(str(Path(__file__).resolve().parents[2] / "benchmarks" / "plans" / "grid.toml"))
+    same = {"shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}
+    folder = make_directory(tmp_path / "g", seeds=1, steps=5, variants=(*plan.variants, "wide-gqa"), **same)
+    rows = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(row for row in rows if json.loads(row)["variant"] == "wide-gqa"))
+    names = [figure.name for figure in make_figures(read_experiment([folder]), [])]
+    assert "parameters" in names
+    assert "grid" not in names
+
+
+def test_curves_over_time_have_one_clock(tmp_path: Path) -> None:
+    """The second comparison has no part in the timing phase: all curves take what the runs took."""
+    parts = [
+        make_directory(tmp_path / str(i), seeds=1, steps=50, variants=names, shape="demo")
+        for i, names in enumerate((("gqa", "sqa"), ("xsqa",)))
+    ]
+    experiment = replace(read_experiment(parts), step_seconds={"gqa": 100.0, "sqa": 50.0})
+    figures = {figure.name: figure for figure in make_figures(experiment, [])}
+    shown = figures["loss-over-seconds"]
+    assert "on whatever else the machine did" in shown.caption
+    last = {row["variant"]: row["seconds"] for row in shown.chart.data.values}
+    assert last == pytest.approx({"GQA": 50 * 0.70, "SQA": 50 * 0.48, "xSQA": 50 * 0.38})
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:

@@ -28,12 +28,12 @@ def kept(experiment: Experiment, name: str, read: Callable[[Directory, Cell], li
     return found
 
 
-def training_curves(experiment: Experiment) -> list[Row]:
-    """The curves of the longest horizon's runs that are still there, with the step time of each variant."""
+def training_curves(experiment: Experiment, *, timed: bool) -> list[Row]:
+    """The curves of the longest horizon's runs that are still there. `timed`: with the step time of each variant."""
     points = []
     for name in experiment.names:
         if runs := kept(experiment, name, Directory.curve):
-            points += curve(experiment.plan.label(name), runs, experiment.step_seconds.get(name))
+            points += curve(experiment.plan.label(name), runs, experiment.step_seconds[name] if timed else None)
     return points
 
 

@@ -44,13 +44,15 @@ def make_figures(experiment: Experiment, front: Sequence[str]) -> list[Figure]:
     """
     lines, plan, colours = experiment.longest(), experiment.plan, Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
+    all_timed = len(timed) == len(lines)  # step times and what runs took cannot share an axis
     megabytes = {name: kv_cache_bytes(plan.model_config(name), plan.context) / 2**20 for name in experiment.names}
     found: list[Figure | None]
     if len(experiment.horizons) > 1:
         found = _horizon_figures(experiment.summaries(), colours)
     else:
         found = [_difference_by_variant(lines, colours)]
-    found += _curve_figures(training_curves(experiment), plan.label(BASELINE), colours, timed=bool(timed))
+    curves = training_curves(experiment, timed=all_timed)
+    found += _curve_figures(curves, plan.label(BASELINE), colours, timed=all_timed)
     if timed:
         found.append(_pareto_figure(timed, colours, front))
     if BASELINE in plan.variants and any(line.speed_vs_gqa for line in timed):
@@ -216,13 +218,13 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
     counts = sorted({count for pair in pairs for count in pair}, reverse=True)
     sizes = [parameters(experiment.plan.model_config(name)) for name in narrow]
     whole = {(q, kv) for q in counts for kv in counts if kv <= q} <= set(pairs)
-    if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
-        return None
     data = [
         {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_with_interval(line.loss)}
         for line in lines
         if line.variant in narrow
     ]
+    if len(counts) < 3 or not whole or not data or max(sizes) > 1.01 * min(sizes):
+        return None
     low, high = min(point["mean"] for point in data), max(point["mean"] for point in data)
     base = _chart(
         data,
