@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -54,7 +54,9 @@ def compare(
             raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
         load_extra("tensorboard", "--track needs tensorboard", "track")
     with ExitStack() as stack:
-        stack.enter_context(_threads(plan.threads))
+        if plan.threads:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(plan.threads)
         accelerator = make_accelerator(plan.device, plan.dtype)
         main = accelerator.is_main_process
         if plan.batch_size % accelerator.num_processes:
@@ -112,19 +114,6 @@ def compare(
     if failures:
         raise NonFiniteLoss("; ".join(failures))
     return directory.read()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Use so many threads in the block; 0 keeps the present number."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count:
-            torch.set_num_threads(before)
 
 
 class _Left:

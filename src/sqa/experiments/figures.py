@@ -367,18 +367,18 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
     attention = {
         name: sum(attention_flops(layer, plan.context) for layer in config.layers) for name, config in configs.items()
     }
+    ratios: dict[str, Callable[[Summary], float]] = {
+        "step, measured": lambda line: line.speed_vs_gqa or 0.0,
+        "step, in theory": lambda line: step[BASELINE] / step[line.variant],
+        "attention, in theory": lambda line: attention[BASELINE] / attention[line.variant],
+    }
     data = [
-        {"variant": line.label, "what": what, "ratio": round(float(ratio or 0), 3)}
+        {"variant": line.label, "what": what, "ratio": round(ratio(line), 3)}
         for line in timed
-        for what, ratio in (
-            ("step, measured", line.speed_vs_gqa),
-            ("step, in theory", step[BASELINE] / step[line.variant]),
-            ("attention, in theory", attention[BASELINE] / attention[line.variant]),
-        )
+        for what, ratio in ratios.items()
     ]
-    kinds = ["step, measured", "step, in theory", "attention, in theory"]
-    colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", _GREY])
-    shapes = alt.Scale(domain=kinds, range=["circle", "triangle-up", "diamond"])
+    colours = alt.Scale(domain=list(ratios), range=["#3a86d8", "#d2761a", _GREY])
+    shapes = alt.Scale(domain=list(ratios), range=["circle", "triangle-up", "diamond"])
     base = _chart(data, y=_by_variant())
     span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(x="min(ratio):Q", x2="max(ratio):Q")
     dots = _dots(
