@@ -33,13 +33,13 @@ def in_file(path: Path) -> Iterator[None]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises InputError when it is missing or no JSON object."""
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if (directory / "config.json").is_file():
+        return read_json(directory / "config.json")
+    if (directory / "adapter_config.json").is_file():
         raise InputError(
             f"model: {directory} is a PEFT adapter; merge it first: merge_and_unload().save_pretrained(OUT)"
         )
-    if not (directory / "config.json").is_file():
-        raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
-    return read_json(directory / "config.json")
+    raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

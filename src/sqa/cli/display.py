@@ -93,29 +93,17 @@ class Pulse:
         self._thread.join()
 
 
-class _OnStandardError(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        # sys.stderr as it is now: a live bar replaces it, so that lines stand above the bar
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def say_what_is_logged(logger: str) -> None:
-    """Print the records of this logger on standard error from now on."""
-    logging.getLogger(logger).setLevel(logging.INFO)
-    logging.getLogger(logger).addHandler(_OnStandardError())
-
-
 class LogSpeaker(logging.Handler):
-    """Prints log records on standard error, at most one in SILENCE / 2 seconds; after a silence, the last one again."""
+    """Prints log records on standard error, at most one in `pause` seconds; after a silence, the last one again."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float) -> None:
         super().__init__(logging.INFO)
-        self.pulse = Pulse(self._remind)
+        self.pulse, self._pause = Pulse(self._remind), pause
         self._latest, self._since, self._spoke = "preparing", time.monotonic(), time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._latest, self._since = self.format(record), time.monotonic()
-        if self._since - self._spoke >= SILENCE / 2:
+        if self._since - self._spoke >= self._pause:
             self._say(self._latest)
             self.pulse.heard()
 
@@ -124,12 +112,19 @@ class LogSpeaker(logging.Handler):
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
+        # sys.stderr as it is now: a live bar replaces it, so that lines stand above the bar
         print(text, file=sys.stderr, flush=True)
+
+
+def say_what_is_logged(name: str) -> None:
+    """Print the records of this logger on standard error from now on."""
+    logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger(name).addHandler(LogSpeaker(pause=0))
 
 
 def speak_of(name: str) -> Pulse:
     """Give this logger a LogSpeaker alone. In the `with` block of the result, it also prints reminders."""
-    logger, speaker = logging.getLogger(name), LogSpeaker()
+    logger, speaker = logging.getLogger(name), LogSpeaker(pause=SILENCE / 2)
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [speaker]
     return speaker.pulse

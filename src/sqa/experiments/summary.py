@@ -106,14 +106,13 @@ class Experiment:
         for comparison in comparisons:
             runs = by_budget.setdefault(comparison.plan.budget, {})
             runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
-        horizons = sorted(by_budget.items(), key=lambda item: max((r.tokens for r in item[1].values()), default=0))
-        lengths = [budget for budget, _ in horizons]
-        longest_first = sorted(comparisons, key=lambda c: lengths.index(c.plan.budget), reverse=True)
-        phases = [timed] if timed is not None else [c.record for c in longest_first]
+        longest = {budget: max((run.tokens for run in runs.values()), default=0) for budget, runs in by_budget.items()}
+        longest_first = sorted(comparisons, key=lambda comparison: longest[comparison.plan.budget], reverse=True)
+        phases = [timed] if timed is not None else [comparison.record for comparison in longest_first]
         return cls(
             plan=merged,
             records=[comparison.record for comparison in comparisons],
-            horizons={budget: list(runs.values()) for budget, runs in horizons},
+            horizons={budget: list(by_budget[budget].values()) for budget in sorted(longest, key=longest.__getitem__)},
             step_seconds=next((record.step_seconds for record in phases if record.step_s), {}),
             directories=directories,
         )
