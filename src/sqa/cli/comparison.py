@@ -170,7 +170,7 @@ def _run(given: Mapping[str, Any], single: tuple[str, int] | None = None) -> Non
                 notes.append(f"Report: {write_report(experiment)[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail because a plotting library is missing
             notes.append(f"No report: {error}")
-    if single and not comparison.missing:
+    if single and not comparison.missing and len(plan.cells) == 1:  # train may go on with a comparison of several
         notes.append(f"Try it: sqa generate {out} --prompt 'The'")
     if plan.name == "demo":
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
