@@ -226,7 +226,10 @@ class Plan(Checked):
         return [cell for name, cell in known.items() if name in {given.lower() for given in names}]
 
     def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
-        """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget."""
+        """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget.
+
+        Raises InputError for a budget of less than one step.
+        """
         budget = Budget.parse(self.budget)
         counts = {}
         for name in self.variants:
@@ -242,8 +245,7 @@ class Plan(Checked):
                 case _:
                     count = budget.amount / step_seconds[name]
             counts[name] = round(count)
-        for name, count in counts.items():
-            if count < 1:
+            if counts[name] < 1:
                 raise InputError(f"plan: budget {self.budget} is less than one step of {name}")
         return counts
 
