@@ -416,6 +416,13 @@ def test_a_command_that_prints_to_a_closed_pipe_ends_with_a_word(tmp_path: Path)
         assert process.wait(timeout=120) == 141
 
 
+def test_a_full_disk_below_standard_output_is_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sqa", "variants"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "sqa: standard output: No space left on device\n")
+
+
 def test_json_is_written_to_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "link.json").symlink_to("kept/new.json")
@@ -504,3 +511,16 @@ def test_json_goes_to_a_regular_file_alone(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is no regular file" in done.stderr
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_json_needs_a_folder_that_can_be_written_to(tmp_path: Path) -> None:
+    code = (  # root may write anywhere
+        "import os, sys\n"
+        "os.access = lambda path, mode: False\n"
+        "sys.argv = ['sqa', 'variants', '--json', 'x.json']\n"
+        "from sqa.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "sqa: --json x.json is in a folder that you may not write to; name a file\n"
+    assert not done.stdout

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sqa.cli import display
-from sqa.cli.display import LiveDisplay, OutputClosed, PlainDisplay, Pulse, speak_of
+from sqa.cli.display import LiveDisplay, OutputClosed, PlainDisplay, Pulse, make_console, speak_of
 from sqa.progress import StepReport, lasting
 
 
@@ -101,6 +101,11 @@ def test_a_terminal_breaks_notes_between_words_and_a_file_keeps_them_whole(conso
     assert max(map(len, broken)) <= 80
     assert " ".join(line.strip() for line in broken) == text
     assert lines(console) == [text]
+
+
+def test_text_is_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    make_console().print("[b]runs[/b] sqa:100:key: 1.5")
+    assert capsys.readouterr().out == "[b]runs[/b] sqa:100:key: 1.5\n"
 
 
 def test_a_phase_that_ends_without_a_word_says_nothing(console: Console) -> None:

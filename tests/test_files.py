@@ -87,6 +87,12 @@ def test_a_full_disk_is_said_of_the_file(tmp_path: Path) -> None:
     assert full.value.filename == str(tmp_path / "other")
 
 
+def test_an_error_in_a_new_folder_names_the_folder_and_no_temporary_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing, new_folder(tmp_path / "out") as folder:
+        write_text(folder / "inside" / "a.json", "x")
+    assert missing.value.filename == str(tmp_path / "out")
+
+
 def test_safetensors_on_a_full_disk_are_an_ordinary_error(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: the library reports both in the same way."""
     code = (

@@ -112,13 +112,13 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError of the block, such as a full disk, unless the error names another file."""
+    """Name `path` in an OSError of the block, such as a full disk, that names no file or a temporary one."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # a library raised it with a text alone
             raise OSError(errno.EIO, str(error), str(path)) from error
-        if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
+        if error.filename is None or any(map(_TEMPORARY.fullmatch, Path(os.fsdecode(error.filename)).parts)):
             error.filename, error.filename2 = str(path), None
         raise
     except Exception as error:
@@ -195,11 +195,10 @@ def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator
         holder = "?"
         with suppress(OSError):
             holder = path.read_text(encoding="utf-8", errors="replace").strip() or "?"
-        busy = (
-            f"out: {path.parent / path.name.removeprefix(LOCK).removeprefix('-')} is being written by process {holder}"
-        )
+        place = path.parent / path.name.removeprefix(LOCK).removeprefix("-")
+        busy = f"{place} is being written by process {holder}"
         if waiting is None:
-            raise InputError(busy) from None
+            raise InputError(f"out: {busy}") from None
         waiting(f"{busy}; waiting for it")
         lock.acquire()
     try:

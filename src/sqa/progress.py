@@ -1,4 +1,4 @@
-"""How long work reports its progress, and how it is asked to stop."""
+"""Progress reports of long work, and how it is asked to stop."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _WORDS: dict[Any, str] = {
 
 
 def read_value(kind: Any, value: Any, name: str) -> Any:
-    """`value` as the annotation `kind` has it: lists become tuples, whole numbers floats, tables dataclasses.
+    """Convert `value` to the annotation `kind`: lists become tuples, whole numbers floats, tables dataclasses.
 
     Raises InputError, `NAME must be WANTED, got VALUE`, for anything else. Floats must be finite, whole numbers below
     2**63.

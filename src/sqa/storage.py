@@ -33,13 +33,13 @@ def in_file(path: Path) -> Iterator[None]:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a dict. Raises InputError when it is missing or no JSON object."""
-    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+    if (directory / "config.json").is_file():
+        return read_json(directory / "config.json")
+    if (directory / "adapter_config.json").is_file():
         raise InputError(
             f"model: {directory} is a PEFT adapter; merge it first: merge_and_unload().save_pretrained(OUT)"
         )
-    if not (directory / "config.json").is_file():
-        raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
-    return read_json(directory / "config.json")
+    raise InputError(f"model: {directory} has no config.json; give a directory written by save or by transformers")
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def check_layers(where: str, num_layers: int, num_tensors: int) -> None:
 
 
 def count_tensors(directory: Path) -> int | None:
-    """The number of tensors, from the headers alone; None if `read_tensors` would raise an error."""
+    """The number of tensors, from the headers of model*.safetensors alone; None if there is none or one is damaged."""
     try:
         counts = []
         for path in directory.glob("model*.safetensors"):

@@ -11,3 +11,8 @@ def make_table(*headings: str, title: str | None = None, names: Collection[str] 
     for heading in headings:
         built.add_column(heading, justify="left" if heading in names else "right", no_wrap=heading == "variant")
     return built
+
+
+def known(form: str, value: float | None, absent: str = "") -> str:
+    """`form.format(value)`, or `absent` where the value is None."""
+    return absent if value is None else form.format(value)

@@ -154,6 +154,8 @@ def test_bad_paths(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("text\n")
     with pytest.raises(ValueError, match=r"table\.csv must be one of \.parquet"):
         open_corpus(str(tmp_path / "table.csv"))
+    with pytest.raises(ValueError, match="The data file /dev/null must be one of"):
+        open_corpus("/dev/null")
 
 
 def test_bad_files(tmp_path: Path) -> None:

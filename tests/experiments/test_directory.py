@@ -16,6 +16,7 @@ from sqa.experiments.compare import compare
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
 from sqa.experiments.run import prepare_data
+from sqa.progress import Display
 
 
 @pytest.fixture
@@ -114,6 +115,26 @@ def test_a_damaged_curve_is_named_with_what_to_do(plan: Plan, tmp_path: Path) ->
         Directory(out).curve(("sqa", 0))
     curve.unlink()
     assert Directory(out).curve(("sqa", 0)) == []
+
+
+class Quiet(Display):
+    def start(self, label: str, steps: int) -> None:
+        raise AssertionError(f"{label} has begun")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "tokens=20"}, "budget tokens=20 is less than one step of sqa"),
+        ({"probes": 2, "context": 20_000}, "plan: probes need a validation document of more than context=20000 tokens"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_found_before_its_timing_phase(
+    plan: Plan, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(plan.replace(timing_rounds=1, **changes), tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_split_without_a_token_to_predict_is_found_before_training(plan: Plan, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from sqa.bench.measurement import Measurement
 from sqa.experiments import everything
 from sqa.measure.peak import Peak
-from sqa.progress import Display
+from sqa.progress import Display, Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def test_a_part_that_fails_does_not_take_the_others_along(
 
     seconds: list[float] = []
 
-    def trained(display: object, device: str, left: float) -> list[Measurement]:
+    def trained(display: object, plan: object, left: float) -> list[Measurement]:
         seconds.append(left)
         return [Measurement(kind="compare", variant="sqa", loss=1.0, note="tiny")]
 
@@ -35,6 +35,23 @@ def test_a_part_that_fails_does_not_take_the_others_along(
     assert "prefill failed: KeyError: 'bug'" in result.notes
     assert len(seconds) == 1
     assert "Traceback" in caplog.text
+
+
+def test_a_comparison_that_fails_leaves_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    error: Exception = RuntimeError("CUDA out of memory")
+
+    def failing(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(everything, "_parts", lambda device, full: {})
+    monkeypatch.setattr(everything, "compare", failing)
+    result = everything.measure_everything(Display(), device="cpu", size="tiny")
+    assert result.notes == ("comparison failed: RuntimeError: CUDA out of memory",)
+    error = Interrupted("stopped")
+    with pytest.raises(Interrupted):
+        everything.measure_everything(Display(), device="cpu", size="tiny")
+    with pytest.raises(ValueError, match="plan: device must be one of 'auto', 'cpu', 'cuda', got 'cpu:0'"):
+        everything.measure_everything(Display(), device="cpu:0", size="tiny")
 
 
 def test_nothing_starts_once_the_budget_is_spent() -> None:

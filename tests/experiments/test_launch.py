@@ -170,6 +170,7 @@ def test_what_ray_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
             return str(error)
 
     assert "with budget time=1m each run needs a machine alone, but 4 would share one" in refusal(plan, "cpu", 9, CPU=8)
+    assert "but 3 would share one" in refusal(plan, "cpu", 3, CPU=8)
     assert not refusal(plan, "cpu", 1, CPU=8)
     assert not refusal(plan, "cpu", 9, CPU=3)
     assert not refusal(plan, "cuda", 9, CPU=8, GPU=8)

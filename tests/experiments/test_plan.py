@@ -40,13 +40,16 @@ def test_the_published_preset_is_the_published_experiment() -> None:
         ("time=20m", "time", 1200),
         ("time=90", "time", 90),
         ("epochs=0.5", "epochs", 0.5),
+        ("steps=10_000", "steps", 10_000),
     ],
 )
 def test_budgets_are_read(text: str, kind: str, amount: float) -> None:
     assert Budget.parse(text) == Budget(kind, amount)
 
 
-@pytest.mark.parametrize("text", ["", "steps", "steps=", "steps=0", "steps=-3", "hours=3", "time=3d", "tokens=5X"])
+@pytest.mark.parametrize(
+    "text", ["", "steps", "steps=", "steps=0", "steps=-3", "hours=3", "time=3d", "tokens=5X", "steps=1_"]
+)
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^budget: "):
         Budget.parse(text)
@@ -79,10 +82,17 @@ def test_other_variants_leave_shapes_behind(tmp_path: Path) -> None:
     path = tmp_path / "p.toml"
     path.write_text('variants = ["gqa", "sqa"]\ncontext = 512\n[shapes.gqa]\nnum_layers = 2\n', encoding="utf-8")
     assert Plan.read(str(path), {"variants": ("sqa",)}).shapes == {}
-    assert Plan.read(str(path), {"variants": ("gqa",)}).shapes == {"gqa": {"num_layers": 2}}
+    for name in ("gqa", "GQA"):
+        assert Plan.read(str(path), {"variants": (name,)}).shapes == {"gqa": {"num_layers": 2}}
     path.write_text('variants = ["gqa", "sqa"]\ncontext = 512\n[shapes.ssqa]\nnum_layers = 2\n', encoding="utf-8")
     with pytest.raises(ValueError, match="got 'ssqa'"):
         Plan.read(str(path), {"variants": ("sqa",)})
+    path.write_text('budget = "steps=3"\n[learning_rates]\ngqa = 1e-3\nsqa = 2e-3\n', encoding="utf-8")
+    assert Plan.read(str(path), {"variants": ("sqa",)}).learning_rates == {"sqa": 2e-3}  # the default variants
+    path.write_text('variants = [["gqa"], "sqa"]\n[learning_rates]\nsqa = 2e-3\n', encoding="utf-8")
+    assert Plan.read(str(path), {"variants": ("sqa",)}).learning_rates == {"sqa": 2e-3}
+    with pytest.raises(ValueError, match=r"variants\[0\] must be text, got \['gqa'\]"):
+        Plan.read(str(path))
 
 
 def test_a_plan_holds_several_shapes_of_one_variant_and_head_counts_of_its_own() -> None:
@@ -102,6 +112,8 @@ def test_a_plan_holds_several_shapes_of_one_variant_and_head_counts_of_its_own()
     assert [plan.label(name) for name in plan.variants] == ["GQA", "SQA", "SQA, wider", "q3"]
     assert [plan.base(name) for name in plan.variants] == ["gqa", "sqa", "sqa", None]
     assert plan.find_cells(["sqa-wider:0"]) == [("sqa-wider", 0)]
+    with pytest.raises(ValueError, match="only: must name one run or more"):
+        plan.find_cells([])
     assert plan.steps(batches_per_epoch=7, step_seconds={})["q3"] == 7
     assert Plan.from_dict(plan.to_dict()) == plan
 
@@ -120,6 +132,7 @@ def test_a_plan_holds_several_shapes_of_one_variant_and_head_counts_of_its_own()
         ({"x": {"num_query_heads": 9}}, "num_query_heads must be at most num_heads=8, got 9"),
         ({"x": {"num_query_heads": 3, "num_kv_heads": 2}}, "num_kv_heads must divide num_query_heads=3"),
         ({"x": {"variant": "sqa", "label": ""}}, "label be as short"),
+        ({"x": {"variant": "sqa", "label": "GQA"}}, r"labels must differ.* got \['GQA', 'GQA'\]"),
         ({"X": {"variant": "sqa"}}, "must be named by at most 40 of a-z"),
         ({"a/b": {"variant": "sqa"}}, "must be named by at most 40 of a-z"),
         ({"x": 3}, r"shapes\.x must be a table, got 3"),
@@ -174,6 +187,7 @@ def test_budgets_become_steps() -> None:
         ({"shape": "huge"}, "preset: 'huge' is unknown"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"context": 1}, "context must be at least 2, got 1"),
+        ({"context": 3, "probes": 1}, "probes need a context of at least 4, got 3"),
         ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size must divide batch_size=6, got 4"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction must be from 0 to below 1"),

@@ -10,7 +10,7 @@ import pytest
 from test_report_page import FIGURES, make_directory
 
 from sqa.experiments.plan import Plan
-from sqa.experiments.report import write_report
+from sqa.experiments.report import read_experiment, write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -157,7 +157,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the report of eight variants and three seeds."""
-    return write_report([make_directory(tmp_path_factory.mktemp("report") / "made-up")])[0]
+    return write_report(read_experiment([make_directory(tmp_path_factory.mktemp("report") / "made-up")]))[0]
 
 
 def test_page_draws_everything_and_asks_nobody(browser: Browser, page: Path) -> None:
@@ -202,8 +202,8 @@ def pages(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     same = {"variants": plan.variants, "shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}
     return {
         "variants": page,
-        "horizons": write_report(horizons, folder / "horizons")[0],
-        "grid": write_report([make_directory(folder / "grid", seeds=1, steps=5, **same)])[0],
+        "horizons": write_report(read_experiment(horizons), folder / "horizons")[0],
+        "grid": write_report(read_experiment([make_directory(folder / "grid", seeds=1, steps=5, **same)]))[0],
     }
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 
 from sqa.cost import parameters
 from sqa.experiments.curves import CURVE_POINTS, curve, difference_curves
-from sqa.experiments.directory import Directory
 from sqa.experiments.figures import COLOURS, make_figures
 from sqa.experiments.plan import Plan
 from sqa.experiments.report import pareto_front, read_experiment, write_report
@@ -114,7 +114,7 @@ def text_of(html: str) -> str:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The full report: eight variants, three seeds."""
-    return write_report([make_directory(tmp_path_factory.mktemp("runs") / "full")])
+    return write_report(read_experiment([make_directory(tmp_path_factory.mktemp("runs") / "full")]))
 
 
 def test_one_page_and_two_files_a_figure(written: list[Path]) -> None:
@@ -165,7 +165,7 @@ def test_a_label_cannot_end_the_script_that_holds_it(tmp_path: Path) -> None:
     folder = make_directory(
         tmp_path, seeds=1, steps=30, variants=("gqa", "sqa"), shapes=shapes, shape="demo", timing_rounds=0
     )
-    page = write_report([folder])[0].read_text()
+    page = write_report(read_experiment([folder]))[0].read_text()
     assert label not in page
     assert "\\u003c!--\\u003cscript>" in page
     assert "&lt;!--&lt;script&gt;" in page
@@ -174,7 +174,7 @@ def test_a_label_cannot_end_the_script_that_holds_it(tmp_path: Path) -> None:
 def test_one_seed_has_no_interval_and_the_report_says_so(tmp_path: Path) -> None:
     folder = make_directory(tmp_path / "r", seeds=1, steps=30, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     out = tmp_path / "elsewhere" / "r"
-    paths = write_report([folder], out)
+    paths = write_report(read_experiment([folder]), out)
     figures = {
         "difference-by-variant",
         "loss-over-tokens",
@@ -252,13 +252,13 @@ def test_horizons_join_on_one_page_with_probes_and_effective_speedups(tmp_path: 
         for run in ("gqa-0", "gqa-1", "sqa-0"):
             lines = [json.dumps({"step": step, "tokens": 7000 * step, **probe}) + "\n" for step in steps]
             (folder / run / "probes.jsonl").write_text("".join(lines))
-    page, *images = write_report(list(reversed(folders)), tmp_path / "out")
+    page, *images = write_report(read_experiment(list(reversed(folders))), tmp_path / "out")
     names = {path.stem for path in images}
     assert {"difference-over-tokens", "final-loss-over-tokens", "final-loss-over-time"} <= names
     assert {"repeated-sequence", "late-minus-early"} <= names
     assert "grid" not in names
     for held in (folders, folders[::-1]):  # the shorter horizon has probes too, of runs with the same names
-        figures = make_figures(read_experiment(folders), [Directory(folder) for folder in held], [])
+        figures = make_figures(read_experiment(held), [])
         (shown,) = (figure.chart.data.values for figure in figures if figure.name == "repeated-sequence")
         assert {row["tokens"] for row in shown} == {21_000, 1_400_000}
     text = text_of(page.read_text())
@@ -271,7 +271,7 @@ def test_horizons_join_on_one_page_with_probes_and_effective_speedups(tmp_path: 
     assert svg.count('aria-roledescription="line mark"') == 1
     quiet = make_directory(tmp_path / "q", steps=5, variants=("gqa", "sqa"), shape="demo", timing_rounds=0)
     with pytest.raises(ValueError, match="no step times"):
-        write_report(folders, step_times=quiet)
+        read_experiment(folders, quiet)
 
 
 def test_a_page_shows_what_there_is(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_page_shows_what_there_is(tmp_path: Path) -> None:
         make_directory(tmp_path / str(n), steps=n, variants=variants, shape="demo", timing_rounds=0)
         for n, variants in ((50, ("gqa", "sqa", "xsqa")), (200, ("gqa", "sqa")))
     ]
-    page, *images = write_report(folders, tmp_path / "out")
+    page, *images = write_report(read_experiment(folders), tmp_path / "out")
     html = page.read_text()
     headings = re.findall(r"<th>([^<]+)</th>", html.split("<thead>")[1].split("</thead>")[0])
     assert "validation loss" in headings
@@ -295,14 +295,52 @@ def test_a_page_shows_what_there_is(tmp_path: Path) -> None:
     assert fields["compile"] == "<dd>no</dd>"
 
 
+def test_speed_is_drawn_before_gqa_has_a_run(tmp_path: Path) -> None:
+    folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"), shape="demo")
+    rows = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(row for row in rows if json.loads(row)["variant"] == "sqa"))
+    figures = make_figures(read_experiment([folder]), [])
+    assert "speed-against-theory" in [figure.name for figure in figures]
+    # without GQA in the plan there is no theory, though its time is known
+    (folder / "results.jsonl").unlink()
+    alone = make_directory(tmp_path / "s", seeds=1, steps=5, variants=("sqa",), shape="demo")
+    figures = make_figures(read_experiment([alone], folder), [])
+    assert "speed-against-theory" not in [figure.name for figure in figures]
+
+
 def test_a_whole_grid_is_a_heat_map(tmp_path: Path) -> None:
     plan = Plan.read(str(Path(__file__).resolve().parents[2] / "benchmarks" / "plans" / "grid.toml"))
     same = {"variants": plan.variants, "shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}
     folder = make_directory(tmp_path / "g", seeds=1, steps=5, **same)
-    images = {path.name: path for path in write_report([folder])}
+    images = {path.name: path for path in write_report(read_experiment([folder]))}
     svg = images["grid.svg"].read_text()
     assert svg.count('aria-roledescription="rect mark"') == 10
     assert len(re.findall(r">\d\.\d{3}</text>", svg)) == 10
+
+
+def test_a_grid_without_finished_runs_is_left_out(tmp_path: Path) -> None:
+    plan = Plan.read(str(Path(__file__).resolve().parents[2] / "benchmarks" / "plans" / "grid.toml"))
+    same = {"shapes": plan.shapes, "model": plan.model, "shape": "demo", "timing_rounds": 0}
+    folder = make_directory(tmp_path / "g", seeds=1, steps=5, variants=(*plan.variants, "wide-gqa"), **same)
+    rows = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(row for row in rows if json.loads(row)["variant"] == "wide-gqa"))
+    names = [figure.name for figure in make_figures(read_experiment([folder]), [])]
+    assert "parameters" in names
+    assert "grid" not in names
+
+
+def test_curves_over_time_have_one_clock(tmp_path: Path) -> None:
+    """The second comparison has no part in the timing phase: all curves take what the runs took."""
+    parts = [
+        make_directory(tmp_path / str(i), seeds=1, steps=50, variants=names, shape="demo")
+        for i, names in enumerate((("gqa", "sqa"), ("xsqa",)))
+    ]
+    experiment = replace(read_experiment(parts), step_seconds={"gqa": 100.0, "sqa": 50.0})
+    figures = {figure.name: figure for figure in make_figures(experiment, [])}
+    shown = figures["loss-over-seconds"]
+    assert "on whatever else the machine did" in shown.caption
+    last = {row["variant"]: row["seconds"] for row in shown.chart.data.values}
+    assert last == pytest.approx({"GQA": 50 * 0.70, "SQA": 50 * 0.48, "xSQA": 50 * 0.38})
 
 
 def test_the_front_holds_what_nothing_beats_in_both() -> None:
@@ -312,15 +350,15 @@ def test_the_front_holds_what_nothing_beats_in_both() -> None:
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no comparison"):
-        write_report([tmp_path])
+        read_experiment([tmp_path])
     folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
     results = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(results.replace("f00dfeed", "00000000", 1))
     with pytest.raises(ValueError, match="rows come from different data"):
-        write_report([folder])
+        write_report(read_experiment([folder]))
     (folder / "results.jsonl").unlink()
     with pytest.raises(ValueError, match=r"no run of .* has finished yet"):
-        write_report([folder])
+        write_report(read_experiment([folder]))
     assert not (folder / "report").exists()
 
 
@@ -328,4 +366,4 @@ def test_without_altair_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     folder = make_directory(tmp_path / "r", seeds=1, steps=5, variants=("gqa", "sqa"))
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(ImportError, match=r"\.\[report\]"):
-        write_report([folder])
+        write_report(read_experiment([folder]))

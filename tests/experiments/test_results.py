@@ -3,6 +3,7 @@ are refused."""
 
 import json
 import math
+import os
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from sqa.cost import parameters
+from sqa.cost import parameters, train_step_flops
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
@@ -239,6 +240,19 @@ def test_horizons_are_joined_and_have_effective_speedups() -> None:
     assert again.ratio == pytest.approx(2 * found.ratio)
 
 
+def test_the_baselines_runs_are_ordered_by_their_own_length() -> None:
+    """At equal FLOPs SQA's run is the longest of all, and GQA's the shorter one of its two."""
+    by_steps = PUBLISHED.replace(variants=("gqa", "sqa"), seeds=(0,), budget="steps=1000")
+    flops = 950 * train_step_flops(by_steps.model_config("gqa"), by_steps.context, by_steps.batch_size)
+    by_flops = by_steps.replace(budget=f"flops={flops:.0f}")
+    parts = [comparison(by_steps, {("gqa", 0): 3.0}), comparison(by_flops, {("gqa", 0): 4.0, ("sqa", 0): 3.5})]
+    experiment = Experiment.join(parts)
+    assert [run.steps for runs in experiment.horizons.values() for run in runs if run.variant == "gqa"] == [1000, 950]
+    found = experiment.longest()[1].effective_speedup
+    assert found is not None
+    assert found.ratio == pytest.approx((1000 * 950) ** 0.5 / (experiment.horizons[by_flops.budget][1].steps * 0.5))
+
+
 def test_a_line_has_the_means_of_its_runs() -> None:
     made = comparison(PUBLISHED.replace(seeds=(0, 1)), {("sqa", 0): 2.0, ("sqa", 1): 3.0})
     results = [
@@ -285,6 +299,15 @@ def test_what_does_not_belong_together_is_refused() -> None:
 @pytest.fixture
 def result() -> RunResult:
     return comparison(PUBLISHED, {("sqa", 0): 2.0}).results[0]
+
+
+def test_a_result_and_the_name_of_its_file_are_synced(
+    tmp_path: Path, result: RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    Directory(tmp_path).finish(result)
+    assert synced == [str(tmp_path / "results.jsonl"), str(tmp_path)]
 
 
 def test_a_torn_last_line_is_left_out_and_a_damaged_one_inside_named(tmp_path: Path, result: RunResult) -> None:
@@ -383,6 +406,13 @@ def test_a_damaged_record_is_named(tmp_path: Path, field: str, value: object, me
     path.write_text(json.dumps(without))
     with pytest.raises(InputError, match=rf"plan\.json is damaged: plan\.json lacks {field}"):
         Record.read(path)
+
+
+def test_a_time_budget_needs_the_times_of_steps() -> None:
+    values = as_dict(comparison(PUBLISHED, {}).record)
+    values["plan"]["budget"], values["step_s"] = "time=1h", {}
+    with pytest.raises(InputError, match=r"step_s must be of the variants \['mha', .*got \[\]"):
+        read_value(Record, values, "plan.json")
 
 
 def test_processes_of_a_record_are_counted_from_1(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sqa.charts import load_altair, save_chart
 from sqa.errors import InputError
 from sqa.files import write_text
 from sqa.measure.machine import Machine, git_revision, machine, versions
+from sqa.tables import known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +197,6 @@ _MEASURED = {
 """The fields with results: their headings, their units and the format of a value."""
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
 def _figure(row: Measurement, field: str) -> str:
     value, (_, unit, text) = getattr(row, field), _MEASURED[field]
     return "" if value is None else text.format(value / unit)
@@ -250,14 +247,14 @@ def _wide_table(rows: Sequence[Measurement]) -> Group:
 
     def over_ours(row: Measurement) -> str:
         own = ours.get((row.n, row.variant))
-        return "" if row.seconds is None or own in (None, row) else _times(row.median / own.median)
+        return "" if row.seconds is None or own in (None, row) else f"{row.median / own.median:.2f}x"
 
     lines: dict[str, Callable[[Measurement], str | Text]] = {
         "seconds": lambda row: _time(row) if row.seconds is None else seconds_text(row.median),
-        "ratio": lambda row: "" if len(names) == 1 else _times(row.ratio),
+        "ratio": lambda row: "" if len(names) == 1 else known("{:.2f}x", row.ratio),
         "over ours": over_ours,
-        "FLOPs": lambda row: _times(row.limit),
-        "preprint": lambda row: _times(row.preprint_ratio),
+        "FLOPs": lambda row: known("{:.2f}x", row.limit),
+        "preprint": lambda row: known("{:.2f}x", row.preprint_ratio),
         "run": lambda row: row.setting or "" if row.implementation != "sqa" and row.seconds is not None else "",
     }
     blocks: dict[tuple[int | None, str | None], dict[str, Measurement]] = {}

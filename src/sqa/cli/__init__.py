@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from io import TextIOWrapper
@@ -62,10 +63,11 @@ def main() -> None:
     except MemoryError:
         _fail("out of memory", 1)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        # a full disk without a name is that of standard output: our own files are named
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
             in_the_way = isinstance(error, FileExistsError)  # from mkdir, where a file has that name
             why = "this is no folder, and a folder is needed here" if in_the_way else error.strerror
-            _fail(f"{error.filename}: {why}", 2)
+            _fail(f"{error.filename or 'standard output'}: {why}", 2)
         if isinstance(error, RuntimeError) and (why := _out_of_memory(error)):
             _fail(f"out of memory ({why})", 1)
         traceback.print_exc()

@@ -105,18 +105,13 @@ def compare(
     json_path: options.JsonPath = None,
 ) -> None:
     """Train every variant on the same text and print what is lost and what is gained."""
-    _run(ctx.params, out, resume, json_path)
+    _run(ctx.params)
 
 
-def _run(
-    given: Mapping[str, Any],
-    out: Path | None,
-    resume: Path | None,
-    json_path: Path | None = None,
-    single: tuple[str, int] | None = None,
-) -> None:
-    """Run `sqa compare` or `sqa train`; `single` is the variant and seed of the latter."""
+def _run(given: Mapping[str, Any], single: tuple[str, int] | None = None) -> None:
+    """Run `sqa compare` or `sqa train` with the given options; `single` is the variant and seed of the latter."""
     launcher, track, only = given.get("launcher", "local"), given["track"], given.get("only")
+    out, resume = given["out"], given["resume"]
     source, changes = given["plan"], _changes(given)
     if track not in (None, "tensorboard"):
         raise InputError(f"--track must be tensorboard, got {track!r}")
@@ -139,7 +134,8 @@ def _run(
 
     from sqa.experiments.compare import compare as run
     from sqa.experiments.launch import LOCAL, RAY
-    from sqa.experiments.summary import Experiment, comparison_text
+    from sqa.experiments.report import read_experiment, write_report
+    from sqa.experiments.summary import comparison_text
 
     try:
         with make_display() as display:
@@ -166,22 +162,21 @@ def _run(
     console = make_console()
     console.print()
     console.print(comparison_text(comparison))
+    experiment = read_experiment([out])
     notes = [f"Rows: {out / 'results.jsonl'}"]
     if not comparison.missing:
         try:
-            from sqa.experiments.report import write_report
-
             with speak_of("sqa.experiments.report"):
-                notes.append(f"Report: {write_report([out])[0]}")
+                notes.append(f"Report: {write_report(experiment)[0]}")
         except MissingExtraError as error:  # a finished comparison does not fail because a plotting library is missing
             notes.append(f"No report: {error}")
-    if single and not comparison.missing:
+    if single and not comparison.missing and len(plan.cells) == 1:  # train may go on with a comparison of several
         notes.append(f"Try it: sqa generate {out} --prompt 'The'")
     if plan.name == "demo":
         notes.append("Minutes of training decide nothing: what long trainings say is in docs/results.md.")
     for text in notes:
         console.print(text, soft_wrap=True)
-    options.save_json(json_path, Experiment.join([comparison]).summaries())
+    options.save_json(given.get("json_path"), experiment.summaries())
 
 
 @app.command()
@@ -211,7 +206,7 @@ def train(
     """Train one variant; started by torchrun or accelerate launch, on several devices."""
     if resume is not None and (variant is not None or seed is not None):
         raise InputError("--resume goes on with the run as it was begun; leave out --variant and --seed")
-    _run(ctx.params, out, resume, single=(variant or "sqa", seed or 0))
+    _run(ctx.params, single=(variant or "sqa", seed or 0))
 
 
 @app.command()
@@ -235,7 +230,7 @@ def report(
     if len(directories) > 1:
         make_console().print(results_table(experiment))
     with speak_of("sqa.experiments.report"):
-        written = write_report(directories, out, step_times=step_times)
+        written = write_report(experiment, out)
     for path in written:
         print(path)
     options.save_json(json_path, experiment.summaries())

@@ -34,10 +34,10 @@ def output_closed() -> OutputClosed:
 
 
 class _Console(Console):
-    """A console that prints text unchanged: no markup in brackets, no coloured numbers."""
+    """A console that prints text unchanged: no markup in brackets, no emoji for `:key:`, no coloured numbers."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=not is_main(), markup=False, highlight=False)
+        super().__init__(quiet=not is_main(), markup=False, emoji=False, highlight=False)
 
     def on_broken_pipe(self) -> None:
         """Rich would end the process without a word. It writes nothing more after this."""
@@ -60,7 +60,7 @@ def make_console() -> Console:
 class Pulse:
     """Calls `remind` from a thread, inside the `with` block, whenever nothing was heard for SILENCE seconds.
 
-    Where that finds standard output closed, the next `heard` raises OutputClosed in the thread that works.
+    If `remind` finds standard output closed, the next call of `heard` raises OutputClosed.
     """
 
     def __init__(self, remind: Callable[[], None]) -> None:
@@ -93,29 +93,17 @@ class Pulse:
         self._thread.join()
 
 
-class _OnStandardError(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        # sys.stderr as it is now: a live bar replaces it, so that lines stand above the bar
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def say_what_is_logged(logger: str) -> None:
-    """Print what this logger is told on standard error, from now on."""
-    logging.getLogger(logger).setLevel(logging.INFO)
-    logging.getLogger(logger).addHandler(_OnStandardError())
-
-
 class LogSpeaker(logging.Handler):
-    """Prints log records on standard error, not too often, and after a long silence the last one again."""
+    """Prints log records on standard error, at most one in `pause` seconds; after a silence, the last one again."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float) -> None:
         super().__init__(logging.INFO)
-        self.pulse = Pulse(self._remind)
+        self.pulse, self._pause = Pulse(self._remind), pause
         self._latest, self._since, self._spoke = "preparing", time.monotonic(), time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         self._latest, self._since = self.format(record), time.monotonic()
-        if self._since - self._spoke >= SILENCE / 2:
+        if self._since - self._spoke >= self._pause:
             self._say(self._latest)
             self.pulse.heard()
 
@@ -124,12 +112,19 @@ class LogSpeaker(logging.Handler):
 
     def _say(self, text: str) -> None:
         self._spoke = time.monotonic()
+        # sys.stderr as it is now: a live bar replaces it, so that lines stand above the bar
         print(text, file=sys.stderr, flush=True)
 
 
+def say_what_is_logged(name: str) -> None:
+    """Print the records of this logger on standard error from now on."""
+    logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger(name).addHandler(LogSpeaker(pause=0))
+
+
 def speak_of(name: str) -> Pulse:
-    """A context for a `with` block, in which a LogSpeaker prints what this logger is told."""
-    logger, speaker = logging.getLogger(name), LogSpeaker()
+    """Give this logger a LogSpeaker alone. In the `with` block of the result, it also prints reminders."""
+    logger, speaker = logging.getLogger(name), LogSpeaker(pause=SILENCE / 2)
     logger.setLevel(logging.INFO)
     logger.handlers[:] = [speaker]
     return speaker.pulse
@@ -264,7 +259,7 @@ class PlainDisplay(_SpeakingDisplay):
             self.note(self.state())
 
     def state(self) -> str:
-        """How far the phase is: once after each step with its loss, and then with the time since the phase began."""
+        """How far the phase is. The first line after a step has its loss, later ones the time since the phase began."""
         where, to_do = f"{self._label}: step {self._done}/{self._steps}", self._steps - self._done
         report, self._report = self._report, None
         if report is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -28,18 +28,11 @@ class FileCommand(TyperCommand):
         rest = super().parse_args(ctx, args)
         for param in self.params:
             file = ctx.params[param.name] if param.name in ("json_path", "plot_path", "items_file") else None
-            if file and file in _paths(value for name, value in ctx.params.items() if name != param.name):
+            others = (value for name, value in ctx.params.items() if name != param.name)
+            given = (each for value in others for each in (value if isinstance(value, list | tuple) else [value]))
+            if file and file in (Path(os.path.realpath(each)) for each in given if isinstance(each, str | Path)):
                 raise InputError(f"{param.opts[0]} {file} is named by another option too; name another file")
         return rest
-
-
-def _paths(values: Iterable[Any]) -> Iterator[Path]:
-    """What may be paths among the values of options, with links followed."""
-    for value in values:
-        if isinstance(value, str | Path):
-            yield Path(os.path.realpath(value))
-        elif isinstance(value, list | tuple):
-            yield from _paths(value)
 
 
 def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -47,10 +40,14 @@ def _file_path(ctx: typer.Context, param: typer.CallbackParam, path: Path | None
     if path is None:
         return None
     file = Path(os.path.realpath(path))
-    if not file.is_file() and (file.exists() or file.is_symlink() or not file.parent.is_dir()):
-        what = "is a folder" if file.is_dir() else "is no regular file"
-        what = what if file.exists() or file.is_symlink() else "is in a folder that does not exist"
-        raise InputError(f"{param.opts[0]} {path} {what}; name a file")
+    problems = {
+        "is a folder": file.is_dir(),
+        "is no regular file": (file.exists() or file.is_symlink()) and not file.is_file(),
+        "is in a folder that does not exist": not file.parent.is_dir(),
+        "is in a folder that you may not write to": not os.access(file.parent, os.W_OK),
+    }
+    if found := [problem for problem, there in problems.items() if there]:
+        raise InputError(f"{param.opts[0]} {path} {found[0]}; name a file")
     return file
 
 

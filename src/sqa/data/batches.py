@@ -66,8 +66,8 @@ class Batches:
         if not self.batches_per_epoch:
             needs, has = f"batch_size {batch_size} needs as many documents", shards.num_documents
             if packed:
-                needs = f"One batch of {batch_size} rows at context_length {context_length} takes "
-                needs, has = f"{needs}{batch_size * context_length + 1} tokens", shards.num_tokens
+                tokens, has = batch_size * context_length + 1, shards.num_tokens
+                needs = f"One batch of {batch_size} rows at context_length {context_length} takes {tokens} tokens"
             raise InputError(f"{needs}, but the corpus has only {has} in this split")
         self._rows = _PackedRows if packed else _PaddedRows
         self._shards, self._batch_size, self._context_length = shards, batch_size, context_length

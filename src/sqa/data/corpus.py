@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,6 @@ from sqa.records import nearest
 Split = Literal["train", "validation"]
 
 _SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
-_SPLIT_FILE = re.compile(r"(train|validation)(?![A-Za-z])")
 _WIKIPEDIA = ("wikimedia/wikipedia", "20231101.en", "b04c8d1ceb2f5cd4588862100d08de323dccfbaa")
 # Folders of the standard library that hold installed packages, tests, or tables instead of text.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
@@ -163,15 +162,13 @@ def _data_files(path: Path) -> list[Path]:
     """The file itself, or the data files of a folder. Raises InputError for what cannot be read as text."""
     if not path.exists():
         raise InputError(f"The data path {path} does not exist{nearest(str(path), ['builtin', 'wikipedia'])}")
-    kinds = ", ".join(_SUFFIXES)
-    if path.is_file() and path.suffix not in _SUFFIXES:
-        raise InputError(f"The data file {path} must be one of {kinds}")
-    files = [path]
-    if not path.is_file():
-        visible = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-        files = sorted(file for file in visible if file.suffix in _SUFFIXES and file.is_file())
+    found = [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}"]
+    files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
     if not files:
-        raise InputError(f"The data folder {path} holds no data files ({kinds})")
+        what = "folder {} holds no data files ({})" if path.is_dir() else "file {} must be one of {}"
+        raise InputError(f"The data {what.format(path, ', '.join(_SUFFIXES))}")
     for file in files:
         if file.suffix == ".parquet":
             _check_parquet(file)
@@ -179,10 +176,10 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _files_by_split(files: Sequence[Path]) -> dict[Split, list[Path]] | None:
-    by_split: dict[Split, list[Path]] = {"train": [], "validation": []}
-    for file in files:
-        if match := _SPLIT_FILE.match(file.name):
-            by_split["train" if match[1] == "train" else "validation"].append(file)
+    """The files named train* and those named validation*; None unless there are both."""
+    by_split: dict[Split, list[Path]] = {
+        split: [file for file in files if re.match(rf"{split}(?![A-Za-z])", file.name)] for split in get_args(Split)
+    }
     return by_split if all(by_split.values()) else None
 
 

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from sqa.data import Prepared
 from sqa.errors import InputError, load_extra
 from sqa.experiments.directory import Directory
 from sqa.experiments.launch import LOCAL, Launcher
-from sqa.experiments.plan import Cell, Plan
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
@@ -36,14 +36,14 @@ def compare(
     track: bool = False,
     any_kernel: bool = False,
 ) -> Comparison:
-    """Run those of the plan's runs that are not finished in the folder `out`, and return all results.
+    """Train the runs of the plan that are not finished in the folder `out`, and return all results.
 
     `resume` continues the comparison in `out` (its plan is `Directory(out).resumed({})`). `data_source` is where the
-    plan's text is now, if it moved. With `only`, other processes do the other runs, in `out` and perhaps at the same
-    time. Runs follow one another in this process (LOCAL) or are spread over a Ray cluster (RAY); the timing phase is
-    always here. Processes that torchrun started train each run together, and process 0 writes. `track`
-    writes the curves of each local run for TensorBoard, in `out`/tensorboard. `any_kernel` lets runs continue with
-    another attention kernel, which rounds differently.
+    plan's text is now, if it moved. `only`: train these runs alone; other processes may train others in `out` at the
+    same time. LOCAL trains one run after another in this process, RAY on a Ray cluster; the timing phase is always
+    here. Processes that torchrun started train each run together, and process 0 writes. `track` writes the curves of
+    each local run for TensorBoard, in `out`/tensorboard. `any_kernel` lets runs continue with another attention kernel,
+    which rounds differently.
 
     Raises InputError for whatever keeps the comparison from starting and MissingExtraError for a missing library,
     before anything is written, Interrupted when stopped, and NonFiniteLoss at the end when that happened to a run.
@@ -54,7 +54,9 @@ def compare(
             raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
         load_extra("tensorboard", "--track needs tensorboard", "track")
     with ExitStack() as stack:
-        stack.enter_context(_threads(plan.threads))
+        if plan.threads:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(plan.threads)
         accelerator = make_accelerator(plan.device, plan.dtype)
         main = accelerator.is_main_process
         if plan.batch_size % accelerator.num_processes:
@@ -72,7 +74,7 @@ def compare(
                 directory.check_holds(_stored(plan))
             todo = of_main(directory.missing(cells))
             if directory.begun and not todo:
-                display.note(f"{out} holds this comparison, finished")
+                display.note(f"{out} holds {'this comparison' if only is None else 'these runs'}, finished")
                 return directory.read()
             if directory.begun and not resume and only is None:
                 raise InputError(f"out: {out} holds this comparison, unfinished; go on with --resume {out}")
@@ -104,7 +106,7 @@ def compare(
         outcomes = stack.enter_context(closing(launcher.run(session, todo, display)))
         for cell, outcome in outcomes:
             if isinstance(outcome, NonFiniteLoss):
-                failures.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                failures.append(f"{cell_name(cell)}: {outcome}")
             elif main:
                 directory.finish(outcome)
             if left.without(cell):
@@ -112,19 +114,6 @@ def compare(
     if failures:
         raise NonFiniteLoss("; ".join(failures))
     return directory.read()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Use so many threads in the block; 0 keeps the present number."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count:
-            torch.set_num_threads(before)
 
 
 class _Left:
@@ -157,9 +146,11 @@ def _stored(plan: Plan) -> Plan:
 
 def _begin(plan: Plan, data: Prepared, accelerator: Accelerator, display: Display) -> Record:
     """Time the variants, and make the content of plan.json."""
+    batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
+    if plan.budget_kind != "time":  # a budget of less than one step is refused before anything is timed
+        plan.steps(batches_per_epoch=batches_per_epoch, step_seconds={})
     timings = time_steps(plan, data, accelerator, display)
     medians = {name: timing.median for name, timing in timings.items()}
-    batches_per_epoch = make_batches(plan, data, plan.seeds[0]).batches_per_epoch
     device = accelerator.device.type
     return Record(
         plan=_stored(plan),

@@ -19,26 +19,21 @@ Row = dict[str, Any]
 Kept = TypeVar("Kept", StepReport, Probe)
 
 
-def kept(
-    experiment: Experiment, name: str, held: Sequence[Directory], read: Callable[[Directory, Cell], list[Kept]]
-) -> list[list[Kept]]:
-    """The records in the directories `held` of a variant's longest runs, a list for each run.
-
-    Runs without a record of their last step are left out.
-    """
+def kept(experiment: Experiment, name: str, read: Callable[[Directory, Cell], list[Kept]]) -> list[list[Kept]]:
+    """A list of records for each of a variant's longest runs. Runs without a record of their last step are left out."""
     found = []
     for result in experiment.runs(name):
-        records = (read(directory, result.cell) for directory in held)
+        records = (read(directory, result.cell) for directory in experiment.directories)
         found += [run for run in records if run and run[-1].step == result.steps][:1]
     return found
 
 
-def training_curves(experiment: Experiment, held: Sequence[Directory]) -> list[Row]:
-    """The curves of the longest horizon's runs that are still there, with the step time of each variant."""
+def training_curves(experiment: Experiment, *, timed: bool) -> list[Row]:
+    """The curves of the longest horizon's runs that are still there. `timed`: with the step time of each variant."""
     points = []
     for name in experiment.names:
-        if runs := kept(experiment, name, held, Directory.curve):
-            points += curve(experiment.plan.label(name), runs, experiment.step_seconds.get(name))
+        if runs := kept(experiment, name, Directory.curve):
+            points += curve(experiment.plan.label(name), runs, experiment.step_seconds[name] if timed else None)
     return points
 
 
@@ -84,11 +79,11 @@ def difference_curves(curves: Sequence[Row], baseline: str) -> list[Row]:
     ]
 
 
-def probe_points(experiment: Experiment, held: Sequence[Directory], value: Callable[[Probe], float]) -> list[Row]:
+def probe_points(experiment: Experiment, value: Callable[[Probe], float]) -> list[Row]:
     """A value of each probe of the longest horizon's runs, as the mean of the seeds."""
     points = []
     for name in experiment.names:
-        for same in zip(*kept(experiment, name, held, Directory.probes), strict=False):  # of the same step
+        for same in zip(*kept(experiment, name, Directory.probes), strict=False):  # of the same step
             points.append({
                 "variant": experiment.plan.label(name),
                 "tokens": round(np.mean([probe.tokens for probe in same])),

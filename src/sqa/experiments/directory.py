@@ -12,9 +12,10 @@ from typing import Any
 from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
-from sqa.files import LOCK, locked, write_json
+from sqa.files import LOCK, locked, sync_directory, write_json
 from sqa.progress import StepReport
 from sqa.records import differences, read_lines, to_json
+from sqa.storage import in_file
 from sqa.training.probes import Probe
 
 
@@ -38,10 +39,8 @@ class Directory:
 
     def read(self) -> Comparison:
         """The comparison, as far as it has run. Raises InputError when there is none or a file is damaged."""
-        try:
+        with in_file(self.path):
             return Comparison(record=self.record(), results=self.results())
-        except InputError as error:
-            raise error if str(self.path) in str(error) else InputError(f"{self.path}: {error}") from None
 
     def results(self) -> list[RunResult]:
         """The finished runs. Raises InputError for a damaged line, unless it is the last and torn."""
@@ -71,6 +70,7 @@ class Directory:
             file.write(json.dumps(result, default=to_json).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            sync_directory(self.path)  # the file may be new
         shutil.rmtree(self.run_folder(*result.cell) / "checkpoints", ignore_errors=True)
 
     def record(self) -> Record:

@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sqa.experiments.compare import compare
 from sqa.experiments.plan import Plan
 from sqa.measure.machine import find_device
 from sqa.measure.timing import TimeLimit
-from sqa.progress import Display
+from sqa.progress import Display, Interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,13 @@ def measure_everything(
     """Attention with every kernel pinned and checked, training steps, prefill, decoding, and a comparison.
 
     Each part gets a share of the `budget` (seconds) and stops when that is spent. A part that fails becomes a note, and
-    the others still run. Needs no network and no `datasets`. Raises InputError for an unknown size or missing device.
+    the others still run. Needs no network and no `datasets`. Raises InputError, before anything is measured, for an
+    unknown size and for a device that is missing or that a plan cannot name.
     """
     if size not in SIZES:
         raise unknown("size", size, SIZES)
     find_device(device)
+    plan = Plan.read("demo").replace(variants=("gqa", "sqa"), device=device, dtype="bfloat16")
     whole = TimeLimit(seconds=budget)
     parts = _parts(device, full=size == "full")
     rows: list[Measurement] = []
@@ -50,22 +53,31 @@ def measure_everything(
         if left <= 0:
             notes[f"The budget was spent before: {', '.join(list(parts)[done:])}."] = None
             break
-        logger.info("%s: %.0f s left", name, left)
-        try:
+        display.note(f"{name}: {left:.0f} s left")
+        with _noted(name, notes):
             # a share and a half: parts that stop early leave time to others
             result = part(budget=min(left, 1.5 * left / (len(parts) - done)))
-        except Exception as error:  # the other parts are still worth having
-            logger.exception("%s failed", name)
-            notes[f"{name} failed: {type(error).__name__}: {first_line(error)}"] = None
-        else:
             rows += result.rows
             notes |= dict.fromkeys(result.notes)
         torch.compiler.reset()
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     if whole.left > 0:
-        rows += _trained(display, device, whole.left)
+        with _noted("comparison", notes):
+            rows += _trained(display, plan, whole.left)
     return BenchResult.of(rows, device=device, settings={"size": size, "budget": budget}, notes=notes)
+
+
+@contextmanager
+def _noted(name: str, notes: dict[str, None]) -> Iterator[None]:
+    """Add an error of the block to the notes: the other parts are still worth having."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        logger.exception("%s failed", name)
+        notes[f"{name} failed: {type(error).__name__}: {first_line(error)}"] = None
 
 
 def _parts(device: str, *, full: bool) -> dict[str, Callable[..., BenchResult]]:
@@ -93,11 +105,9 @@ def _parts(device: str, *, full: bool) -> dict[str, Callable[..., BenchResult]]:
     return parts
 
 
-def _trained(display: Display, device: str, seconds: float) -> Iterator[Measurement]:
-    """Train GQA and SQA on the built-in text, each for a third of the time; timing and evaluation have the rest."""
-    plan = Plan.read("demo").replace(
-        variants=("gqa", "sqa"), budget=f"time={max(1, round(seconds / 3))}s", device=device, dtype="bfloat16"
-    )
+def _trained(display: Display, plan: Plan, seconds: float) -> Iterator[Measurement]:
+    """Train the plan's two variants, each for a third of the time; timing and evaluation have the rest."""
+    plan = plan.replace(budget=f"time={max(1, round(seconds / 3))}s")
     with tempfile.TemporaryDirectory() as folder:
         results = compare(plan, Path(folder) / "compare", display).results
     for result in results:

@@ -9,14 +9,11 @@ import numpy as np
 
 from sqa.cost import attention_flops, kv_cache_bytes, parameters, train_step_flops
 from sqa.experiments.curves import Row, difference_curves, probe_points, training_curves
-from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Plan
 from sqa.experiments.statistics import Estimate
 from sqa.experiments.summary import Experiment, Summary
 from sqa.training.probes import Probe
 from sqa.variants import BASELINE
-
-INTERVALS = "Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
 
 COLOURS = {
     "mha": "#808488", "gqa": "#e0585b", "mqa": "#d2761a", "sqa": "#3a86d8", "ssqa": "#279f8a", "xsqa": "#a266c8",
@@ -40,27 +37,29 @@ class Figure:
     height: int = 300
 
 
-def make_figures(experiment: Experiment, held: Sequence[Directory], front: Sequence[str]) -> list[Figure]:
+def make_figures(experiment: Experiment, front: Sequence[str]) -> list[Figure]:
     """All figures that the results allow: curves need curve.jsonl, speed needs the timing phase.
 
-    `held`: the experiment's directories. `front`: the variants of the Pareto front, the fastest first.
+    `front`: the variants of the Pareto front, the fastest first.
     """
     lines, plan, colours = experiment.longest(), experiment.plan, Colours(experiment)
     timed = [line for line in lines if line.step_s is not None]
+    all_timed = len(timed) == len(lines)  # step times and what runs took cannot share an axis
     megabytes = {name: kv_cache_bytes(plan.model_config(name), plan.context) / 2**20 for name in experiment.names}
     found: list[Figure | None]
     if len(experiment.horizons) > 1:
         found = _horizon_figures(experiment.summaries(), colours)
     else:
         found = [_difference_by_variant(lines, colours)]
-    found += _curve_figures(training_curves(experiment, held), plan.label(BASELINE), colours, timed=bool(timed))
+    curves = training_curves(experiment, timed=all_timed)
+    found += _curve_figures(curves, plan.label(BASELINE), colours, timed=all_timed)
     if timed:
         found.append(_pareto_figure(timed, colours, front))
-    if any(line.speed_vs_gqa for line in timed):
+    if BASELINE in plan.variants and any(line.speed_vs_gqa for line in timed):
         found.append(_speed_figure(timed, plan))
     found += [
         _grid(experiment, lines),
-        *_probe_figures(experiment, held, colours),
+        *_probe_figures(experiment, colours),
         _bars_figure(
             "parameters", "Parameters", "All of the model's, in millions.", lines, colours,
             {line.variant: line.parameters / 1e6 for line in lines}, "million parameters", ".2f",
@@ -125,7 +124,7 @@ def _zero(axis: str) -> Any:
 
 
 def _interval(value: Estimate) -> str:
-    return f"± {value.half_width:.4f}" if value.half_width else "one seed"
+    return "one seed" if value.half_width is None else f"± {value.half_width:.4f}"
 
 
 def _with_interval(value: Estimate) -> Row:
@@ -219,13 +218,13 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
     counts = sorted({count for pair in pairs for count in pair}, reverse=True)
     sizes = [parameters(experiment.plan.model_config(name)) for name in narrow]
     whole = {(q, kv) for q in counts for kv in counts if kv <= q} <= set(pairs)
-    if len(counts) < 3 or not whole or max(sizes) > 1.01 * min(sizes):
-        return None
     data = [
         {"variant": line.label, "hq": line.num_query_heads, "hkv": line.num_kv_heads, **_with_interval(line.loss)}
         for line in lines
         if line.variant in narrow
     ]
+    if len(counts) < 3 or not whole or not data or max(sizes) > 1.01 * min(sizes):
+        return None
     low, high = min(point["mean"] for point in data), max(point["mean"] for point in data)
     base = _chart(
         data,
@@ -245,7 +244,7 @@ def _grid(experiment: Experiment, lines: Sequence[Summary]) -> Figure | None:
     )  # fmt: skip
 
 
-def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: Colours) -> list[Figure]:
+def _probe_figures(experiment: Experiment, colours: Colours) -> list[Figure]:
     """When the models of the longest horizon began to use their context, if they were probed."""
     values: list[tuple[str, str, str, Callable[[Probe], float]]] = [
         (
@@ -261,7 +260,7 @@ def _probe_figures(experiment: Experiment, held: Sequence[Directory], colours: C
     ]  # fmt: skip
     found = []
     for name, title, caption, value in values:
-        if not (data := probe_points(experiment, held, value)):
+        if not (data := probe_points(experiment, value)):
             continue
         base = _chart(
             data,
@@ -347,34 +346,39 @@ def _pareto_figure(timed: Sequence[Summary], colours: Colours, front: Sequence[s
         )
         for side, dx, align in (("true", 9, "left"), ("false", -9, "right"))
     ]  # fmt: skip
-    several = any(line.loss.half_width for line in timed)
+    caption = (
+        "Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and better."
+    )
+    if any(line.loss.half_width for line in timed):
+        caption += (
+            " Bars: 95 % intervals of the loss; a seed moves all variants alike, so differences in the table are surer."
+        )
     return Figure(
         name="loss-against-step-time",
         title="Loss against step time",
-        caption="Lower left is better. Dashed: the Pareto front of the means, where nothing else is both faster and "
-        "better." + (f" {INTERVALS}" if several else ""),
+        caption=caption,
         chart=alt.layer(joined.encode(color=alt.value(_GREY)), bars, _dots(base, 80, tooltip=tips), *names),
     )
 
 
 def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
-    configs = {line.variant: plan.model_config(line.variant) for line in timed}
+    configs = {name: plan.model_config(name) for name in (BASELINE, *(line.variant for line in timed))}
     step = {name: train_step_flops(config, plan.context) for name, config in configs.items()}
     attention = {
         name: sum(attention_flops(layer, plan.context) for layer in config.layers) for name, config in configs.items()
     }
+    ratios: dict[str, Callable[[Summary], float]] = {
+        "step, measured": lambda line: line.speed_vs_gqa or 0.0,
+        "step, in theory": lambda line: step[BASELINE] / step[line.variant],
+        "attention, in theory": lambda line: attention[BASELINE] / attention[line.variant],
+    }
     data = [
-        {"variant": line.label, "what": what, "ratio": round(float(ratio or 0), 3)}
+        {"variant": line.label, "what": what, "ratio": round(ratio(line), 3)}
         for line in timed
-        for what, ratio in (
-            ("step, measured", line.speed_vs_gqa),
-            ("step, in theory", step[BASELINE] / step[line.variant]),
-            ("attention, in theory", attention[BASELINE] / attention[line.variant]),
-        )
+        for what, ratio in ratios.items()
     ]
-    kinds = ["step, measured", "step, in theory", "attention, in theory"]
-    colours = alt.Scale(domain=kinds, range=["#3a86d8", "#d2761a", _GREY])
-    shapes = alt.Scale(domain=kinds, range=["circle", "triangle-up", "diamond"])
+    colours = alt.Scale(domain=list(ratios), range=["#3a86d8", "#d2761a", _GREY])
+    shapes = alt.Scale(domain=list(ratios), range=["circle", "triangle-up", "diamond"])
     base = _chart(data, y=_by_variant())
     span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(x="min(ratio):Q", x2="max(ratio):Q")
     dots = _dots(

@@ -16,10 +16,10 @@ import torch
 
 from sqa.errors import InputError, MissingExtraError, load_extra
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Budget, Cell, Plan
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Record, RunResult
 from sqa.experiments.run import Session, label, outcome_text, prepare_data, run
-from sqa.files import locked
+from sqa.files import LOCK, locked
 from sqa.progress import Display, Interrupted, NonFiniteLoss, StepReport, stop_flag
 from sqa.training.loop import make_accelerator
 
@@ -87,9 +87,10 @@ def cluster(plan: Plan, device: str, num_runs: int) -> Iterator[None]:
         if not room:
             needs = " and ".join(f"{count} {kind}" for kind, count in wanted.items())
             raise InputError(f"launcher: a run needs {needs}, which no machine of the Ray cluster has; see --threads")
-        if Budget.parse(plan.budget).kind == "time" and device == "cpu" and min(room, num_runs) > 1:
+        together = min(room, num_runs)
+        if plan.budget_kind == "time" and device == "cpu" and together > 1:
             raise InputError(
-                f"launcher: with budget {plan.budget} each run needs a machine alone, but {room} would share one; "
+                f"launcher: with budget {plan.budget} each run needs a machine alone, but {together} would share one; "
                 f"give --threads its cores, or a budget in steps"
             )
         yield
@@ -141,7 +142,7 @@ def run_ray(session: Session, cells: Sequence[Cell], display: Display) -> Outcom
                 for reference in done:
                     cell, outcome = running.pop(reference), _outcome(reference)
                     if isinstance(outcome, Interrupted):
-                        unfinished.append(f"{cell[0]} seed {cell[1]}: {outcome}")
+                        unfinished.append(f"{cell_name(cell)}: {outcome}")
                         shown[cell].finish(unfinished[-1])
                     elif isinstance(outcome, Exception) and not isinstance(outcome, NonFiniteLoss):
                         raise outcome
@@ -178,7 +179,7 @@ def _task(record: Record, directory: Directory, how: tuple[str, str, int, bool],
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # a worker of a killed driver may still be saving here
-        with stop_flag() as stop, locked(folder / ".lock", waiting=print):
+        with stop_flag() as stop, locked(folder / LOCK, waiting=print):
             session = Session(
                 record=record,
                 directory=directory,

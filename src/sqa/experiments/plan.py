@@ -17,6 +17,12 @@ from sqa.variants import DEFAULT_VARIANTS, VARIANTS, find_variant, model_config,
 Cell = tuple[str, int]
 """One run of a comparison: the name of a variant, or of a shape of the plan's own, and a seed."""
 
+
+def cell_name(cell: Cell) -> str:
+    """`sqa seed 0`: a run's name in messages."""
+    return f"{cell[0]} seed {cell[1]}"
+
+
 BUDGETS = {"steps": 1e10, "tokens": 1e16, "epochs": 1e6, "flops": 1e30, "time": 1e9}
 """The kinds of budgets and the largest of each, far above what a machine can do."""
 
@@ -40,7 +46,7 @@ class Budget:
                 f"budget: must be one of {', '.join(k + '=...' for k in BUDGETS)}, got {shown(repr(text))}"
             )
         units = _SECONDS if kind == "time" else _UNITS
-        found = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
+        found = re.fullmatch(r"([0-9]+(?:_[0-9]+)*\.?[0-9]*(?:e[0-9]+)?)([a-zA-Z]?)", amount.strip())
         if found is None or found[2] not in units or not float(found[1]) > 0:
             known = ", ".join(filter(None, units))
             raise InputError(
@@ -119,6 +125,9 @@ class Plan(Checked):
                 raise InputError(
                     f"plan: {name} must be one or more, none of them twice, got {shown(repr(list(values)))}"
                 )
+        labels = [self.label(name) for name in self.variants]
+        if len(set(labels)) < len(labels):
+            raise InputError(f"plan: labels must differ, or figures would join their lines, got {shown(repr(labels))}")
         if any(not 0 <= seed < 2**63 for seed in self.seeds):
             raise InputError(f"plan: seeds must be 0 or more and below 2**63, got {shown(repr(list(self.seeds)))}")
         if self.padding_in_loss and self.layout != "padded":
@@ -133,8 +142,10 @@ class Plan(Checked):
                 raise InputError(f"plan: {where} must be above 0, got {rate}")
         if not self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
-        if Budget.parse(self.budget).kind == "time" and not self.timing_rounds:
+        if self.budget_kind == "time" and not self.timing_rounds:
             raise InputError("plan: a time budget needs timing_rounds of at least 1, got 0")
+        if self.probes and self.context < 4:  # the second half of a repeated sequence needs two tokens
+            raise InputError(f"plan: probes need a context of at least 4, got {self.context}")
         for config in map(self.model_config, self.variants):
             if not config.causal:
                 raise InputError("plan: causal must be true, or a model trained on the next token would see it")
@@ -168,6 +179,11 @@ class Plan(Checked):
             if unused := [name for name in getattr(self, table) if name not in names]:
                 raise InputError(f"plan: {table} must be of the variants {list(names)}, got {shown(repr(unused[0]))}")
 
+    @property
+    def budget_kind(self) -> str:
+        """A key of BUDGETS."""
+        return Budget.parse(self.budget).kind
+
     def base(self, name: str) -> str | None:
         """The variant that gives `name` its head counts; None if its shape gives them."""
         given = self.shapes.get(name, {})
@@ -196,7 +212,12 @@ class Plan(Checked):
         return [(name, seed) for seed in self.seeds for name in self.variants]
 
     def find_cells(self, names: Sequence[str]) -> list[Cell]:
-        """The runs with these names, `variant:seed`, in the plan's order. Raises InputError for one not in it."""
+        """The runs with these names, `variant:seed`, in the plan's order.
+
+        Raises InputError for no name, and for a name that is not in the plan.
+        """
+        if not names:
+            raise InputError("only: must name one run or more, such as sqa:0")
         known = {f"{name}:{seed}": (name, seed) for name, seed in self.cells}
         for name in names:
             if name.lower() not in known:
@@ -205,7 +226,10 @@ class Plan(Checked):
         return [cell for name, cell in known.items() if name in {given.lower() for given in names}]
 
     def steps(self, *, batches_per_epoch: int, step_seconds: Mapping[str, float]) -> dict[str, int]:
-        """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget."""
+        """Training steps of each variant under the budget; `step_seconds` is measured, for a time budget.
+
+        Raises InputError for a budget of less than one step.
+        """
         budget = Budget.parse(self.budget)
         counts = {}
         for name in self.variants:
@@ -221,8 +245,7 @@ class Plan(Checked):
                 case _:
                     count = budget.amount / step_seconds[name]
             counts[name] = round(count)
-        for name, count in counts.items():
-            if count < 1:
+            if counts[name] < 1:
                 raise InputError(f"plan: budget {self.budget} is less than one step of {name}")
         return counts
 
@@ -247,18 +270,18 @@ class Plan(Checked):
         if not values:  # more likely a file that was cut short than a wish for all defaults
             raise InputError(f'plan: {source} is empty; give at least one field, such as budget = "tokens=1M"')
         changes = changes or {}
-        if "variants" in changes and isinstance(replaced := values.get("variants"), list):
-            left = {name for name in replaced if name not in changes["variants"]}
+        if "variants" in changes and isinstance(replaced := values.get("variants", DEFAULT_VARIANTS), list | tuple):
+            dropped = {str(name).lower() for name in replaced} - {str(name).lower() for name in changes["variants"]}
             for table in ("shapes", "learning_rates"):
                 if isinstance(values.get(table), dict):
-                    values[table] = {name: value for name, value in values[table].items() if name not in left}
+                    values[table] = {name: value for name, value in values[table].items() if name not in dropped}
         return cls.from_dict({"name": stem, **values, **changes})
 
     @classmethod
     def read_single(cls, source: str, variant: str, seed: int, changes: Mapping[str, Any]) -> Self:
         """As `read`, for one run alone, without the timing phase unless a budget in time needs it."""
         plan = cls.read(source, {**changes, "variants": (variant,), "seeds": (seed,)})
-        return plan if Budget.parse(plan.budget).kind == "time" else plan.replace(timing_rounds=0)
+        return plan if plan.budget_kind == "time" else plan.replace(timing_rounds=0)
 
 
 _LIMITS: dict[str, tuple[float, float]] = {

@@ -14,6 +14,7 @@ from sqa.experiments.results import Record
 from sqa.experiments.statistics import Estimate, Speedup
 from sqa.experiments.summary import Experiment, Summary
 from sqa.files import replacing, write_text
+from sqa.tables import known
 from sqa.variants import BASELINE
 
 logger = logging.getLogger(__name__)
@@ -36,24 +37,23 @@ def read_experiment(directories: Sequence[Path], step_times: Path | None = None)
 
     Raises InputError when one has no finished run, when they do not fit together, or when nothing was timed.
     """
-    comparisons = [Directory(path).read() for path in directories]
+    held = [Directory(path) for path in directories]
+    comparisons = [directory.read() for directory in held]
     for path, comparison in zip(directories, comparisons, strict=True):
         if not comparison.results:
             raise InputError(f"report: no run of {path} has finished yet")
     timed = None if step_times is None else Directory(step_times).record()
     if timed is not None and not timed.step_s:
         raise InputError(f"report: {step_times} has no step times (timing_rounds = 0)")
-    return Experiment.join(comparisons, timed)
+    return Experiment.join(comparisons, timed, held)
 
 
-def write_report(directories: Sequence[Path], out: Path | None = None, *, step_times: Path | None = None) -> list[Path]:
+def write_report(experiment: Experiment, out: Path | None = None) -> list[Path]:
     """Write report.html and NAME.png, NAME.svg of each figure to `out` (default: report/ in the last directory).
 
-    Several directories are horizons of one experiment. An unfinished comparison is reported as far as it has run.
-    Returns the paths, the HTML file first. Raises InputError as `read_experiment` does, and MissingExtraError without
-    the extra `report`.
+    An unfinished comparison is reported as far as it has run. Returns the paths, the HTML file first. Raises
+    MissingExtraError without the extra `report`.
     """
-    experiment = read_experiment(directories, step_times)
     try:
         import altair as alt
         import jinja2
@@ -65,7 +65,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
     longest = experiment.longest()
     front = pareto_front({line.variant: (line.step_s, line.loss.mean) for line in longest if line.step_s})
     logger.info("preparing the figures of the report")
-    figures = make_figures(experiment, [Directory(path) for path in directories], front)
+    figures = make_figures(experiment, front)
     template = (files("sqa.experiments") / "report.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     plan = experiment.plan
@@ -85,7 +85,7 @@ def write_report(directories: Sequence[Path], out: Path | None = None, *, step_t
         # a "<" in a text could begin a comment or close our script element
         specs=json.dumps({f.name: for_page(f).to_dict() for f in figures}).replace("<", "\\u003c"),
     )
-    out = out or directories[-1] / "report"
+    out = out or experiment.directories[-1].path / "report"
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "report.html"]
     write_text(written[0], text)
@@ -227,10 +227,6 @@ def _difference(value: Estimate | None) -> _Cell:
     return _plus_minus(value), "one seed" if value.half_width is None else "not established"
 
 
-def _known(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)
-
-
 def _speedup(value: Speedup | None) -> _Cell:
     if value is None:
         return ""
@@ -243,7 +239,7 @@ def _results_table(experiment: Experiment) -> dict[str, Any]:
     several = len(experiment.horizons) > 1
     horizon: _Columns = {
         "tokens": lambda line: f"{line.tokens:,}",
-        "seconds": lambda line: _known("{:,.0f}", line.seconds),
+        "seconds": lambda line: known("{:,.0f}", line.seconds),
         "effective speed-up": lambda line: _speedup(line.effective_speedup),
     }
     columns: _Columns = {
@@ -257,8 +253,8 @@ def _results_table(experiment: Experiment) -> dict[str, Any]:
         "vs GQA": lambda line: _difference(line.difference),
         "accuracy": lambda line: f"{line.accuracy.mean:.2%}",
         "step, ms": lambda line: "" if line.step_s is None else f"{1000 * line.step_s:,.0f}",
-        "speed vs GQA": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
-        "speed vs MHA": lambda line: _known("{:.2f}×", line.speed_vs_mha),
+        "speed vs GQA": lambda line: known("{:.2f}×", line.speed_vs_gqa),
+        "speed vs MHA": lambda line: known("{:.2f}×", line.speed_vs_mha),
         "attention saving": lambda line: f"{line.attention_saving:.2f}×",
     }
     caption = (
@@ -288,11 +284,11 @@ def _published_table(summary: Sequence[Summary]) -> dict[str, Any]:
     columns: _Columns = {
         "variant": lambda line: line.label,
         "loss, published": lambda line: theirs("{:.4f}", line, 0),
-        "loss, here": lambda line: _known("{:.4f}", line.loss_all_positions),
+        "loss, here": lambda line: known("{:.4f}", line.loss_all_positions),
         "accuracy, published": lambda line: theirs("{:.2%}", line, 1),
-        "accuracy, here": lambda line: _known("{:.2%}", line.accuracy_all_positions),
+        "accuracy, here": lambda line: known("{:.2%}", line.accuracy_all_positions),
         "speed vs GQA, published": lambda line: theirs("{:.2f}×", line, 2),
-        "speed vs GQA, here": lambda line: _known("{:.2f}×", line.speed_vs_gqa),
+        "speed vs GQA, here": lambda line: known("{:.2f}×", line.speed_vs_gqa),
     }
     caption = (
         f"Published: {PUBLISHED_SOURCE}. Here: the same convention, loss and accuracy over all positions, padding "

@@ -10,7 +10,7 @@ import torch
 from sqa.attention.kernels import KERNELS
 from sqa.config import ModelConfig
 from sqa.errors import InputError, shown
-from sqa.experiments.plan import Budget, Cell, Plan
+from sqa.experiments.plan import Cell, Plan
 from sqa.measure.timing import Timing
 from sqa.records import check_least, read_json, read_record
 from sqa.training.loop import Evaluation
@@ -101,12 +101,13 @@ class Record:
         check_least(self, 1, "processes")
         for name in ("steps", "kernel", "step_s"):
             table = getattr(self, name)
-            if set(table) != set(self.plan.variants) and (table or name != "step_s"):
+            optional = name == "step_s" and self.plan.budget_kind != "time"
+            if set(table) != set(self.plan.variants) and not (optional and not table):
                 given = shown(repr(list(table)))
                 raise InputError(f"{name} must be of the variants {list(self.plan.variants)}, got {given}")
         for variant, names in self.kernel.items():
             _check_kernels(f"kernel.{variant}", names)
-        if Budget.parse(self.plan.budget).kind != "epochs":
+        if self.plan.budget_kind != "epochs":
             self.check_steps(1)
 
     @property

@@ -20,7 +20,7 @@ from sqa.data.batches import Batches, evaluation_batches
 from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.experiments.directory import Directory
-from sqa.experiments.plan import Cell, Plan
+from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Record, RunResult
 from sqa.files import write_text
 from sqa.model import Transformer
@@ -60,7 +60,10 @@ class Session:
 
 
 def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda text: None) -> Prepared:
-    """The text of `source` with the plan's tokenizer and splits. Raises InputError for too little text."""
+    """The text of `source` with the plan's tokenizer and splits.
+
+    Raises InputError for too little text, and where the plan has probes but no validation document is long enough.
+    """
     data = prepare(
         source,
         vocab_size=plan.model_config(plan.variants[0]).vocab_size,
@@ -70,6 +73,8 @@ def prepare_data(plan: Plan, source: str, note: Callable[[str], None] = lambda t
     )
     if int(np.max(data.validation.lengths)) < 2:
         raise InputError("data: the validation split has no token to predict; give longer validation documents")
+    if plan.probes:
+        make_prober(plan, data)
     return data
 
 
@@ -82,6 +87,16 @@ def make_batches(plan: Plan, data: Prepared, seed: int) -> Batches:
         context_length=plan.context,
         pad_id=data.tokenizer.pad_id,
         seed=seed,
+    )
+
+
+def make_prober(plan: Plan, data: Prepared) -> Prober:
+    """The probes of a plan, the same for every run. Raises InputError where no document is as long as the context."""
+    return Prober(
+        data.validation,
+        context_length=plan.context,
+        vocab_size=data.tokenizer.vocab_size,
+        batch_size=plan.batch_size,
     )
 
 
@@ -110,14 +125,14 @@ def kernel_of(plan: Plan, config: ModelConfig, device: str) -> str:
 
 def label(plan: Plan, cell: Cell) -> str:
     """A run's name for a display."""
-    return f"{cell[0]} seed {cell[1]}" if len(plan.seeds) > 1 else cell[0]
+    return cell_name(cell) if len(plan.seeds) > 1 else cell[0]
 
 
 def outcome_text(cell: Cell, outcome: RunResult | NonFiniteLoss) -> str:
     """A display's line about a run that has ended."""
     if isinstance(outcome, NonFiniteLoss):
-        return f"{cell[0]} seed {cell[1]} stopped: {outcome}"
-    return f"{cell[0]} seed {cell[1]}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
+        return f"{cell_name(cell)} stopped: {outcome}"
+    return f"{cell_name(cell)}: val loss {outcome.val.loss:.4f} after {outcome.wall_s:.0f} s"
 
 
 def run(session: Session, cell: Cell, show: Callable[[StepReport], None] = lambda report: None) -> RunResult:
@@ -212,12 +227,7 @@ def _make_probe(session: Session, cell: Cell, model: Transformer) -> Callable[[S
     due = probe_steps(session.record.steps[cell[0]], plan.probes)
     if not due:
         return lambda report: None
-    prober = Prober(
-        session.data.validation,
-        context_length=plan.context,
-        vocab_size=model.config.vocab_size,
-        batch_size=plan.batch_size,
-    )
+    prober = make_prober(plan, session.data)
 
     def probe(report: StepReport) -> None:
         if report.step not in due:

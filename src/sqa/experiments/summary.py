@@ -10,10 +10,11 @@ from rich.text import Text
 
 from sqa.cost import attention_saving
 from sqa.errors import InputError, shown
+from sqa.experiments.directory import Directory
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
 from sqa.experiments.statistics import Estimate, Speedup, effective_speedup, paired_difference, summarise
-from sqa.tables import make_table
+from sqa.tables import known, make_table
 from sqa.variants import BASELINE, VARIANTS
 
 
@@ -65,15 +66,19 @@ class Experiment:
 
     `plan`: with the variants, shapes and seeds of all. `horizons`: the runs by budget, the shortest first.
     `step_seconds`: of a single timing phase, so that changes of the machine between comparisons do not matter.
+    `directories`: where the curves and probes of the runs are.
     """
 
     plan: Plan
     records: Sequence[Record]
     horizons: dict[str, list[RunResult]]
     step_seconds: dict[str, float]
+    directories: Sequence[Directory] = ()
 
     @classmethod
-    def join(cls, comparisons: Sequence[Comparison], timed: Record | None = None) -> Self:
+    def join(
+        cls, comparisons: Sequence[Comparison], timed: Record | None = None, directories: Sequence[Directory] = ()
+    ) -> Self:
         """Join one comparison or more; a run that two of them have counts once.
 
         Step times are those of `timed`, or of the longest comparison that has a timing phase. Raises InputError for
@@ -101,15 +106,15 @@ class Experiment:
         for comparison in comparisons:
             runs = by_budget.setdefault(comparison.plan.budget, {})
             runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
-        horizons = sorted(by_budget.items(), key=lambda item: max((r.tokens for r in item[1].values()), default=0))
-        lengths = [budget for budget, _ in horizons]
-        longest_first = sorted(comparisons, key=lambda c: lengths.index(c.plan.budget), reverse=True)
-        phases = [timed] if timed is not None else [c.record for c in longest_first]
+        longest = {budget: max((run.tokens for run in runs.values()), default=0) for budget, runs in by_budget.items()}
+        longest_first = sorted(comparisons, key=lambda comparison: longest[comparison.plan.budget], reverse=True)
+        phases = [timed] if timed is not None else [comparison.record for comparison in longest_first]
         return cls(
             plan=merged,
             records=[comparison.record for comparison in comparisons],
-            horizons={budget: list(runs.values()) for budget, runs in horizons},
+            horizons={budget: list(by_budget[budget].values()) for budget in sorted(longest, key=longest.__getitem__)},
             step_seconds=next((record.step_seconds for record in phases if record.step_s), {}),
+            directories=directories,
         )
 
     @property
@@ -178,7 +183,9 @@ class Experiment:
         for budget in self.horizons:
             for run in self.runs(BASELINE, budget):
                 curves.setdefault(run.seed, []).append((run.steps * self.step_seconds[BASELINE], run.val.loss))
-        return effective_speedup(losses, seconds, {seed: curve for seed, curve in curves.items() if len(curve) > 1})
+        # horizons are in the order of their longest runs, which need not be that of the baseline's
+        known = {seed: sorted(curve) for seed, curve in curves.items() if len(curve) > 1}
+        return effective_speedup(losses, seconds, known)
 
 
 def _check_same(merged: Plan, other: Plan, names: Iterable[str]) -> None:
@@ -208,10 +215,6 @@ def results_table(experiment: Experiment, *, title: str | None = None) -> Table:
             built.add_row()
         built.add_row(*(cell(line) for cell in columns.values()))
     return built
-
-
-def _known(form: str, value: float | None) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _speedup(value: Speedup | None) -> str:
@@ -247,14 +250,14 @@ _ONE_HORIZON: _Columns = {
     **_LOSS,
     "acc.\n%": lambda line: f"{100 * line.accuracy.mean:.2f}",
     "ms a\nstep": lambda line: "-" if line.step_s is None else f"{1000 * line.step_s:.0f}",
-    "vs\nGQA": lambda line: _known("{:.2f}x", line.speed_vs_gqa),
-    "vs\nMHA": lambda line: _known("{:.2f}x", line.speed_vs_mha),
+    "vs\nGQA": lambda line: known("{:.2f}x", line.speed_vs_gqa, "-"),
+    "vs\nMHA": lambda line: known("{:.2f}x", line.speed_vs_mha, "-"),
     "theory": lambda line: f"{line.attention_saving:.2f}x",
 }
 _SEVERAL_HORIZONS: _Columns = {
     **_MODEL,
     "tokens": lambda line: f"{line.tokens / 1e6:.1f}M",
-    "time\ns": lambda line: _known("{:,.0f}", line.seconds),
+    "time\ns": lambda line: known("{:,.0f}", line.seconds, "-"),
     **_LOSS,
     "effective\nspeed-up": lambda line: _speedup(line.effective_speedup),
 }
