@@ -49,12 +49,10 @@ def probe_steps(steps: int, count: int) -> frozenset[int]:
 class Prober:
     """The texts of the probes, the same for every variant and seed.
 
-    Raises InputError for a context below 4 tokens, and when no document is longer than the context.
+    `context_length`: at least 4, which plans make sure of. Raises InputError when no document is longer than that.
     """
 
     def __init__(self, shards: TokenShards, *, context_length: int, vocab_size: int, batch_size: int) -> None:
-        if context_length < 4:  # the first half of the repeated sequence needs a token to predict
-            raise InputError(f"plan: probes need a context of at least 4 tokens, got {context_length}; set probes = 0")
         long = np.flatnonzero(shards.lengths > context_length)[:ROWS]
         if not long.size:
             raise InputError(
