@@ -360,6 +360,9 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
     refused(r"query_heads must be a multiple of 3 KV heads, at most 6 \(3, 6\), got 4", query_heads=4)
     refused("lies inside the model", out=source / "out")
     refused("exists", out=source)
+    for nameless in (Path(), Path("/")):
+        with pytest.raises(ValueError, match=r"exists; name a new one"):
+            converted(source, nameless, text, Settings(query_heads=3, **SMALL))
     refused("method must be one of .*did you mean 'taylor'", method="tailor")
     refused("length must be at most what the model reads, 96, got 200", length=200, evaluation_tokens=400)
     (tmp_path / "short").mkdir()
@@ -558,6 +561,45 @@ def test_weights_are_there_before_the_timing(
     assert Conversion.from_dict(json.loads((tmp_path / "out" / "conversion.json").read_text())) == state
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     with pytest.raises(ValueError, match="exists"):
+        converted(source, tmp_path / "out", text, settings)
+
+
+def test_a_layer_whose_attention_adds_nothing(
+    saved, config_of: Callable[..., ModelConfig], model_of: Callable, text: Path, tmp_path: Path
+) -> None:
+    """Its Gram matrix is 0, and so is the energy of its output."""
+    model = model_of(config_of())
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
+    settings = Settings(
+        query_heads=2, allocation="measured", method="greedy", heal_tokens=256, layerwise=0.5, **SMALL
+    )  # fmt: skip
+    state = converted(saved(model), tmp_path / "out", text, settings)
+    assert (state.layers[0].dropped, state.layers[0].refitted) == (0, 0)
+    assert [stage.stage for stage in state.stages][-2:] == ["layers healed", "distilled"]
+
+
+def test_samples_of_a_model_that_reads_few_tokens(
+    saved, config_of: Callable[..., ModelConfig], model_of: Callable, text: Path, tmp_path: Path
+) -> None:
+    run = saved(model_of(config_of().replace(max_seq_len=32)))
+    state = converted(run, tmp_path / "out", text, Settings(query_heads=2, **SMALL))
+    assert len(state.samples) == 3
+
+
+def test_an_unfinished_conversion_goes_on_with_the_same_model_alone(
+    hugging_face, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: object) -> None:
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(sys.modules[convert.__module__], "operate", stopped)
+    source, settings = hugging_face("llama"), Settings(query_heads=3, **SMALL)
+    with pytest.raises(Interrupted):
+        converted(source, tmp_path / "out", text, settings)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unfinished conversion with other settings \(model: "):
         converted(source, tmp_path / "out", text, settings)
 
 

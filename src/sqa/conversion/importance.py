@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sqa.conversion.moments import Moments
+from sqa.conversion.moments import Moments, damped
 from sqa.conversion.subject import AttentionView, Subject, joined, watched
 
 Method = Literal["random", "weight", "l2", "taylor", "greedy"]
@@ -69,9 +69,7 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     This is optimal brain surgeon in blocks; after each step, P and W are those of a layer without that head.
     """
     size = view.config.head_dim
-    gram = moments.gram
-    damping = 1e-6 * gram.diagonal().mean()
-    inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
+    inverse = torch.linalg.inv(damped(moments.gram, 1e-6))
     weight = joined(view.o)
     left = {head: pool for pool in map(set, pools) for head in pool}
     outside = [head for head in range(view.config.num_query_heads) if head not in left]

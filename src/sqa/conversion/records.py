@@ -112,7 +112,7 @@ class Sample:
 class Conversion:
     """All that is known of a conversion. While it runs, what is measured last is empty.
 
-    `settings`: with a fingerprint of the text that was read. `parameters`: before and after. `wall_s` and
+    `settings`: with digests of the model and the text that were read. `parameters`: before and after. `wall_s` and
     `peak_bytes`: of the last process, without what came before a resumption.
     """
 

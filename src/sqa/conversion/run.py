@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,7 +34,7 @@ from sqa.training.loop import Hooks
 
 MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
 GO_ON = "stopped; the same command goes on from what is done"
-SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
+SAMPLES, SAMPLE_TOKENS = 3, 32  # of each prompt, and of its continuation
 TIMING_SECONDS = 600.0  # no further round of timings begins after these
 
 
@@ -88,11 +88,7 @@ class _Text:
     @property
     def fingerprint(self) -> str:
         """Hex digest of all tokens."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in vars(self).values():
-            for batch in part:
-                digest.update(batch.input_ids.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return _digest(batch.input_ids for part in vars(self).values() for batch in part)
 
 
 @dataclass(frozen=True)
@@ -192,24 +188,24 @@ class _Run:
         """Read the text, each split once and only as far as needed."""
         job, settings = self.job, self.settings
         self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
-        read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
+        rows_of = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
         training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
-        held_out = read(training, settings.sequences // 8)
+        held_out = rows_of(training, settings.sequences // 8)
         second, rows = job.second.documents("validation") if job.second else iter(()), measured
         if not self.original.predicts:  # it reads a document a row, and the built-in corpus has few documents
             found = list(islice(second, rows))
             second, rows = iter(found), len(found) or 1
         text = _Text(
             held_out=held_out,
-            fit=read(training, settings.sequences - settings.sequences // 8),
-            healing=read(training, settings.batch_size * settings.steps),
-            evaluation=read(job.calibration.documents("validation"), measured),
-            elsewhere=read(second, rows) if job.second else (),
+            fit=rows_of(training, settings.sequences - settings.sequences // 8),
+            healing=rows_of(training, settings.batch_size * settings.steps),
+            evaluation=rows_of(job.calibration.documents("validation"), measured),
+            elsewhere=rows_of(second, rows) if job.second else (),
         )
-        if "text" in self.state.settings:
-            self._compare(self.state.settings, {"text": text.fingerprint})
-        else:
-            self._save(settings={**self.state.settings, "text": text.fingerprint})
+        held = self.state.settings
+        read = {"model": _digest(self.original.model.parameters()), "text": text.fingerprint}
+        self._compare(held, {name: digest for name, digest in read.items() if name in held})
+        self._save(settings={**held, **read})
         return text
 
     def _domain(self, name: str, batches: Sequence[Any]) -> _Domain:
@@ -325,9 +321,10 @@ class _Run:
         if not self.kind.predicts:
             return ()
         tokenizer, found = self.original.tokenizer(self.job.source), []
+        tokens = min(SAMPLE_TOKENS, self.original.model.config.max_seq_len // 2)
         for batch in self.text.evaluation[:SAMPLES]:
-            prompt = self.original.row_of(batch.input_ids[:1, :PROMPT_TOKENS])
-            before, after = (subject.continued(prompt, NEW_TOKENS) for subject in (self.original, converted))
+            prompt = self.original.row_of(batch.input_ids[:1, :tokens])
+            before, after = (subject.continued(prompt, tokens) for subject in (self.original, converted))
             texts = (tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
             found.append(Sample(**dict(zip(("prompt", "original", "converted"), texts, strict=True))))
         return tuple(found)
@@ -365,6 +362,14 @@ class _Run:
             for (what, n, name), timing in timings.items()
             if name == "after"
         )
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Hex digest of the values of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _peak_bytes() -> int | None:

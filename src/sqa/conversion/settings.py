@@ -180,9 +180,8 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
         before=before,
         speed_at=tuple(n for n in speed_at if n <= longest),
     )
-    if not (
-        (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
-    ):  # else only figures are missing
+    only_figures_missing = out.name and (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
+    if not only_figures_missing:
         storage.refuse_existing(out)
     measured = settings.allocation != "uniform"
     if measured and settings.kv_heads is not None:
