@@ -466,6 +466,22 @@ def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, t
     )
 
 
+def test_what_no_stock_class_holds_is_written_with_ours(
+    private_modules, hugging_face, text: Path, tmp_path: Path
+) -> None:
+    """A Llama with biases, of which every layer keeps as many heads; converted again it is for transformers still."""
+    source = hugging_face("llama")
+    LlamaForCausalLM(LlamaConfig(**FIELDS, attention_bias=True)).save_pretrained(source)
+    ids = torch.arange(2, 40)[None]
+    for name, heads in (("once", 3), ("twice", 2)):
+        converted(source, tmp_path / name, text, Settings(query_heads=heads, **SMALL))
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+        assert theirs.config.num_attention_heads == heads
+        ours = load_model(tmp_path / name).eval()
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+        source = tmp_path / name
+
+
 def test_a_layer_may_lose_kv_heads(private_modules, hugging_face, text: Path, tmp_path: Path) -> None:
     """Of three KV heads of a layer two have query heads that add nothing: they go, and nothing is lost."""
     source = hugging_face("llama")

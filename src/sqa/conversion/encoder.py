@@ -49,10 +49,6 @@ class Encoder(Subject):
         config = bert.load_config(directory)
         return (bert.attention_config(config),) * config.num_hidden_layers, config.max_position_embeddings
 
-    @classmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Nothing to check: `shape` has read all files that are copied."""
-
     @property
     def views(self) -> list[AttentionView]:
         config, layers = bert.attention_config(self.model.config), (each.attention for each in self.model.encoder.layer)

@@ -44,6 +44,11 @@ def choose_heads(
         scores = gate_gradients
     else:
         scores = weight_norms(view) if method == "weight" else l2_norms(view, moments)
+    return best_heads(scores, pools, keep)
+
+
+def best_heads(scores: Tensor, pools: Sequence[Sequence[int]], keep: int) -> list[int]:
+    """The `keep` heads of each pool that have the highest `scores` (Hq,), in rising order."""
     best = [sorted(pool, key=lambda head: -float(scores[head]))[:keep] for pool in pools]
     return sorted(head for heads in best for head in heads)
 

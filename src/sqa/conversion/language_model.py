@@ -33,14 +33,9 @@ class LanguageModel(Subject):
 
     @classmethod
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
-        config = interop.load_config(directory)
-        return config.layers, config.max_seq_len
-
-    @classmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
         source = interop.open_source(directory)
-        interop.check_like(source.config.replace(attention=tuple(attention)), directory)
-        source.read_text_side()
+        source.read_text_side()  # `save` copies it
+        return source.config.layers, source.config.max_seq_len
 
     @property
     def views(self) -> list[AttentionView]:

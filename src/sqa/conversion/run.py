@@ -50,11 +50,11 @@ def convert(
 ) -> Conversion:
     """Give a pretrained model fewer query heads and write it to `out`, with conversion.json in it; returns its content.
 
-    source: a directory of transformers (Llama, Mistral, Qwen2, Qwen3, BERT), one of ours, or a name on the Hub. `out`
-    must not exist; it appears whole, and is of the same kind as `source` where that can hold the model (layers that
-    differ in their heads are written for trust_remote_code). calibration, evaluate: "builtin", "wikipedia" or the path
-    of a file or folder of text; the model is fitted and healed on the train split of the first, and measured on its
-    validation split and on that of the second (None: on the first alone).
+    source: a directory of transformers (Llama, Mistral, Qwen2, Qwen3, BERT) or of ours, a .gguf file, or a name on the
+    Hub. `out` must not exist. It appears whole, as a directory of ours if `source` is one, else of transformers; what
+    no stock class holds, such as layers that differ in their heads, needs trust_remote_code. calibration, evaluate:
+    "builtin", "wikipedia" or the path of a file or folder of text; the model is fitted and healed on the train split of
+    the first, and measured on its validation split and on that of the second (None: on the first alone).
 
     A signal that `stop` (progress.stop_flag) got stops it at once; the same call then continues the conversion.
 
@@ -234,7 +234,8 @@ class _Run:
     def _operate(self) -> None:
         job, text = self.job, self.text
         with self._autocast():
-            plans = job.plans(None if self.settings.allocation == "uniform" else self._choices())
+            uniform = self.settings.allocation == "uniform"
+            plans = job.uniform() if uniform else allocation.cheapest(self._choices(), job.total)
             counts = ", ".join(f"{after.num_query_heads}/{after.num_kv_heads}" for after, _ in plans)
             self.display.note(f"query/KV heads of the layers: {counts}")
             self.display.start("refitting layer by layer", len(plans))

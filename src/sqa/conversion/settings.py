@@ -1,17 +1,14 @@
 """The settings of a conversion, checked before any weight is read."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.conversion import surgery
-from sqa.conversion.allocation import Choice, allocate, plan_layer
+from sqa.conversion.allocation import allocate
 from sqa.conversion.importance import Method
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.subject import Subject
@@ -129,6 +126,11 @@ class Job:
         """The folder from which a stopped conversion continues."""
         return self.out.with_name(f".{self.out.name}.converting")
 
+    @property
+    def total(self) -> int:
+        """Query heads of all layers after the conversion."""
+        return self.settings.query_heads * len(self.before)
+
     def counts(self) -> list[list[tuple[int, int]]]:
         """For each layer the numbers of query and KV heads that it may keep, by the settings' allocation."""
         found = []
@@ -143,25 +145,23 @@ class Job:
             found.append([(n * each, n) for n in range(kv_heads, fewest - 1, -1) for each in of_each])
         return found
 
-    def plans(self, choices: Sequence[Mapping[int, Choice]] | None = None) -> list[Plan]:
-        """The plan of each layer; where layers may differ, the cheapest of `choices`, made by `layer_choices`.
+    def uniform(self) -> list[Plan]:
+        """The plan of each layer where all keep the same number of query heads."""
+        return [surgery.plan_heads(layer, self.settings.query_heads, self.settings.kv_heads) for layer in self.before]
 
-        Without choices it is any of the allocations with the same total, which all score as many pairs.
+    def shapes(self) -> list[AttentionConfig]:
+        """The layers after the conversion, where they may differ those of any allocation with the same total.
+
+        Raises InputError for counts that do not fit.
         """
-        kv_heads = self.settings.kv_heads
         if self.settings.allocation == "uniform":
-            return [surgery.plan_heads(layer, self.settings.query_heads, kv_heads) for layer in self.before]
-        if choices is None:
-            choices = [
-                {
-                    n: Choice(plan_layer(layer, torch.ones(layer.num_query_heads), n, kv), 0.0)
-                    for n, kv in reversed(pairs)
-                }
-                for layer, pairs in zip(self.before, self.counts(), strict=True)
-            ]
-        costs = [{n: choice.cost for n, choice in layer.items()} for layer in choices]
-        counts = allocate(costs, self.settings.query_heads * len(self.before))
-        return [layer[n].plan for layer, n in zip(choices, counts, strict=True)]
+            return [after for after, _ in self.uniform()]
+        kv_heads = [dict(reversed(pairs)) for pairs in self.counts()]  # the most for each number of query heads
+        query_heads = allocate([dict.fromkeys(each, 0.0) for each in kv_heads], self.total)
+        return [
+            layer.replace(num_query_heads=n, num_kv_heads=of_each[n])
+            for layer, n, of_each in zip(self.before, query_heads, kv_heads, strict=True)
+        ]
 
 
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
@@ -186,7 +186,7 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
     measured = settings.allocation != "uniform"
     if measured and settings.kv_heads is not None:
         raise InputError(f"convert: allocation {settings.allocation} decides about KV heads; leave kv_heads out")
-    subject.check_source(directory, [after for after, _ in job.plans()])
+    job.shapes()  # refuses counts that do not fit
     if settings.length > longest:
         raise InputError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
     for name, needs_loss in (

@@ -96,12 +96,10 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
-        """The attention layers, and how many tokens the model can read. Raises InputError for a damaged directory."""
+        """The attention layers, and how many tokens the model can read.
 
-    @classmethod
-    @abstractmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Raise InputError if `save` could not write a model with these layers or copy the other files."""
+        Raises InputError for a damaged directory, and for files that `save` could not copy.
+        """
 
     @property
     @abstractmethod

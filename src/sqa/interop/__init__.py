@@ -4,13 +4,12 @@ from sqa.interop.fewer_heads import FewerHeads, fewer_query_heads
 from sqa.interop.hub import push_to_hub
 from sqa.interop.replace import Replacement, replace_attention
 from sqa.interop.source import ModelSource, load_config, load_model, open_source, read_tokenizer
-from sqa.interop.writers import check_like, export, import_model, write_like
+from sqa.interop.writers import export, import_model, write_like
 
 __all__ = [
     "FewerHeads",
     "ModelSource",
     "Replacement",
-    "check_like",
     "export",
     "fewer_query_heads",
     "import_model",

@@ -147,20 +147,9 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
 
     Raises InputError, with the reasons and what to change, when there is none.
     """
-    layer = config.layers[0]
+    layer, kind = config.layers[0], _stock_kind(config)
     windows = [each.window for each in config.layers]
-    reasons = _why_not_stock(config)
-    if layer.qk_norm:
-        kind = "qwen3"
-    elif layer.qkv_bias:
-        kind = "qwen2"
-    elif layer.window is not None or config.d_model % layer.num_query_heads:
-        kind = "mistral"
-    else:
-        kind = "llama"
-    if kind in ("llama", "mistral") and len(set(windows)) > 1:
-        reasons.append("windows on some layers only (without QK-norm; use one window on all layers)")
-    if reasons:
+    if reasons := why_not_stock(config):
         raise InputError(
             f"export: no stock Hugging Face class holds {'; nor '.join(reasons)}; "
             f"train without it, or export with format 'hf-remote', which ships the class"
@@ -194,11 +183,23 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _why_not_stock(config: ModelConfig) -> list[str]:
+def _stock_kind(config: ModelConfig) -> str:
+    """The model_type of the plainest class that may hold this model."""
+    layer = config.layers[0]
+    if layer.qk_norm:
+        return "qwen3"
+    if layer.qkv_bias:
+        return "qwen2"
+    return "llama" if layer.window is None and config.d_model % layer.num_query_heads == 0 else "mistral"
+
+
+def why_not_stock(config: ModelConfig) -> list[str]:
+    """What no stock class of transformers holds, and in parentheses what to change; empty if one holds the model."""
     layers = config.layers
     first = replace(layers[0], window=None, num_sink_tokens=0)
     unlike = any(replace(each, window=None, num_sink_tokens=0) != first for each in layers)
-    several = len({each.window for each in layers} - {None}) > 1
+    windows = {each.window for each in layers}
+    by_layer = _stock_kind(config) in ("qwen2", "qwen3")
     checks = [
         (
             not config.causal,
@@ -206,7 +207,11 @@ def _why_not_stock(config: ModelConfig) -> list[str]:
         ),
         (unlike, "layers with different head counts (one AttentionConfig for all)"),
         (first.num_query_heads < first.num_kv_heads, "fewer query than KV heads (num_query_heads >= num_kv_heads)"),
-        (several, "windows of several sizes (one window)"),
+        (len(windows - {None}) > 1, "windows of several sizes (one window)"),
+        (
+            len(windows) > 1 and not by_layer,
+            "windows on some layers only (without QK-norm; use one window on all layers)",
+        ),
         (first.scale not in (None, first.head_dim**-0.5), "another attention scale (scale=None)"),
         (first.rope is None, "attention without rotary positions (rope=Rope())"),
         (first.qk_norm and first.qkv_bias, "QK-norm together with qkv_bias (one of them)"),

@@ -21,11 +21,11 @@ from sqa.model import Transformer
 class ModelSource:
     """A model whose config has been read and checked, but not its weights.
 
-    `stock`: whether transformers has its own class for this kind of model.
+    `for_transformers`: whether it is a model of transformers, with a stock class or with ours beside it (hf-remote).
     """
 
     path: Path
-    stock: bool
+    for_transformers: bool
     config: ModelConfig
     read_tensors: Callable[[], dict[str, Tensor]]
     read_text_side: Callable[[], TextSide]
@@ -53,7 +53,7 @@ def _open_gguf(path: Path) -> ModelSource:
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,
-        stock=True,
+        for_transformers=True,
         config=config,
         read_tensors=partial(gguf_reader.read_tensors, file, config),
         read_text_side=partial(gguf_tokenizer.read_text_side, file, **sizes),
@@ -83,7 +83,7 @@ def _open_directory(path: Path) -> ModelSource:
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,
-        stock=kind in llama.MODEL_TYPES,
+        for_transformers=kind in llama.MODEL_TYPES or "auto_map" in values,
         config=config,
         read_tensors=lambda: ours(storage.read_tensors(path)),
         read_text_side=partial(text.read_text_side, path, values, **sizes),
