@@ -15,7 +15,14 @@ from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, shown
 from sqa.storage import require_counts, require_values
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# each model_type, and the values that transformers takes for fields that its config.json lacks
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+MODEL_TYPES = tuple(_DEFAULTS)
 # what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
 _SCALING_FIELDS = {
     "linear": ("factor",),
@@ -44,6 +51,7 @@ _ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows a
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read a config.json of one of MODEL_TYPES. Raises InputError for features that ours does not have."""
     kind = values["model_type"]
+    values = {**_DEFAULTS[kind], **values}
     optional = [name for name in ("head_dim", "num_key_value_heads") if values.get(name)]
     require_counts(values, "hidden_size", "num_attention_heads", *_SIZES, *optional)
     require_values(values, {"hidden_act": ("silu",), "quantization_config": (None,)})
