@@ -15,6 +15,7 @@ from sqa.conversion.records import EmbeddingQuality
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.errors import InputError
 from sqa.interop import bert
+from sqa.interop.text import TextSide
 
 NEIGHBOURS = 10  # of a passage, in the retrieval that is compared
 
@@ -55,9 +56,10 @@ class Encoder(Subject):
         return [AttentionView(config, x.self.query, x.self.key, x.self.value, x.output.dense) for x in layers]
 
     def batches(
-        self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
+        self, side: TextSide, documents: Iterator[str], rows: int, length: int, batch_size: int
     ) -> list[Passages]:
-        tokenizer = self.tokenizer(directory)
+        tokenizer = side.tokenizer
+        assert tokenizer is not None, "text_side() refuses it"
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(pad_id=self.model.config.pad_token_id or 0)
         texts = list(islice(documents, rows))

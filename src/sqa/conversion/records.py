@@ -40,9 +40,8 @@ Quality = LanguageQuality | EmbeddingQuality
 
 
 def _quality(values: Mapping[str, Any]) -> Quality:
-    if "loss" in values:
-        return read_fields(LanguageQuality, values, "quality")
-    return read_fields(EmbeddingQuality, values, "quality")
+    kind: type[Quality] = LanguageQuality if "loss" in values else EmbeddingQuality
+    return read_fields(kind, values, "quality")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,7 +188,8 @@ class _Run:
         """Read the text, each split once and only as far as needed."""
         job, settings = self.job, self.settings
         self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
-        rows_of = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
+        self.side = self.original.text_side(job.source)
+        rows_of = partial(self.original.batches, self.side, length=settings.length, batch_size=settings.batch_size)
         training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
         held_out = rows_of(training, settings.sequences // 8)
         second, rows = job.second.documents("validation") if job.second else iter(()), measured
@@ -321,12 +322,12 @@ class _Run:
         """Greedy continuations of the beginnings of validation rows by both models; none for an encoder."""
         if not self.kind.predicts:
             return ()
-        tokenizer, found = self.original.tokenizer(self.job.source), []
+        found = []
         tokens = min(SAMPLE_TOKENS, self.original.model.config.max_seq_len // 2)
         for batch in self.text.evaluation[:SAMPLES]:
             prompt = self.original.row_of(batch.input_ids[:1, :tokens])
             before, after = (subject.continued(prompt, tokens) for subject in (self.original, converted))
-            texts = (tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
+            texts = (self.side.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
             found.append(Sample(**dict(zip(("prompt", "original", "converted"), texts, strict=True))))
         return tuple(found)
 
@@ -369,7 +370,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     """Hex digest of the values of tensors."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa import storage
@@ -90,11 +89,11 @@ def _open_directory(path: Path) -> ModelSource:
     )
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model of any kind, an encoder's too; None where there is none."""
+def read_text_side(path: Path, vocab_size: int) -> TextSide:
+    """The text side of a directory of any model, also of one that `open_source` does not read, or of a GGUF file."""
     if path.is_file():
-        return open_source(path).read_text_side().tokenizer
-    return text.read_text_side(path, storage.read_config(path), vocab_size=vocab_size).tokenizer
+        return open_source(path).read_text_side()
+    return text.read_text_side(path, storage.read_config(path), vocab_size=vocab_size)
 
 
 def load_config(source: str | Path) -> ModelConfig:
