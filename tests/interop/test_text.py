@@ -26,7 +26,7 @@ def stock(config_of: Make, model_of, saved, tmp_path: Path) -> Path:
     export(saved(model_of(config_of())), tmp_path / "stock", format="hf")
     folder = tmp_path / "stock"
     (folder / "generation_config.json").unlink()
-    change(folder / "config.json", bos_token_id=5, eos_token_id=[6, 7], pad_token_id=8)
+    change(folder / "config.json", bos_token_id=5, eos_token_id=[6, 7, 9], pad_token_id=8)
     return folder
 
 
@@ -40,18 +40,18 @@ def ids_of(path: Path) -> dict[str, object]:
 
 
 def test_special_ids_are_kept_without_generation_config(stock: Path, tmp_path: Path) -> None:
-    expected = {"bos": 5, "eos": [6, 7], "pad": 8}
+    expected = {"bos": 5, "eos": [6, 7, 9], "pad": 8}
     import_model(stock, tmp_path / "ours")
     assert ids_of(tmp_path / "ours" / "generation_config.json") == expected
     for source in (stock, tmp_path / "ours"):
-        assert open_source(source).read_text_side().special == SpecialIds(bos=5, eos=(6, 7), pad=8)
+        assert open_source(source).read_text_side().special == SpecialIds(bos=5, eos=(6, 7, 9), pad=8)
         export(source, tmp_path / f"{source.name}-hf", format="hf")
         for name in ("config.json", "generation_config.json"):
             assert ids_of(tmp_path / f"{source.name}-hf" / name) == expected
         export(source, tmp_path / f"{source.name}.gguf", format="gguf")
         fields = gguf.GGUFReader(tmp_path / f"{source.name}.gguf").fields
-        found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos", "eot", "padding")]
-        assert found == [5, 6, 7, 8]
+        names = ("bos", "eos", "eot", "eom", "padding")
+        assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in names] == [5, 6, 7, 9, 8]
 
 
 def test_generation_config_wins_and_keeps_its_other_fields(stock: Path, tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, text: TextSide, vocab_size
     writer.add_add_bos_token(text.special.bos is not None and tokenizer.encode("").ids == [text.special.bos])
     if text.special.bos is not None:
         writer.add_bos_token_id(text.special.bos)
-    for add, end_id in zip((writer.add_eos_token_id, writer.add_eot_token_id), text.special.eos, strict=False):
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, end_id in zip(ends, text.special.eos, strict=False):
         add(end_id)
     if text.special.pad is not None:
         writer.add_pad_token_id(text.special.pad)
