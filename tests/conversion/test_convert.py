@@ -37,8 +37,8 @@ from sqa.cli import app
 from sqa.conversion import report
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.records import Conversion
-from sqa.conversion.run import convert
-from sqa.conversion.settings import Settings
+from sqa.conversion.run import convert, run
+from sqa.conversion.settings import Settings, prepare
 from sqa.data.batches import Batch
 from sqa.interop import load_config, load_model
 from sqa.measure.timing import Timing
@@ -558,8 +558,8 @@ def test_weights_are_there_before_the_timing(
     def timed(contestants: dict, **options: object) -> dict:
         """As many seconds as the model has heads; ten times that for forward and backward."""
         found = {}
-        for name, run in contestants.items():
-            run()
+        for name, contestant in contestants.items():
+            contestant()
             what, heads, n = passes.pop()
             seconds = float(heads * n * (1 if what == "prefill" else 10))
             found[name] = Timing(p20=seconds, median=seconds, p80=seconds)
@@ -617,6 +617,14 @@ def test_an_unfinished_conversion_goes_on_with_the_same_model_alone(
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"unfinished conversion with other settings \(model: "):
         converted(source, tmp_path / "out", text, settings)
+
+
+def test_what_another_process_has_written_meanwhile_stays(hugging_face, text: Path, tmp_path: Path) -> None:
+    options = {"calibration": str(text), "evaluate": None}
+    job = prepare(hugging_face("llama"), tmp_path / "out", Settings(query_heads=3, **SMALL), **options)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists"):
+        run(job, Display(), StopFlag())
 
 
 def test_weights_that_are_not_finite(hugging_face, text: Path, tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ class _Run:
         second = None if self.job.second is None else self.job.second.name
         settings = {"calibration": self.job.calibration.name, "evaluate": second, **self.settings.to_dict()}
         if not self.state_path.is_file():
+            storage.refuse_existing(self.job.out)  # `prepare` has not seen what a process before this one finished
             return Conversion(settings=settings)
         state = Conversion.from_dict(read_json(self.state_path))
         self._compare(state.settings, settings)
