@@ -17,12 +17,12 @@ from sqa.conversion.subject import AttentionView, Subject, joined, watched
 from sqa.conversion.surgery import Plan, plan_heads, plan_without, solve_damped
 from sqa.errors import InputError
 
-_DAMPING = 1e-4  # the ridge penalty that most layers choose
+_DAMPING = 1e-4  # of surgery.DAMPING the penalty that serves most layers best
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer may become, and the cost of it in nats a token."""
+    """A plan for a layer, and its cost in nats a token."""
 
     plan: Plan
     cost: float
@@ -31,9 +31,9 @@ class Choice:
 def layer_choices(
     original: Subject, batches: Iterable[Any], counts: Sequence[Sequence[tuple[int, int]]]
 ) -> list[dict[int, Choice]]:
-    """For each layer the cheapest way to keep so many query heads, by their number.
+    """For each layer, the cheapest choice for each number of query heads.
 
-    `counts`: for each layer the numbers of query and KV heads to try.
+    `batches`: calibration text. `counts`: for each layer the pairs of query and KV heads to try.
 
     The cost is the second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2,
     with e the error of the refitted attention output and g the gradient of a token's loss by that output (the empirical
@@ -68,8 +68,11 @@ def layer_choices(
 
 
 def plan_layer(config: AttentionConfig, norms: Tensor, num_query_heads: int, num_kv_heads: int) -> Plan:
-    """The layer with the KV heads whose best query heads have the largest `norms` (Hq,) together."""
-    if config.num_query_heads == config.num_kv_heads:  # each KV head goes with its query head
+    """The layer with so many heads. It keeps the KV heads whose best query heads have the largest `norms` (Hq,).
+
+    In multi-head attention each KV head stays or goes with its query head, and any heads may stay.
+    """
+    if config.num_query_heads == config.num_kv_heads:
         return plan_heads(config, num_query_heads, None)
     best = norms.square().view(config.num_kv_heads, -1).topk(num_query_heads // num_kv_heads).values.sum(1)
     return plan_without(config, num_query_heads, sorted(best.topk(num_kv_heads).indices.tolist()))

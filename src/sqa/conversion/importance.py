@@ -31,7 +31,7 @@ def choose_heads(
     gate_gradients: Tensor | None,
     generator: torch.Generator,
 ) -> list[int]:
-    """The heads that stay, `keep` of each pool, in rising order; heads in no pool go.
+    """The heads that stay, `keep` of each pool, in rising order. Heads that are in no pool are dropped.
 
     `moments`: of the layer's own output projection. `gate_gradients`: (Hq,), for `taylor`.
     """

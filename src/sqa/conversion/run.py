@@ -32,10 +32,10 @@ from sqa.progress import Display, Interrupted, StepReport, StopFlag
 from sqa.records import differences, read_json
 from sqa.training.loop import Hooks
 
-MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
+MEASUREMENTS = 4  # the most in a phase of healing; they take about a tenth of its time
 GO_ON = "stopped; the same command goes on from what is done"
 SAMPLES, SAMPLE_TOKENS = 3, 32  # of each prompt, and of its continuation
-TIMING_SECONDS = 600.0  # no further round of timings begins after these
+TIMING_SECONDS = 600.0  # after this time no further round of timings begins
 
 
 def convert(
@@ -251,7 +251,7 @@ class _Run:
         self._write(refitted, job.work / "refitted", torch.float32)
 
     def _choices(self) -> list[dict[int, allocation.Choice]]:
-        """What each layer may become, and the costs of that on a quarter of the calibration text."""
+        """What each layer may become, with the cost of each choice on a quarter of the calibration text."""
         part = self.text.fit[: -(-len(self.text.fit) // 4)]
         batches = self._shown("measuring what each layer's heads are worth", part)
         return allocation.layer_choices(self.original, batches, self.job.counts())
@@ -304,7 +304,7 @@ class _Run:
             self._record(stage, subject, offset + progress.tokens)
 
     def _marks(self, steps: int) -> set[int]:
-        """The steps after which quality is measured, beside the last one. All take about a tenth of the time together.
+        """The steps before the last after which quality is measured, so few that it takes about a tenth of the time.
 
         Measuring takes about a third of the time of training on as many tokens.
         """

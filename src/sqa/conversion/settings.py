@@ -22,17 +22,18 @@ from sqa.records import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Everything that decides what a conversion gives.
+    """Everything that decides the result of a conversion.
 
-    `query_heads`, `kv_heads`: in each layer (None: as surgery.plan_heads says). `allocation`: `uniform` gives every
-    layer the same number of query heads, `measured` gives the same total, with more to layers that need them most;
-    under `measured-kv` a layer may lose KV heads with all of their query heads, too.
-    `method` chooses heads; `pooling` merges KV heads. `sequences`: rows of `length` tokens that calibrate, an eighth
-    of them held out. `heal_tokens`: for healing, of which the share `layerwise` trains layer by layer first; `train`:
-    the parameters that healing changes. `control` also trains the original on these tokens. `evaluation_tokens`: to
-    measure on, in each domain. `speed_at`: lengths to time (None: 512, 2,048 and 8,192; for an encoder 128, 256 and
-    512). `dtype` bfloat16 means autocast for all computing; `compile` compiles the model that healing trains.
-    `device`: PyTorch's name of it. `threads`: of the CPU, 0 for PyTorch's choice.
+    `query_heads`, `kv_heads`: heads that each layer keeps (kv_heads None: all of them; in multi-head attention one for
+    each query head). `allocation`: `uniform` gives every layer the same number of query heads; `measured` gives the
+    layers that need them most more of the same total; under `measured-kv` a layer may also lose KV heads, with all of
+    their query heads. `method`: how heads are chosen. `pooling`: how KV heads are merged. `sequences`: rows of `length`
+    tokens to calibrate on; an eighth of them is held out. `heal_tokens`: tokens of healing; the share `layerwise` of
+    them trains each layer alone first. `train`: the parameters that healing changes. `control`: whether the original is
+    trained on the same tokens, too. `evaluation_tokens`: tokens to measure on, in each domain. `speed_at`: lengths to
+    time (None: 512, 2,048 and 8,192; for an encoder 128, 256 and 512). `dtype`: bfloat16 computes everything under
+    autocast. `compile`: whether the model that is healed is compiled. `device`: PyTorch's name of it. `threads`: of the
+    CPU, 0 for PyTorch's choice.
 
     Raises InputError, naming the field, for what cannot be run.
     """
@@ -110,7 +111,8 @@ def subject_class(directory: Path) -> type[Subject]:
 class Job:
     """A conversion that has been checked: source, output, text and settings.
 
-    `second`: the second domain to measure on, if there is one. `before`: the original's attention layers.
+    `second`: the second domain to measure on, if there is one. `before`: the original's attention layers. `speed_at`:
+    the lengths to time that the model can read.
     """
 
     source: Path
@@ -132,7 +134,7 @@ class Job:
         return self.settings.query_heads * len(self.before)
 
     def counts(self) -> list[list[tuple[int, int]]]:
-        """For each layer the numbers of query and KV heads that it may keep, by the settings' allocation."""
+        """For each layer the numbers of query and KV heads that a measured allocation may leave it with."""
         found = []
         for layer in self.before:
             surgery.check_heads(layer)

@@ -19,7 +19,7 @@ ROUNDING = 2**-16
 """The share of energy that rounding to bf16 loses. A smaller error needs no refit."""
 
 Plan = tuple[AttentionConfig, list[range]]
-"""A layer's new shape, and its pools of query heads, of which it keeps the same number each."""
+"""A layer's new shape, and its pools of query heads. It keeps as many heads of one pool as of another."""
 
 
 def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None) -> Plan:
@@ -59,7 +59,10 @@ def check_heads(config: AttentionConfig) -> None:
 
 
 def plan_without(config: AttentionConfig, num_query_heads: int, kv_heads: Sequence[int]) -> Plan:
-    """The layer with `kv_heads` alone, as they are. The query heads that read each of them are a pool."""
+    """The layer that keeps these KV heads unchanged and loses the others, with all query heads that read those.
+
+    The query heads that read a KV head are a pool.
+    """
     size = config.num_query_heads // config.num_kv_heads
     pools = [range(head * size, (head + 1) * size) for head in kv_heads]
     return config.replace(num_query_heads=num_query_heads, num_kv_heads=len(pools)), pools

@@ -23,13 +23,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
 MODEL_TYPES = tuple(_DEFAULTS)
-# what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
+# the fields of RopeScaling that each rope type has; transformers says original_max_position_embeddings for the length
 _SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
-# the same sizes, named in their config.json and in ModelConfig
+# fields of one meaning: their names in config.json, and ours in ModelConfig
 _SIZES = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -130,7 +130,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
 def state_from_stock(
     tensors: Mapping[str, Tensor], config: ModelConfig, values: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Their tensors as ours: the names are the same; missing biases become zero; rotary tables are dropped."""
+    """Their tensors under our names, which are the same. Missing biases become zero; rotary tables are dropped."""
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors

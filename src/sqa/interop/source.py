@@ -90,7 +90,7 @@ def _open_directory(path: Path) -> ModelSource:
 
 
 def read_text_side(path: Path, vocab_size: int) -> TextSide:
-    """The text side of a directory of any model, also of one that `open_source` does not read, or of a GGUF file."""
+    """The text side of a GGUF file, or of a model directory of any kind, also of kinds that `open_source` refuses."""
     if path.is_file():
         return open_source(path).read_text_side()
     return text.read_text_side(path, storage.read_config(path), vocab_size=vocab_size)
