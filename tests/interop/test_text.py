@@ -54,6 +54,18 @@ def test_special_ids_are_kept_without_generation_config(stock: Path, tmp_path: P
         assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in names] == [5, 6, 7, 9, 8]
 
 
+def test_a_text_begins_with_a_token_in_gguf_too(stock: Path, small_tokenizer, tmp_path: Path) -> None:
+    """Also where another token ends it."""
+    tokenizer = type(small_tokenizer).from_str(small_tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="a $A b", special_tokens=[(token, tokenizer.token_to_id(token)) for token in "ab"]
+    )
+    tokenizer.save(str(stock / "tokenizer.json"))
+    change(stock / "config.json", bos_token_id=tokenizer.token_to_id("a"))
+    export(stock, tmp_path / "model.gguf", format="gguf")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is True
+
+
 def test_generation_config_wins_and_keeps_its_other_fields(stock: Path, tmp_path: Path) -> None:
     (stock / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "temperature": 0.5}))
     import_model(stock, tmp_path / "ours")

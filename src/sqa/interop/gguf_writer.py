@@ -124,7 +124,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, text: TextSide, vocab_size
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_add_bos_token(text.special.bos is not None and tokenizer.encode("").ids == [text.special.bos])
+    writer.add_add_bos_token(tokenizer.encode("").ids[:1] == [text.special.bos])
     if text.special.bos is not None:
         writer.add_bos_token_id(text.special.bos)
     ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
