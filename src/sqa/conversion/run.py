@@ -85,11 +85,6 @@ class _Text:
     evaluation: Sequence[Any]
     elsewhere: Sequence[Any]
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of all tokens."""
-        return _digest(batch.input_ids for part in vars(self).values() for batch in part)
-
 
 @dataclass(frozen=True)
 class _Domain:
@@ -204,8 +199,8 @@ class _Run:
             evaluation=rows_of(job.calibration.documents("validation"), measured),
             elsewhere=rows_of(second, rows) if job.second else (),
         )
-        held = self.state.settings
-        read = {"model": _digest(self.original.model.parameters()), "text": text.fingerprint}
+        held, ids = self.state.settings, (batch.input_ids for part in vars(text).values() for batch in part)
+        read = {"model": _digest(self.original.model.parameters()), "text": _digest(ids)}
         self._compare(held, {name: digest for name, digest in read.items() if name in held})
         self._save(settings={**held, **read})
         return text
