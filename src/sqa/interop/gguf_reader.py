@@ -109,22 +109,21 @@ class _Cursor:
 
     def value(self, key: str) -> Any:
         kind = self.scalar("I")
-        if kind == _TEXT:
-            return self.text()
-        if kind in _SCALARS:
-            return self._plain(kind, self.scalar(_SCALARS[kind]))
-        if kind == _ARRAY:
-            kind, count = self.scalar("I"), self.scalar("Q")
-            if kind == _TEXT:
-                return [self.text() for _ in range(count)]  # a count that is too large runs into the end of the file
-            if kind in _SCALARS:
-                code = f"<{_SCALARS[kind]}"
-                raw = self.take(count * struct.calcsize(code))
-                return [self._plain(kind, each) for each in np.frombuffer(raw, dtype=np.dtype(code)).tolist()]
-        raise InputError(f"model: {self.path} is damaged: {shown(key)} has a value of type {kind}, which is not known")
+        if kind != _ARRAY:
+            return self.values(key, kind, 1)[0]
+        return self.values(key, self.scalar("I"), self.scalar("Q"))
 
-    def _plain(self, kind: int, value: Any) -> Any:
-        return float(str(np.float32(value))) if _SCALARS[kind] == "f" else value  # 1e-05, not 9.999999747e-06
+    def values(self, key: str, kind: int, count: int) -> list[Any]:
+        if kind == _TEXT:
+            return [self.text() for _ in range(count)]  # a count that is too large runs into the end of the file
+        if kind not in _SCALARS:
+            raise InputError(
+                f"model: {self.path} is damaged: {shown(key)} has a value of type {kind}, which is not known"
+            )
+        dtype = np.dtype(f"<{_SCALARS[kind]}")
+        values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        # 1e-05, not 9.999999747e-06
+        return [float(str(each)) for each in values] if dtype == np.float32 else values.tolist()
 
 
 def read_gguf(path: Path) -> GgufFile:
