@@ -78,9 +78,9 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     weight = joined(view.o)
     left = {head: pool for pool in map(set, pools) for head in pool}
     outside = [head for head in range(view.config.num_query_heads) if head not in left]
-    while outside or any(len(pool) > keep for pool in left.values()):
+    while candidates := outside or [head for head, pool in left.items() if len(pool) > keep]:
         costs = {}
-        for head in outside or [head for head, pool in left.items() if len(pool) > keep]:
+        for head in candidates:
             own = slice(head * size, (head + 1) * size)
             costs[head] = float((weight[:, own].T * torch.linalg.solve(inverse[own, own], weight[:, own].T)).sum())
         dropped = min(costs, key=costs.__getitem__)
