@@ -86,15 +86,6 @@ class _Text:
     elsewhere: Sequence[Any]
 
 
-@dataclass(frozen=True)
-class _Domain:
-    """Text that quality is measured on, and the original's outputs for it."""
-
-    name: str
-    batches: Sequence[Any]
-    reference: Sequence[Tensor]
-
-
 class _Run:
     """One process's work on a conversion. `state` is always what state.json holds."""
 
@@ -113,9 +104,14 @@ class _Run:
         self.original = self._load(job.source)
         self.original.check_finite(job.source)
         self.text = self._read()
-        self.domains = [self._domain("the validation text", self.text.evaluation)]
+        self.domains = {"the validation text": self.text.evaluation}
         if job.second:
-            self.domains.append(self._domain("the second domain", self.text.elsewhere))
+            self.domains["the second domain"] = self.text.elsewhere
+        with self._autocast():
+            self.references = {
+                domain: self.original.outputs(self._shown(f"the original on {domain}", batches))
+                for domain, batches in self.domains.items()
+            }
         if not self.state.has("original", 0):
             self._record("original", self.original)
         if not (job.work / "refitted").is_dir():
@@ -205,13 +201,10 @@ class _Run:
         self._save(settings={**held, **read})
         return text
 
-    def _domain(self, name: str, batches: Sequence[Any]) -> _Domain:
-        with self._autocast():
-            return _Domain(name, batches, self.original.outputs(self._shown(f"the original on {name}", batches)))
-
     def _record(self, stage: str, subject: Subject, tokens: int = 0, *, midway: bool = False) -> None:
         """Measure a stage, print it and keep it; `midway` through healing, on the first domain only."""
-        quality = [self._measure(stage, subject, domain) for domain in self.domains[: 1 if midway else 2]]
+        domains = list(self.domains)[: 1 if midway else 2]
+        quality = [self._measure(stage, subject, domain) for domain in domains]
         measured = Stage(stage=stage, tokens=tokens, quality=quality[0], elsewhere=next(iter(quality[1:]), None))
         self.display.note(str(measured))
         if measured.elsewhere:
@@ -219,10 +212,10 @@ class _Run:
         self.state = self.state.with_stage(measured)
         self._save()
 
-    def _measure(self, stage: str, subject: Subject, domain: _Domain) -> Quality:
+    def _measure(self, stage: str, subject: Subject, domain: str) -> Quality:
         with self._autocast():
-            batches = self._shown(f"measuring {stage} on {domain.name}", domain.batches)
-            quality = subject.measure(batches, self.original, domain.reference)
+            batches = self._shown(f"measuring {stage} on {domain}", self.domains[domain])
+            quality = subject.measure(batches, self.original, self.references[domain])
         if not all(math.isfinite(value) for value in vars(quality).values()):
             what = "the original" if subject is self.original else "the converted model"
             raise InputError(f"model: {what} gives values that are not finite ({quality}); nothing was converted")
