@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,41 +60,37 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
     kind, names = gguf.GGMLQuantizationType[dtype.upper()], their_names(config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch)
+    with replacing(out) as temporary, closing(gguf.GGUFWriter(temporary, arch)) as writer:
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_seq_len)
+        writer.add_embedding_length(config.d_model)
+        writer.add_block_count(config.num_layers)
+        writer.add_feed_forward_length(config.d_ff)
+        writer.add_head_count(query_heads)
+        writer.add_head_count_kv(kv_heads)
+        writer.add_key_length(layer.head_dim)
+        writer.add_value_length(layer.head_dim)
+        writer.add_rope_dimension_count(layer.head_dim)
+        assert layer.rope is not None  # check_gguf
+        writer.add_rope_freq_base(layer.rope.base)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        if text.tokenizer is not None:
+            _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
+        else:
+            writer.add_tokenizer_model("no_vocab")  # llama.cpp then reads token ids
+        for key, tensor in tensors.items():
+            data, stored = _quantized(tensor, kind)
+            writer.add_tensor(names[key], data, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
         try:
-            writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_vocab_size(config.vocab_size)
-            writer.add_context_length(config.max_seq_len)
-            writer.add_embedding_length(config.d_model)
-            writer.add_block_count(config.num_layers)
-            writer.add_feed_forward_length(config.d_ff)
-            writer.add_head_count(query_heads)
-            writer.add_head_count_kv(kv_heads)
-            writer.add_key_length(layer.head_dim)
-            writer.add_value_length(layer.head_dim)
-            writer.add_rope_dimension_count(layer.head_dim)
-            assert layer.rope is not None  # check_gguf
-            writer.add_rope_freq_base(layer.rope.base)
-            writer.add_layer_norm_rms_eps(config.norm_eps)
-            if text.tokenizer is not None:
-                _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
-            else:
-                writer.add_tokenizer_model("no_vocab")  # llama.cpp then reads token ids
-            for key, tensor in tensors.items():
-                data, stored = _quantized(tensor, kind)
-                writer.add_tensor(names[key], data, raw_dtype=stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            try:
-                writer.write_tensors_to_file()
-            except OSError as error:
-                if error.errno is not None:
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
-        finally:
-            writer.close()
+            writer.write_tensors_to_file()
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
 
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:

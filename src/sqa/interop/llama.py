@@ -207,7 +207,7 @@ def why_not_stock(config: ModelConfig) -> list[str]:
     first = replace(layers[0], window=None, num_sink_tokens=0)
     unlike = any(replace(each, window=None, num_sink_tokens=0) != first for each in layers)
     windows = {each.window for each in layers}
-    by_layer = _stock_kind(config) in ("qwen2", "qwen3")
+    mixed = len(windows) > 1 and _stock_kind(config) in ("llama", "mistral")
     checks = [
         (
             not config.causal,
@@ -216,10 +216,7 @@ def why_not_stock(config: ModelConfig) -> list[str]:
         (unlike, "layers with different head counts (one AttentionConfig for all)"),
         (first.num_query_heads < first.num_kv_heads, "fewer query than KV heads (num_query_heads >= num_kv_heads)"),
         (len(windows - {None}) > 1, "windows of several sizes (one window)"),
-        (
-            len(windows) > 1 and not by_layer,
-            "windows on some layers only (without QK-norm; use one window on all layers)",
-        ),
+        (mixed, "windows on some layers only (without QK-norm; use one window on all layers)"),
         (first.scale not in (None, first.head_dim**-0.5), "another attention scale (scale=None)"),
         (first.rope is None, "attention without rotary positions (rope=Rope())"),
         (first.qk_norm and first.qkv_bias, "QK-norm together with qkv_bias (one of them)"),
