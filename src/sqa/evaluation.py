@@ -23,7 +23,7 @@ from sqa import storage
 from sqa.config import unknown
 from sqa.data import Corpus
 from sqa.errors import InputError, first_line, load_extra
-from sqa.interop import llama, open_source, read_tokenizer
+from sqa.interop import llama, open_source, read_text_side
 from sqa.interop.hub import local_path
 from sqa.measure.machine import find_device
 from sqa.progress import Display
@@ -124,7 +124,7 @@ def open_reader(source: str | Path) -> Callable[[str], Reader]:
     else:
         vocab_size, argument = _of_transformers(path, "AutoConfig").get_text_config().vocab_size, "logits_to_keep"
         load = partial(_of_transformers, path, "AutoModelForCausalLM", use_safetensors=True)
-    tokenizer = read_tokenizer(path, vocab_size)
+    tokenizer = read_text_side(path, vocab_size).tokenizer
     if tokenizer is None:
         raise InputError(f"model: {source} has no tokenizer.json, which the items are encoded with")
 

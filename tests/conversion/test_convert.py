@@ -37,8 +37,8 @@ from sqa.cli import app
 from sqa.conversion import report
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.records import Conversion
-from sqa.conversion.run import convert
-from sqa.conversion.settings import Settings
+from sqa.conversion.run import convert, run
+from sqa.conversion.settings import Settings, prepare
 from sqa.data.batches import Batch
 from sqa.interop import load_config, load_model
 from sqa.measure.timing import Timing
@@ -360,6 +360,9 @@ def test_what_cannot_be_converted(hugging_face, text: Path, tmp_path: Path) -> N
     refused(r"query_heads must be a multiple of 3 KV heads, at most 6 \(3, 6\), got 4", query_heads=4)
     refused("lies inside the model", out=source / "out")
     refused("exists", out=source)
+    for nameless in (Path(), Path("/")):
+        with pytest.raises(ValueError, match=r"exists; name a new one"):
+            converted(source, nameless, text, Settings(query_heads=3, **SMALL))
     refused("method must be one of .*did you mean 'taylor'", method="tailor")
     refused("length must be at most what the model reads, 96, got 200", length=200, evaluation_tokens=400)
     (tmp_path / "short").mkdir()
@@ -463,6 +466,22 @@ def test_layers_keep_what_their_heads_are_worth(private_modules, hugging_face, t
     )
 
 
+def test_what_no_stock_class_holds_is_written_with_ours(
+    private_modules, hugging_face, text: Path, tmp_path: Path
+) -> None:
+    """A Llama with biases, of which every layer keeps as many heads; converted again it is for transformers still."""
+    source = hugging_face("llama")
+    LlamaForCausalLM(LlamaConfig(**FIELDS, attention_bias=True)).save_pretrained(source)
+    ids = torch.arange(2, 40)[None]
+    for name, heads in (("once", 3), ("twice", 2)):
+        converted(source, tmp_path / name, text, Settings(query_heads=heads, **SMALL))
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
+        assert theirs.config.num_attention_heads == heads
+        ours = load_model(tmp_path / name).eval()
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+        source = tmp_path / name
+
+
 def test_a_layer_may_lose_kv_heads(private_modules, hugging_face, text: Path, tmp_path: Path) -> None:
     """Of three KV heads of a layer two have query heads that add nothing: they go, and nothing is lost."""
     source = hugging_face("llama")
@@ -539,8 +558,8 @@ def test_weights_are_there_before_the_timing(
     def timed(contestants: dict, **options: object) -> dict:
         """As many seconds as the model has heads; ten times that for forward and backward."""
         found = {}
-        for name, run in contestants.items():
-            run()
+        for name, contestant in contestants.items():
+            contestant()
             what, heads, n = passes.pop()
             seconds = float(heads * n * (1 if what == "prefill" else 10))
             found[name] = Timing(p20=seconds, median=seconds, p80=seconds)
@@ -559,6 +578,53 @@ def test_weights_are_there_before_the_timing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     with pytest.raises(ValueError, match="exists"):
         converted(source, tmp_path / "out", text, settings)
+
+
+def test_a_layer_whose_attention_adds_nothing(
+    saved, config_of: Callable[..., ModelConfig], model_of: Callable, text: Path, tmp_path: Path
+) -> None:
+    """Its Gram matrix is 0, and so is the energy of its output."""
+    model = model_of(config_of())
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
+    settings = Settings(
+        query_heads=2, allocation="measured", method="greedy", heal_tokens=256, layerwise=0.5, **SMALL
+    )  # fmt: skip
+    state = converted(saved(model), tmp_path / "out", text, settings)
+    assert (state.layers[0].dropped, state.layers[0].refitted) == (0, 0)
+    assert [stage.stage for stage in state.stages][-2:] == ["layers healed", "distilled"]
+
+
+def test_samples_of_a_model_that_reads_few_tokens(
+    saved, config_of: Callable[..., ModelConfig], model_of: Callable, text: Path, tmp_path: Path
+) -> None:
+    run = saved(model_of(config_of().replace(max_seq_len=32)))
+    state = converted(run, tmp_path / "out", text, Settings(query_heads=2, **SMALL))
+    assert len(state.samples) == 3
+
+
+def test_an_unfinished_conversion_goes_on_with_the_same_model_alone(
+    hugging_face, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: object) -> None:
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(sys.modules[convert.__module__], "operate", stopped)
+    source, settings = hugging_face("llama"), Settings(query_heads=3, **SMALL)
+    with pytest.raises(Interrupted):
+        converted(source, tmp_path / "out", text, settings)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unfinished conversion with other settings \(model: "):
+        converted(source, tmp_path / "out", text, settings)
+
+
+def test_what_another_process_has_written_meanwhile_stays(hugging_face, text: Path, tmp_path: Path) -> None:
+    options = {"calibration": str(text), "evaluate": None}
+    job = prepare(hugging_face("llama"), tmp_path / "out", Settings(query_heads=3, **SMALL), **options)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists"):
+        run(job, Display(), StopFlag())
 
 
 def test_weights_that_are_not_finite(hugging_face, text: Path, tmp_path: Path) -> None:

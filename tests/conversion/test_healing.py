@@ -100,7 +100,8 @@ def test_quality_is_that_of_whole_logits(pair: tuple[LanguageModel, LanguageMode
 def test_text_is_packed_document_by_document(saved, config_of: Make, model_of: Build, small_tokenizer) -> None:
     run = saved(model_of(config_of()))
     texts = ["def attend(q, k, v):", "return", "softmax(q @ k.T) @ v", "42 times, größer als ß"]
-    found = LanguageModel.load(run).batches(run, iter(texts), rows=3, length=10, batch_size=2)
+    subject = LanguageModel.load(run)
+    found = subject.batches(subject.text_side(run), iter(texts), rows=3, length=10, batch_size=2)
     assert [len(batch) for batch in found] == [2, 1]
     documents = [[*small_tokenizer.encode(text).ids, small_tokenizer.token_to_id("<|endoftext|>")] for text in texts]
     ids = torch.tensor([i for document in documents for i in document])

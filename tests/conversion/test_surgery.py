@@ -96,6 +96,7 @@ def test_pools(counts: tuple[int, int], asked: tuple[int, int | None], expected:
         ((9, 3), (12, None), r"\(3, 6, 9\), got 12"),
         ((9, 3), (0, None), r"\(3, 6, 9\), got 0"),
         ((9, 3), (6, 2), r"kv_heads must divide the model's 3 KV heads \(1, 3\), got 2"),
+        ((9, 3), (6, 0), r"kv_heads must divide the model's 3 KV heads \(1, 3\), got 0"),
         ((12, 12), (13, None), "query_heads must be 1 to 12, got 13"),
         ((2, 4), (2, None), "fewer query than KV heads"),
     ],

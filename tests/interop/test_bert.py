@@ -209,6 +209,14 @@ print(json.dumps(model(ids, attention_mask=mask).last_hidden_state.tolist()))
     assert torch.equal(outputs(load_bert(tmp_path / "saved"), *batch), outputs(ours, *batch))
 
 
+def test_the_file_does_not_say_how_to_run_the_model(source: Path, batch: tuple[Tensor, Tensor]) -> None:
+    expected = outputs(load_bert(source), *batch)
+    config(attn_implementation="eager", return_dict=False)(source)
+    again = load_bert(source)
+    assert again.config._attn_implementation == "sdpa"
+    assert torch.equal(outputs(again, *batch), expected)
+
+
 def test_prefix_buffers_and_a_missing_pooler(
     stock: BertModel, source: Path, batch: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:

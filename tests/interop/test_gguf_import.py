@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqa import AttentionConfig, InputError, ModelConfig, Rope, RopeScaling, Transformer, load_model
+from sqa.attention.rope import inverse_frequencies
 from sqa.interop import export, import_model, load_config, open_source
 from sqa.interop.llama import repaired
 
@@ -210,6 +211,26 @@ def test_a_scaling_factor_of_zero_is_none(model_of, tmp_path: Path) -> None:
     model = model_of(wide_config())
     path = write_gguf(tmp_path / "m.gguf", model, keys=set_keys(llama__rope__scaling__factor=0.0))
     assert load_config(path) == model.config
+
+
+def test_divisors_of_frequencies_are_read_with_no_other_scaling_alone(model_of, tmp_path: Path) -> None:
+    """llama.cpp applies both; here a type of scaling hid the divisors."""
+    scaling = RopeScaling(kind="llama3", factor=8.0, original_max_seq_len=512)
+    rope = Rope(base=500_000.0, scaling=scaling)
+    model = model_of(wide_config(num_heads=4, head_dim=32, rope=rope))
+    plain, stretched = (inverse_frequencies(each, 32)[0] for each in (Rope(base=500_000.0), rope))
+    for factor in (1.0, 4.0):
+
+        def keys(writer: gguf.GGUFWriter, factor: float = factor) -> None:
+            writer.add_tensor("rope_freqs.weight", (plain / stretched).numpy())
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(factor)
+
+        path = write_gguf(tmp_path / "m.gguf", model, keys=keys)
+        if factor == 1.0:
+            assert load_config(path) == model.config
+        else:
+            refused(path, tmp_path, "has rope_freqs.weight beside llama.rope.scaling")
 
 
 def test_frequencies_that_are_all_divided_by_one_are_plain(model_of, tmp_path: Path) -> None:

@@ -289,6 +289,26 @@ def test_layer_types_follow_from_the_number_of_full_layers(theirs, tmp_path: Pat
     assert [layer.window for layer in load_config(path.parent).layers] == [None, 6, 6]
 
 
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_fields_that_a_config_lacks_are_those_of_transformers(config_class: type) -> None:
+    values = {
+        **SHAPE,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    }
+    theirs = config_class(**values)
+    config = llama.model_config({"model_type": theirs.model_type, **values})
+    window = getattr(theirs, "sliding_window", None)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
+    assert [layer.window for layer in config.layers] == [window if "sliding" in kind else None for kind in types]
+    for layer in config.layers:
+        assert (layer.num_kv_heads, layer.head_dim) == (theirs.num_key_value_heads, getattr(theirs, "head_dim", 64))
+        assert layer.rope.base == theirs.rope_parameters["rope_theta"]
+    assert (config.norm_eps, config.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+
+
 @pytest.mark.parametrize("theirs", ["qwen2"], indirect=True)
 def test_sharded_weights_load(theirs, ids: torch.Tensor, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")

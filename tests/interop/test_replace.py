@@ -37,6 +37,12 @@ def test_our_model_keeps_everything_but_the_heads(config_of: Make, ids: torch.Te
     model.generate(ids, max_new_tokens=5)  # layer indices of the cache
 
 
+def test_heads_of_odd_width_without_rotary_positions(config_of: Make) -> None:
+    for model in (Transformer(config_of(num_heads=16, rope=None)), nn.TransformerEncoderLayer(48, 16)):
+        (after,) = set(replace_attention(model, "sqa").after.values())
+        assert (after.num_query_heads, after.num_kv_heads, after.head_dim) == (8, 4, 3)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_runs_our_layer_in_training_and_in_evaluation(batch_first: bool, norm_first: bool) -> None:

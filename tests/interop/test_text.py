@@ -26,7 +26,7 @@ def stock(config_of: Make, model_of, saved, tmp_path: Path) -> Path:
     export(saved(model_of(config_of())), tmp_path / "stock", format="hf")
     folder = tmp_path / "stock"
     (folder / "generation_config.json").unlink()
-    change(folder / "config.json", bos_token_id=5, eos_token_id=[6, 7], pad_token_id=8)
+    change(folder / "config.json", bos_token_id=5, eos_token_id=[6, 7, 9], pad_token_id=8)
     return folder
 
 
@@ -40,18 +40,30 @@ def ids_of(path: Path) -> dict[str, object]:
 
 
 def test_special_ids_are_kept_without_generation_config(stock: Path, tmp_path: Path) -> None:
-    expected = {"bos": 5, "eos": [6, 7], "pad": 8}
+    expected = {"bos": 5, "eos": [6, 7, 9], "pad": 8}
     import_model(stock, tmp_path / "ours")
     assert ids_of(tmp_path / "ours" / "generation_config.json") == expected
     for source in (stock, tmp_path / "ours"):
-        assert open_source(source).read_text_side().special == SpecialIds(bos=5, eos=(6, 7), pad=8)
+        assert open_source(source).read_text_side().special == SpecialIds(bos=5, eos=(6, 7, 9), pad=8)
         export(source, tmp_path / f"{source.name}-hf", format="hf")
         for name in ("config.json", "generation_config.json"):
             assert ids_of(tmp_path / f"{source.name}-hf" / name) == expected
         export(source, tmp_path / f"{source.name}.gguf", format="gguf")
         fields = gguf.GGUFReader(tmp_path / f"{source.name}.gguf").fields
-        found = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos", "eot", "padding")]
-        assert found == [5, 6, 7, 8]
+        names = ("bos", "eos", "eot", "eom", "padding")
+        assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in names] == [5, 6, 7, 9, 8]
+
+
+def test_a_text_begins_with_a_token_in_gguf_too(stock: Path, small_tokenizer, tmp_path: Path) -> None:
+    """Also where another token ends it."""
+    tokenizer = type(small_tokenizer).from_str(small_tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="a $A b", special_tokens=[(token, tokenizer.token_to_id(token)) for token in "ab"]
+    )
+    tokenizer.save(str(stock / "tokenizer.json"))
+    change(stock / "config.json", bos_token_id=tokenizer.token_to_id("a"))
+    export(stock, tmp_path / "model.gguf", format="gguf")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is True
 
 
 def test_generation_config_wins_and_keeps_its_other_fields(stock: Path, tmp_path: Path) -> None:
@@ -69,16 +81,20 @@ def test_ids_follow_from_the_tokens_that_tokenizer_config_names(stock: Path) -> 
 
 
 def test_a_template_over_several_lines_is_rendered_as_transformers_does(stock: Path) -> None:
-    """Blocks on lines of their own, indented, leave no newline; JSON keeps its letters; loops can be left."""
+    """Blocks on lines of their own, indented, leave no newline; JSON keeps its letters; loops can be left.
+
+    Tools and documents are none, and not undefined. What the assistant says may be marked.
+    """
     lines = (
+        "{% if tools is not none or documents is not none %}[{{ tools[0] }}]{% endif %}",
         "{% for m in messages %}",
         "    {% if m['role'] == 'user' %}",
-        "[{{ m['content'] | tojson }}]",
+        "[{{ m['content'] | tojson }}{{ m['content'] | tojson(ensure_ascii=True) }}]",
         "    {% endif %}",
         "    {% break %}",
         "{% endfor %}",
         "{% if add_generation_prompt %}",
-        "[assistant]",
+        "{% generation %}[assistant]{% endgeneration %}:",
         "{% endif %}",
     )
     change(stock / "tokenizer_config.json", chat_template="\n".join(lines))
@@ -86,7 +102,7 @@ def test_a_template_over_several_lines_is_rendered_as_transformers_does(stock: P
     theirs = AutoTokenizer.from_pretrained(stock).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     text = open_source(stock).read_text_side()
     assert text.encode_chat("größer") == theirs
-    assert text.decode(theirs) == '["größer"]\n[assistant]\n'
+    assert text.decode(theirs) == '["größer""gr\\u00f6\\u00dfer"]\n[assistant]:\n'
 
 
 def test_a_tokenizer_that_was_saved_to_cut_and_to_pad_does_neither(stock: Path, small_tokenizer) -> None:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from sqa.config import AttentionConfig
-from sqa.conversion.importance import choose_heads, l2_norms
+from sqa.conversion.importance import best_heads, l2_norms
 from sqa.conversion.moments import Moments
 from sqa.conversion.subject import AttentionView, Subject, joined, watched
 from sqa.conversion.surgery import Plan, plan_heads, plan_without, solve_damped
 from sqa.errors import InputError
 
-_DAMPING = 1e-4  # the ridge penalty that most layers choose
+_DAMPING = 1e-4  # of surgery.DAMPING the penalty that serves most layers best
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer may become, and the cost of it in nats a token."""
+    """A plan for a layer, and its cost in nats a token."""
 
     plan: Plan
     cost: float
@@ -31,9 +31,9 @@ class Choice:
 def layer_choices(
     original: Subject, batches: Iterable[Any], counts: Sequence[Sequence[tuple[int, int]]]
 ) -> list[dict[int, Choice]]:
-    """For each layer the cheapest way to keep so many query heads, by their number.
+    """For each layer, the cheapest choice for each number of query heads.
 
-    `counts`: for each layer the numbers of query and KV heads to try.
+    `batches`: calibration text. `counts`: for each layer the pairs of query and KV heads to try.
 
     The cost is the second-order estimate of KL(original || converted) when that layer alone changes: E[(g . e)^2] / 2,
     with e the error of the refitted attention output and g the gradient of a token's loss by that output (the empirical
@@ -60,7 +60,7 @@ def layer_choices(
         norms, cheapest = l2_norms(view, m), dict[int, Choice]()
         for num_query_heads, num_kv_heads in pairs:
             plan = plan_layer(view.config, norms, num_query_heads, num_kv_heads)
-            choice = Choice(plan, _cost(view, m, plan, slope) / tokens**2)
+            choice = Choice(plan, _cost(view, m.gram, norms, plan, slope) / tokens**2)
             if num_query_heads not in cheapest or choice.cost < cheapest[num_query_heads].cost:
                 cheapest[num_query_heads] = choice
         found.append(cheapest)
@@ -68,31 +68,32 @@ def layer_choices(
 
 
 def plan_layer(config: AttentionConfig, norms: Tensor, num_query_heads: int, num_kv_heads: int) -> Plan:
-    """The layer with the KV heads whose best query heads have the largest `norms` (Hq,) together."""
-    if config.num_query_heads == config.num_kv_heads:  # each KV head goes with its query head
+    """The layer with so many heads. It keeps the KV heads whose best query heads have the largest `norms` (Hq,).
+
+    In multi-head attention each KV head stays or goes with its query head, and any heads may stay.
+    """
+    if config.num_query_heads == config.num_kv_heads:
         return plan_heads(config, num_query_heads, None)
     best = norms.square().view(config.num_kv_heads, -1).topk(num_query_heads // num_kv_heads).values.sum(1)
     return plan_without(config, num_query_heads, sorted(best.topk(num_kv_heads).indices.tolist()))
 
 
-def _cost(view: AttentionView, moments: Moments, plan: Plan, slope: Tensor) -> float:
-    """tr(slope error gram error^T) / 2, where slope and gram are sums over tokens."""
+def _cost(view: AttentionView, gram: Tensor, norms: Tensor, plan: Plan, slope: Tensor) -> float:
+    """tr(slope error gram error^T) / 2, where slope (d, d) and gram (F, F) are sums over tokens."""
     after, pools = plan
-    kept = choose_heads(
-        "l2",
-        view,
-        moments,
-        pools,
-        after.num_query_heads // len(pools),
-        gate_gradients=None,
-        generator=torch.Generator(),
-    )
+    kept = best_heads(norms, pools, after.num_query_heads // len(pools))
     size, weight = view.config.head_dim, joined(view.o)
     columns = [head * size + i for head in kept for i in range(size)] + list(range(view.o.in_features, weight.shape[1]))
     error = weight.clone()
     error[:, columns] = 0.0  # the error when the other heads go
-    error[:, columns] -= solve_damped(moments.gram[columns][:, columns], error @ moments.gram[:, columns], _DAMPING)
-    return float(((slope @ error @ moments.gram) * error).sum()) / 2
+    error[:, columns] -= solve_damped(gram[columns][:, columns], error @ gram[:, columns], _DAMPING)
+    return float(((slope @ error @ gram) * error).sum()) / 2
+
+
+def cheapest(choices: Sequence[Mapping[int, Choice]], total: int) -> list[Plan]:
+    """The plan of each layer, by the cheapest of its `choices` that have `total` query heads in all."""
+    counts = allocate([{count: choice.cost for count, choice in layer.items()} for layer in choices], total)
+    return [layer[count].plan for layer, count in zip(choices, counts, strict=True)]
 
 
 def allocate(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:

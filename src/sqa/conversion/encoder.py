@@ -15,6 +15,7 @@ from sqa.conversion.records import EmbeddingQuality
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.errors import InputError
 from sqa.interop import bert
+from sqa.interop.text import TextSide
 
 NEIGHBOURS = 10  # of a passage, in the retrieval that is compared
 
@@ -49,19 +50,16 @@ class Encoder(Subject):
         config = bert.load_config(directory)
         return (bert.attention_config(config),) * config.num_hidden_layers, config.max_position_embeddings
 
-    @classmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Nothing to check: `shape` has read all files that are copied."""
-
     @property
     def views(self) -> list[AttentionView]:
         config, layers = bert.attention_config(self.model.config), (each.attention for each in self.model.encoder.layer)
         return [AttentionView(config, x.self.query, x.self.key, x.self.value, x.output.dense) for x in layers]
 
     def batches(
-        self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
+        self, side: TextSide, documents: Iterator[str], rows: int, length: int, batch_size: int
     ) -> list[Passages]:
-        tokenizer = self.tokenizer(directory)
+        tokenizer = side.tokenizer
+        assert tokenizer is not None, "text_side() refuses it"
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(pad_id=self.model.config.pad_token_id or 0)
         texts = list(islice(documents, rows))

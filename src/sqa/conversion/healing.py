@@ -45,7 +45,8 @@ class Layerwise(Healing):
         with torch.no_grad():
             pairs = list(self.teacher.layers(part))
         losses = [
-            (self.student.attend(i, x, part) - target).float().square().sum() / target.float().square().sum()
+            (self.student.attend(i, x, part) - target).float().square().sum()
+            / target.float().square().sum().clamp(min=1e-30)  # a layer's attention may add nothing at all
             for i, (x, target) in enumerate(pairs)
         ]
         return torch.stack(losses).mean()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sqa.conversion.moments import Moments
+from sqa.conversion.moments import Moments, damped
 from sqa.conversion.subject import AttentionView, Subject, joined, watched
 
 Method = Literal["random", "weight", "l2", "taylor", "greedy"]
@@ -31,7 +31,7 @@ def choose_heads(
     gate_gradients: Tensor | None,
     generator: torch.Generator,
 ) -> list[int]:
-    """The heads that stay, `keep` of each pool, in rising order; heads in no pool go.
+    """The heads that stay, `keep` of each pool, in rising order. Heads that are in no pool are dropped.
 
     `moments`: of the layer's own output projection. `gate_gradients`: (Hq,), for `taylor`.
     """
@@ -44,6 +44,11 @@ def choose_heads(
         scores = gate_gradients
     else:
         scores = weight_norms(view) if method == "weight" else l2_norms(view, moments)
+    return best_heads(scores, pools, keep)
+
+
+def best_heads(scores: Tensor, pools: Sequence[Sequence[int]], keep: int) -> list[int]:
+    """The `keep` heads of each pool that have the highest `scores` (Hq,), in rising order."""
     best = [sorted(pool, key=lambda head: -float(scores[head]))[:keep] for pool in pools]
     return sorted(head for heads in best for head in heads)
 
@@ -69,15 +74,13 @@ def _eliminate(view: AttentionView, moments: Moments, pools: Sequence[Sequence[i
     This is optimal brain surgeon in blocks; after each step, P and W are those of a layer without that head.
     """
     size = view.config.head_dim
-    gram = moments.gram
-    damping = 1e-6 * gram.diagonal().mean()
-    inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
+    inverse = torch.linalg.inv(damped(moments.gram, 1e-6))
     weight = joined(view.o)
     left = {head: pool for pool in map(set, pools) for head in pool}
     outside = [head for head in range(view.config.num_query_heads) if head not in left]
-    while outside or any(len(pool) > keep for pool in left.values()):
+    while candidates := outside or [head for head, pool in left.items() if len(pool) > keep]:
         costs = {}
-        for head in outside or [head for head, pool in left.items() if len(pool) > keep]:
+        for head in candidates:
             own = slice(head * size, (head + 1) * size)
             costs[head] = float((weight[:, own].T * torch.linalg.solve(inverse[own, own], weight[:, own].T)).sum())
         dropped = min(costs, key=costs.__getitem__)

@@ -17,6 +17,7 @@ from sqa.conversion.records import LanguageQuality
 from sqa.conversion.subject import AttentionView, Subject
 from sqa.data.batches import Batch, pack
 from sqa.errors import InputError
+from sqa.interop.text import TextSide
 from sqa.losses import IGNORE, linear_distillation
 from sqa.model import Transformer
 
@@ -33,28 +34,20 @@ class LanguageModel(Subject):
 
     @classmethod
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
-        config = interop.load_config(directory)
-        return config.layers, config.max_seq_len
-
-    @classmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
         source = interop.open_source(directory)
-        interop.check_like(source.config.replace(attention=tuple(attention)), directory)
-        source.read_text_side()
+        source.read_text_side()  # `save` copies it
+        return source.config.layers, source.config.max_seq_len
 
     @property
     def views(self) -> list[AttentionView]:
         layers = (block.self_attn for block in self.model.model.layers)
         return [AttentionView(each.config, each.q_proj, each.k_proj, each.v_proj, each.o_proj) for each in layers]
 
-    def batches(
-        self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
-    ) -> list[Batch]:
-        tokenizer = self.tokenizer(directory)
-        end_id = interop.open_source(directory).read_text_side().end_of_document
-        encoded = (tokenizer.encode(text).ids + ([] if end_id is None else [end_id]) for text in documents)
+    def batches(self, side: TextSide, documents: Iterator[str], rows: int, length: int, batch_size: int) -> list[Batch]:
         if not rows:
             return []
+        end = [] if side.end_of_document is None else [side.end_of_document]
+        encoded = (side.encode(document) + end for document in documents)
         text = packed_rows(encoded, rows=rows, length=length)
         return [text.take(slice(start, start + batch_size), self.device) for start in range(0, rows, batch_size)]
 

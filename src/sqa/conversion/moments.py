@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def damped(gram: Tensor, share: float) -> Tensor:
+    """A symmetric matrix (F, F) with `share` of the mean of its diagonal added to the diagonal, to be inverted."""
+    strength = share * max(float(gram.diagonal().mean()), 1e-30)  # a layer whose values are all 0 has no other
+    return gram + strength * torch.eye(len(gram), dtype=gram.dtype)
+
+
 class Moments:
     """Sums of x x^T, y x^T and |y|^2 over tokens, in fp64, for features x (N, F) and targets y (N, d).
 

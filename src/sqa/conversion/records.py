@@ -40,9 +40,8 @@ Quality = LanguageQuality | EmbeddingQuality
 
 
 def _quality(values: Mapping[str, Any]) -> Quality:
-    if "loss" in values:
-        return read_fields(LanguageQuality, values, "quality")
-    return read_fields(EmbeddingQuality, values, "quality")
+    kind: type[Quality] = LanguageQuality if "loss" in values else EmbeddingQuality
+    return read_fields(kind, values, "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class Sample:
 class Conversion:
     """All that is known of a conversion. While it runs, what is measured last is empty.
 
-    `settings`: with a fingerprint of the text that was read. `parameters`: before and after. `wall_s` and
+    `settings`: with digests of the model and the text that were read. `parameters`: before and after. `wall_s` and
     `peak_bytes`: of the last process, without what came before a resumption.
     """
 

@@ -29,7 +29,7 @@ def planned(job: Job) -> Group:
     """What a conversion is going to do."""
     settings, n = job.settings, job.settings.length
     table = make_table("attention", "before", "after", names=("attention",), gap=2)
-    after = [layer for layer, _ in job.plans()]
+    after = job.shapes()
     for what, count in (
         ("query heads a layer", lambda layer: layer.num_query_heads / len(job.before)),
         ("KV heads a layer", lambda layer: layer.num_kv_heads / len(job.before)),

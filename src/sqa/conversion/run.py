@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,10 +32,10 @@ from sqa.progress import Display, Interrupted, StepReport, StopFlag
 from sqa.records import differences, read_json
 from sqa.training.loop import Hooks
 
-MEASUREMENTS = 4  # of quality while a phase of healing runs, or fewer: they take at most a tenth of its time
+MEASUREMENTS = 4  # the most in a phase of healing; they take about a tenth of its time
 GO_ON = "stopped; the same command goes on from what is done"
-SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 32, 32
-TIMING_SECONDS = 600.0  # no further round of timings begins after these
+SAMPLES, SAMPLE_TOKENS = 3, 32  # of each prompt, and of its continuation
+TIMING_SECONDS = 600.0  # after this time no further round of timings begins
 
 
 def convert(
@@ -50,11 +50,11 @@ def convert(
 ) -> Conversion:
     """Give a pretrained model fewer query heads and write it to `out`, with conversion.json in it; returns its content.
 
-    source: a directory of transformers (Llama, Mistral, Qwen2, Qwen3, BERT), one of ours, or a name on the Hub. `out`
-    must not exist; it appears whole, and is of the same kind as `source` where that can hold the model (layers that
-    differ in their heads are written for trust_remote_code). calibration, evaluate: "builtin", "wikipedia" or the path
-    of a file or folder of text; the model is fitted and healed on the train split of the first, and measured on its
-    validation split and on that of the second (None: on the first alone).
+    source: a directory of transformers (Llama, Mistral, Qwen2, Qwen3, BERT) or of ours, a .gguf file, or a name on the
+    Hub. `out` must not exist. It appears whole, as a directory of ours if `source` is one, else of transformers; what
+    no stock class holds, such as layers that differ in their heads, needs trust_remote_code. calibration, evaluate:
+    "builtin", "wikipedia" or the path of a file or folder of text; the model is fitted and healed on the train split of
+    the first, and measured on its validation split and on that of the second (None: on the first alone).
 
     A signal that `stop` (progress.stop_flag) got stops it at once; the same call then continues the conversion.
 
@@ -85,24 +85,6 @@ class _Text:
     evaluation: Sequence[Any]
     elsewhere: Sequence[Any]
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of all tokens."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in vars(self).values():
-            for batch in part:
-                digest.update(batch.input_ids.cpu().numpy().tobytes())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Domain:
-    """Text that quality is measured on, and the original's outputs for it."""
-
-    name: str
-    batches: Sequence[Any]
-    reference: Sequence[Tensor]
-
 
 class _Run:
     """One process's work on a conversion. `state` is always what state.json holds."""
@@ -122,9 +104,14 @@ class _Run:
         self.original = self._load(job.source)
         self.original.check_finite(job.source)
         self.text = self._read()
-        self.domains = [self._domain("the validation text", self.text.evaluation)]
+        self.domains = {"the validation text": self.text.evaluation}
         if job.second:
-            self.domains.append(self._domain("the second domain", self.text.elsewhere))
+            self.domains["the second domain"] = self.text.elsewhere
+        with self._autocast():
+            self.references = {
+                domain: self.original.outputs(self._shown(f"the original on {domain}", batches))
+                for domain, batches in self.domains.items()
+            }
         if not self.state.has("original", 0):
             self._record("original", self.original)
         if not (job.work / "refitted").is_dir():
@@ -151,6 +138,7 @@ class _Run:
         second = None if self.job.second is None else self.job.second.name
         settings = {"calibration": self.job.calibration.name, "evaluate": second, **self.settings.to_dict()}
         if not self.state_path.is_file():
+            storage.refuse_existing(self.job.out)  # `prepare` has not seen what a process before this one finished
             return Conversion(settings=settings)
         state = Conversion.from_dict(read_json(self.state_path))
         self._compare(state.settings, settings)
@@ -192,33 +180,31 @@ class _Run:
         """Read the text, each split once and only as far as needed."""
         job, settings = self.job, self.settings
         self.display.note(f"reading {job.calibration.name}" + (f" and {job.second.name}" if job.second else ""))
-        read = partial(self.original.batches, job.source, length=settings.length, batch_size=settings.batch_size)
+        self.side = self.original.text_side(job.source)
+        rows_of = partial(self.original.batches, self.side, length=settings.length, batch_size=settings.batch_size)
         training, measured = job.calibration.documents("train"), settings.evaluation_tokens // settings.length
-        held_out = read(training, settings.sequences // 8)
+        held_out = rows_of(training, settings.sequences // 8)
         second, rows = job.second.documents("validation") if job.second else iter(()), measured
         if not self.original.predicts:  # it reads a document a row, and the built-in corpus has few documents
             found = list(islice(second, rows))
             second, rows = iter(found), len(found) or 1
         text = _Text(
             held_out=held_out,
-            fit=read(training, settings.sequences - settings.sequences // 8),
-            healing=read(training, settings.batch_size * settings.steps),
-            evaluation=read(job.calibration.documents("validation"), measured),
-            elsewhere=read(second, rows) if job.second else (),
+            fit=rows_of(training, settings.sequences - settings.sequences // 8),
+            healing=rows_of(training, settings.batch_size * settings.steps),
+            evaluation=rows_of(job.calibration.documents("validation"), measured),
+            elsewhere=rows_of(second, rows) if job.second else (),
         )
-        if "text" in self.state.settings:
-            self._compare(self.state.settings, {"text": text.fingerprint})
-        else:
-            self._save(settings={**self.state.settings, "text": text.fingerprint})
+        held, ids = self.state.settings, (batch.input_ids for part in vars(text).values() for batch in part)
+        read = {"model": _digest(self.original.model.parameters()), "text": _digest(ids)}
+        self._compare(held, {name: digest for name, digest in read.items() if name in held})
+        self._save(settings={**held, **read})
         return text
-
-    def _domain(self, name: str, batches: Sequence[Any]) -> _Domain:
-        with self._autocast():
-            return _Domain(name, batches, self.original.outputs(self._shown(f"the original on {name}", batches)))
 
     def _record(self, stage: str, subject: Subject, tokens: int = 0, *, midway: bool = False) -> None:
         """Measure a stage, print it and keep it; `midway` through healing, on the first domain only."""
-        quality = [self._measure(stage, subject, domain) for domain in self.domains[: 1 if midway else 2]]
+        domains = list(self.domains)[: 1 if midway else 2]
+        quality = [self._measure(stage, subject, domain) for domain in domains]
         measured = Stage(stage=stage, tokens=tokens, quality=quality[0], elsewhere=next(iter(quality[1:]), None))
         self.display.note(str(measured))
         if measured.elsewhere:
@@ -226,10 +212,10 @@ class _Run:
         self.state = self.state.with_stage(measured)
         self._save()
 
-    def _measure(self, stage: str, subject: Subject, domain: _Domain) -> Quality:
+    def _measure(self, stage: str, subject: Subject, domain: str) -> Quality:
         with self._autocast():
-            batches = self._shown(f"measuring {stage} on {domain.name}", domain.batches)
-            quality = subject.measure(batches, self.original, domain.reference)
+            batches = self._shown(f"measuring {stage} on {domain}", self.domains[domain])
+            quality = subject.measure(batches, self.original, self.references[domain])
         if not all(math.isfinite(value) for value in vars(quality).values()):
             what = "the original" if subject is self.original else "the converted model"
             raise InputError(f"model: {what} gives values that are not finite ({quality}); nothing was converted")
@@ -238,7 +224,8 @@ class _Run:
     def _operate(self) -> None:
         job, text = self.job, self.text
         with self._autocast():
-            plans = job.plans(None if self.settings.allocation == "uniform" else self._choices())
+            uniform = self.settings.allocation == "uniform"
+            plans = job.uniform() if uniform else allocation.cheapest(self._choices(), job.total)
             counts = ", ".join(f"{after.num_query_heads}/{after.num_kv_heads}" for after, _ in plans)
             self.display.note(f"query/KV heads of the layers: {counts}")
             self.display.start("refitting layer by layer", len(plans))
@@ -252,7 +239,7 @@ class _Run:
         self._write(refitted, job.work / "refitted", torch.float32)
 
     def _choices(self) -> list[dict[int, allocation.Choice]]:
-        """What each layer may become, and the costs of that on a quarter of the calibration text."""
+        """What each layer may become, with the cost of each choice on a quarter of the calibration text."""
         part = self.text.fit[: -(-len(self.text.fit) // 4)]
         batches = self._shown("measuring what each layer's heads are worth", part)
         return allocation.layer_choices(self.original, batches, self.job.counts())
@@ -305,7 +292,7 @@ class _Run:
             self._record(stage, subject, offset + progress.tokens)
 
     def _marks(self, steps: int) -> set[int]:
-        """The steps after which quality is measured, beside the last one. All take about a tenth of the time together.
+        """The steps before the last after which quality is measured, so few that it takes about a tenth of the time.
 
         Measuring takes about a third of the time of training on as many tokens.
         """
@@ -324,11 +311,12 @@ class _Run:
         """Greedy continuations of the beginnings of validation rows by both models; none for an encoder."""
         if not self.kind.predicts:
             return ()
-        tokenizer, found = self.original.tokenizer(self.job.source), []
+        found = []
+        tokens = min(SAMPLE_TOKENS, self.original.model.config.max_seq_len // 2)
         for batch in self.text.evaluation[:SAMPLES]:
-            prompt = self.original.row_of(batch.input_ids[:1, :PROMPT_TOKENS])
-            before, after = (subject.continued(prompt, NEW_TOKENS) for subject in (self.original, converted))
-            texts = (tokenizer.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
+            prompt = self.original.row_of(batch.input_ids[:1, :tokens])
+            before, after = (subject.continued(prompt, tokens) for subject in (self.original, converted))
+            texts = (self.side.decode(ids[0].tolist()) for ids in (prompt.input_ids, before, after))
             found.append(Sample(**dict(zip(("prompt", "original", "converted"), texts, strict=True))))
         return tuple(found)
 
@@ -365,6 +353,14 @@ class _Run:
             for (what, n, name), timing in timings.items()
             if name == "after"
         )
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """Hex digest of the values of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _peak_bytes() -> int | None:

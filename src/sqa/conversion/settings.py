@@ -1,17 +1,14 @@
 """The settings of a conversion, checked before any weight is read."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from sqa import storage
 from sqa.config import AttentionConfig
 from sqa.conversion import surgery
-from sqa.conversion.allocation import Choice, allocate, plan_layer
+from sqa.conversion.allocation import allocate
 from sqa.conversion.importance import Method
 from sqa.conversion.language_model import LanguageModel
 from sqa.conversion.subject import Subject
@@ -25,17 +22,18 @@ from sqa.records import Checked
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Everything that decides what a conversion gives.
+    """Everything that decides the result of a conversion.
 
-    `query_heads`, `kv_heads`: in each layer (None: as surgery.plan_heads says). `allocation`: `uniform` gives every
-    layer the same number of query heads, `measured` gives the same total, with more to layers that need them most;
-    under `measured-kv` a layer may lose KV heads with all of their query heads, too.
-    `method` chooses heads; `pooling` merges KV heads. `sequences`: rows of `length` tokens that calibrate, an eighth
-    of them held out. `heal_tokens`: for healing, of which the share `layerwise` trains layer by layer first; `train`:
-    the parameters that healing changes. `control` also trains the original on these tokens. `evaluation_tokens`: to
-    measure on, in each domain. `speed_at`: lengths to time (None: 512, 2,048 and 8,192; for an encoder 128, 256 and
-    512). `dtype` bfloat16 means autocast for all computing; `compile` compiles the model that healing trains.
-    `device`: PyTorch's name of it. `threads`: of the CPU, 0 for PyTorch's choice.
+    `query_heads`, `kv_heads`: heads that each layer keeps (kv_heads None: all of them; in multi-head attention one for
+    each query head). `allocation`: `uniform` gives every layer the same number of query heads; `measured` gives the
+    layers that need them most more of the same total; under `measured-kv` a layer may also lose KV heads, with all of
+    their query heads. `method`: how heads are chosen. `pooling`: how KV heads are merged. `sequences`: rows of `length`
+    tokens to calibrate on; an eighth of them is held out. `heal_tokens`: tokens of healing; the share `layerwise` of
+    them trains each layer alone first. `train`: the parameters that healing changes. `control`: whether the original is
+    trained on the same tokens, too. `evaluation_tokens`: tokens to measure on, in each domain. `speed_at`: lengths to
+    time (None: 512, 2,048 and 8,192; for an encoder 128, 256 and 512). `dtype`: bfloat16 computes everything under
+    autocast. `compile`: whether the model that is healed is compiled. `device`: PyTorch's name of it. `threads`: of the
+    CPU, 0 for PyTorch's choice.
 
     Raises InputError, naming the field, for what cannot be run.
     """
@@ -113,7 +111,8 @@ def subject_class(directory: Path) -> type[Subject]:
 class Job:
     """A conversion that has been checked: source, output, text and settings.
 
-    `second`: the second domain to measure on, if there is one. `before`: the original's attention layers.
+    `second`: the second domain to measure on, if there is one. `before`: the original's attention layers. `speed_at`:
+    the lengths to time that the model can read.
     """
 
     source: Path
@@ -129,8 +128,13 @@ class Job:
         """The folder from which a stopped conversion continues."""
         return self.out.with_name(f".{self.out.name}.converting")
 
+    @property
+    def total(self) -> int:
+        """Query heads of all layers after the conversion."""
+        return self.settings.query_heads * len(self.before)
+
     def counts(self) -> list[list[tuple[int, int]]]:
-        """For each layer the numbers of query and KV heads that it may keep, by the settings' allocation."""
+        """For each layer the numbers of query and KV heads that a measured allocation may leave it with."""
         found = []
         for layer in self.before:
             surgery.check_heads(layer)
@@ -143,25 +147,23 @@ class Job:
             found.append([(n * each, n) for n in range(kv_heads, fewest - 1, -1) for each in of_each])
         return found
 
-    def plans(self, choices: Sequence[Mapping[int, Choice]] | None = None) -> list[Plan]:
-        """The plan of each layer; where layers may differ, the cheapest of `choices`, made by `layer_choices`.
+    def uniform(self) -> list[Plan]:
+        """The plan of each layer where all keep the same number of query heads."""
+        return [surgery.plan_heads(layer, self.settings.query_heads, self.settings.kv_heads) for layer in self.before]
 
-        Without choices it is any of the allocations with the same total, which all score as many pairs.
+    def shapes(self) -> list[AttentionConfig]:
+        """The layers after the conversion, where they may differ those of any allocation with the same total.
+
+        Raises InputError for counts that do not fit.
         """
-        kv_heads = self.settings.kv_heads
         if self.settings.allocation == "uniform":
-            return [surgery.plan_heads(layer, self.settings.query_heads, kv_heads) for layer in self.before]
-        if choices is None:
-            choices = [
-                {
-                    n: Choice(plan_layer(layer, torch.ones(layer.num_query_heads), n, kv), 0.0)
-                    for n, kv in reversed(pairs)
-                }
-                for layer, pairs in zip(self.before, self.counts(), strict=True)
-            ]
-        costs = [{n: choice.cost for n, choice in layer.items()} for layer in choices]
-        counts = allocate(costs, self.settings.query_heads * len(self.before))
-        return [layer[n].plan for layer, n in zip(choices, counts, strict=True)]
+            return [after for after, _ in self.uniform()]
+        kv_heads = [dict(reversed(pairs)) for pairs in self.counts()]  # the most for each number of query heads
+        query_heads = allocate([dict.fromkeys(each, 0.0) for each in kv_heads], self.total)
+        return [
+            layer.replace(num_query_heads=n, num_kv_heads=of_each[n])
+            for layer, n, of_each in zip(self.before, query_heads, kv_heads, strict=True)
+        ]
 
 
 def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: str, evaluate: str | None) -> Job:
@@ -180,14 +182,13 @@ def prepare(source: str | Path, out: Path, settings: Settings, *, calibration: s
         before=before,
         speed_at=tuple(n for n in speed_at if n <= longest),
     )
-    if not (
-        (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
-    ):  # else only figures are missing
+    only_figures_missing = out.name and (job.work / "state.json").is_file() and (out / "conversion.json").is_file()
+    if not only_figures_missing:
         storage.refuse_existing(out)
     measured = settings.allocation != "uniform"
     if measured and settings.kv_heads is not None:
         raise InputError(f"convert: allocation {settings.allocation} decides about KV heads; leave kv_heads out")
-    subject.check_source(directory, [after for after, _ in job.plans()])
+    job.shapes()  # refuses counts that do not fit
     if settings.length > longest:
         raise InputError(f"convert: length must be at most what the model reads, {longest}, got {settings.length}")
     for name, needs_loss in (

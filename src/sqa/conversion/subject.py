@@ -18,6 +18,7 @@ from sqa import interop
 from sqa.config import AttentionConfig
 from sqa.conversion.records import Quality
 from sqa.errors import InputError
+from sqa.interop.text import TextSide
 
 
 def joined(linear: nn.Linear) -> Tensor:
@@ -96,12 +97,10 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def shape(cls, directory: Path) -> tuple[tuple[AttentionConfig, ...], int]:
-        """The attention layers, and how many tokens the model can read. Raises InputError for a damaged directory."""
+        """The attention layers, and how many tokens the model can read.
 
-    @classmethod
-    @abstractmethod
-    def check_source(cls, directory: Path, attention: Sequence[AttentionConfig]) -> None:
-        """Raise InputError if `save` could not write a model with these layers or copy the other files."""
+        Raises InputError for a damaged directory, and for files that `save` could not copy.
+        """
 
     @property
     @abstractmethod
@@ -116,19 +115,19 @@ class Subject(ABC):
 
     @abstractmethod
     def batches(
-        self, directory: Path, documents: Iterator[str], rows: int, length: int, batch_size: int
+        self, side: TextSide, documents: Iterator[str], rows: int, length: int, batch_size: int
     ) -> Sequence[Any]:
-        """The next `rows` rows of `length` tokens of the text, on the model's device.
+        """The next `rows` rows of `length` tokens of the documents, on the model's device.
 
-        Raises InputError when there is less.
+        `side`: by `text_side`. Raises InputError when there are fewer rows.
         """
 
-    def tokenizer(self, directory: Path) -> Any:
-        """The `tokenizers.Tokenizer` of a model directory. Raises InputError without one."""
-        tokenizer = interop.read_tokenizer(directory, self.model.config.vocab_size)
-        if tokenizer is None:
+    def text_side(self, directory: Path) -> TextSide:
+        """The text side of the model in `directory`. Raises InputError if it has no tokenizer."""
+        side = interop.read_text_side(directory, self.model.config.vocab_size)
+        if side.tokenizer is None:
             raise InputError(f"model: {directory} has no tokenizer.json, which the calibration text is encoded with")
-        return tokenizer
+        return side
 
     @abstractmethod
     def row_of(self, input_ids: Tensor) -> Any:

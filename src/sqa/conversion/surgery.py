@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqa.config import AttentionConfig
-from sqa.conversion.moments import Moments
+from sqa.conversion.moments import Moments, damped
 from sqa.conversion.subject import AttentionView, AttentionWeights, joined
 from sqa.errors import InputError
 
@@ -19,7 +19,7 @@ ROUNDING = 2**-16
 """The share of energy that rounding to bf16 loses. A smaller error needs no refit."""
 
 Plan = tuple[AttentionConfig, list[range]]
-"""A layer's new shape, and its pools of query heads, of which it keeps the same number each."""
+"""A layer's new shape, and its pools of query heads. It keeps as many heads of one pool as of another."""
 
 
 def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int | None) -> Plan:
@@ -32,22 +32,23 @@ def plan_heads(config: AttentionConfig, num_query_heads: int, num_kv_heads: int 
     heads, kv_heads = config.num_query_heads, config.num_kv_heads
     check_heads(config)
     multi_head = heads == kv_heads
-    kept_kv = num_kv_heads or (num_query_heads if multi_head else kv_heads)
-    one_pool = multi_head and kept_kv == num_query_heads
+    if num_kv_heads is None:
+        num_kv_heads = num_query_heads if multi_head else kv_heads
+    one_pool = multi_head and num_kv_heads == num_query_heads
     if one_pool and not 1 <= num_query_heads <= heads:
         raise InputError(f"convert: query_heads must be 1 to {heads}, got {num_query_heads}")
-    if not one_pool and (kept_kv < 1 or kv_heads % kept_kv):
+    if not one_pool and (num_kv_heads < 1 or kv_heads % num_kv_heads):
         fits = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
-        raise InputError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {kept_kv}")
-    if num_query_heads % kept_kv or not 1 <= num_query_heads <= heads:
-        fits = ", ".join(str(n) for n in range(kept_kv, heads + 1, kept_kv))
+        raise InputError(f"convert: kv_heads must divide the model's {kv_heads} KV heads ({fits}), got {num_kv_heads}")
+    if num_query_heads % num_kv_heads or not 1 <= num_query_heads <= heads:
+        fits = ", ".join(str(n) for n in range(num_kv_heads, heads + 1, num_kv_heads))
         raise InputError(
-            f"convert: query_heads must be a multiple of {kept_kv} KV heads, at most {heads} ({fits}), "
+            f"convert: query_heads must be a multiple of {num_kv_heads} KV heads, at most {heads} ({fits}), "
             f"got {num_query_heads}"
         )
-    size = heads if one_pool else heads // kept_kv
+    size = heads if one_pool else heads // num_kv_heads
     pools = [range(start, start + size) for start in range(0, heads, size)]
-    return config.replace(num_query_heads=num_query_heads, num_kv_heads=kept_kv), pools
+    return config.replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads), pools
 
 
 def check_heads(config: AttentionConfig) -> None:
@@ -58,7 +59,10 @@ def check_heads(config: AttentionConfig) -> None:
 
 
 def plan_without(config: AttentionConfig, num_query_heads: int, kv_heads: Sequence[int]) -> Plan:
-    """The layer with `kv_heads` alone, as they are. The query heads that read each of them are a pool."""
+    """The layer that keeps these KV heads unchanged and loses the others, with all query heads that read those.
+
+    The query heads that read a KV head are a pool.
+    """
     size = config.num_query_heads // config.num_kv_heads
     pools = [range(head * size, (head + 1) * size) for head in kv_heads]
     return config.replace(num_query_heads=num_query_heads, num_kv_heads=len(pools)), pools
@@ -158,7 +162,6 @@ def refit(weight: Tensor, fit: Moments, held_out: Moments) -> Tensor:
 
 
 def solve_damped(gram: Tensor, cross: Tensor, share: float) -> Tensor:
-    """W (d, F) with W (gram + penalty) = cross (d, F), where the penalty is `share` of the mean of gram's diagonal."""
-    penalty = share * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=gram.dtype)
-    solved: Tensor = torch.linalg.solve(gram + penalty, cross.T).T
+    """W (d, F) with W damped(gram) = cross (d, F); gram (F, F)."""
+    solved: Tensor = torch.linalg.solve(damped(gram, share), cross.T).T
     return solved

@@ -3,14 +3,13 @@
 from sqa.interop.fewer_heads import FewerHeads, fewer_query_heads
 from sqa.interop.hub import push_to_hub
 from sqa.interop.replace import Replacement, replace_attention
-from sqa.interop.source import ModelSource, load_config, load_model, open_source, read_tokenizer
-from sqa.interop.writers import check_like, export, import_model, write_like
+from sqa.interop.source import ModelSource, load_config, load_model, open_source, read_text_side
+from sqa.interop.writers import export, import_model, write_like
 
 __all__ = [
     "FewerHeads",
     "ModelSource",
     "Replacement",
-    "check_like",
     "export",
     "fewer_query_heads",
     "import_model",
@@ -18,7 +17,7 @@ __all__ = [
     "load_model",
     "open_source",
     "push_to_hub",
-    "read_tokenizer",
+    "read_text_side",
     "replace_attention",
     "write_like",
 ]

@@ -34,6 +34,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "quantization_config": (None,),
 }
+_HOW_TO_RUN = ("attn_implementation", "return_dict")  # the caller's choice, not the file's
 _OURS = ("num_query_heads", "num_kv_heads", "head_dim")
 _BY_HEADS = re.compile(r"\.attention\.(self\.(query|key|value)\.(weight|bias)|output\.dense\.weight)$")
 
@@ -52,7 +53,7 @@ def load_config(directory: Path) -> BertConfig:
     with storage.in_file(directory / "config.json"):
         storage.require_counts(values, *(name for name in counts if name in values))
     with _plain_errors(directory):
-        config = MODEL_TYPES[kind][0].from_dict(values)
+        config = MODEL_TYPES[kind][0].from_dict({key: values[key] for key in values if key not in _HOW_TO_RUN})
     _side_files(directory, values, config.vocab_size)
     return config
 

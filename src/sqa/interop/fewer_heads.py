@@ -38,7 +38,9 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
 
     From 9 query and 3 KV heads: 6 and 3, then 3 and 3.
     """
-    config = _model_config(source)
+    if isinstance(source, str | Path):
+        source = load_config(source)
+    config = source if isinstance(source, ModelConfig) else _of_transformers(source)
     layer = config.layers[0]
     if len(config.head_counts) > 1:
         raise InputError("source: its layers have different head counts; choose counts for each kind of layer")
@@ -53,11 +55,7 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
     ]
 
 
-def _model_config(source: Any) -> ModelConfig:
-    if isinstance(source, ModelConfig):
-        return source
-    if isinstance(source, str | Path):
-        return load_config(source)
+def _of_transformers(source: Any) -> ModelConfig:
     values = source.to_dict() if hasattr(source, "to_dict") else {}
     if values.get("model_type") not in llama.MODEL_TYPES:
         raise InputError(
@@ -78,7 +76,7 @@ def _counts(layer: AttentionConfig) -> list[tuple[int, int]]:
 
 
 def _with_heads(source: Any, config: ModelConfig, query: int, kv: int) -> Any:
-    if isinstance(source, ModelConfig | str | Path):
+    if isinstance(source, ModelConfig):
         layers = tuple(each.replace(num_query_heads=query, num_kv_heads=kv) for each in config.layers)
         return config.replace(attention=layers)
     changed = copy.deepcopy(source)

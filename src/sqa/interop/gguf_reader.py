@@ -109,22 +109,21 @@ class _Cursor:
 
     def value(self, key: str) -> Any:
         kind = self.scalar("I")
-        if kind == _TEXT:
-            return self.text()
-        if kind in _SCALARS:
-            return self._plain(kind, self.scalar(_SCALARS[kind]))
-        if kind == _ARRAY:
-            kind, count = self.scalar("I"), self.scalar("Q")
-            if kind == _TEXT:
-                return [self.text() for _ in range(count)]  # a count that is too large runs into the end of the file
-            if kind in _SCALARS:
-                code = f"<{_SCALARS[kind]}"
-                raw = self.take(count * struct.calcsize(code))
-                return [self._plain(kind, each) for each in np.frombuffer(raw, dtype=np.dtype(code)).tolist()]
-        raise InputError(f"model: {self.path} is damaged: {shown(key)} has a value of type {kind}, which is not known")
+        if kind != _ARRAY:
+            return self.values(key, kind, 1)[0]
+        return self.values(key, self.scalar("I"), self.scalar("Q"))
 
-    def _plain(self, kind: int, value: Any) -> Any:
-        return float(str(np.float32(value))) if _SCALARS[kind] == "f" else value  # 1e-05, not 9.999999747e-06
+    def values(self, key: str, kind: int, count: int) -> list[Any]:
+        if kind == _TEXT:
+            return [self.text() for _ in range(count)]  # a count that is too large runs into the end of the file
+        if kind not in _SCALARS:
+            raise InputError(
+                f"model: {self.path} is damaged: {shown(key)} has a value of type {kind}, which is not known"
+            )
+        dtype = np.dtype(f"<{_SCALARS[kind]}")
+        values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        # 1e-05, not 9.999999747e-06
+        return [float(str(each)) for each in values] if dtype == np.float32 else values.tolist()
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -246,25 +245,25 @@ def _counts(file: GgufFile, key: str, num_layers: int, default: list[int] | None
 def _read_rope(file: GgufFile, arch: str, head_dim: int, max_seq_len: int) -> Rope:
     base = file.get(f"{arch}.rope.freq_base", float, 10_000.0)
     prefix = f"{arch}.rope.scaling"
-    kind = file.get(f"{prefix}.type", str, "none")
     # 0 stands for a key that is not there, as in llama.cpp
     factors = (file.get(key, float, 0.0) for key in (f"{prefix}.factor", f"{arch}.rope.scale_linear"))
     factor = next(filter(None, factors), 1.0)
-    length = file.get(f"{prefix}.original_context_length", int, max_seq_len)
-    if f"{prefix}.type" not in file.metadata and factor != 1.0:
-        kind = "linear"
+    kind = file.get(f"{prefix}.type", str, "none" if factor == 1.0 else "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise InputError(f"model: {prefix}.type in {file.path} must be none, linear or yarn, got {shown(kind)}")
+    if (divisors := file.tensors.get("rope_freqs.weight")) is not None:
+        if kind == "yarn" or (kind == "linear" and factor != 1.0):
+            raise InputError(f"model: {file.path} has rope_freqs.weight beside {prefix}; only one of them is read here")
+        return _llama3_rope(file.path, base, divisors.read(torch.float32).double(), head_dim)
+    if kind == "none":
+        return Rope(base=base)
     if kind == "linear":
         return Rope(base=base, scaling=RopeScaling(kind="linear", factor=factor))
-    if kind == "yarn":
-        known = {f"{prefix}.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
-        if others := [key for key in file.metadata if key.startswith(prefix) and key not in known]:
-            raise InputError(f"model: {file.path} has rope scaling fields not read here: {', '.join(others)}")
-        return Rope(base=base, scaling=RopeScaling(kind="yarn", factor=factor, original_max_seq_len=length))
-    if kind != "none":
-        raise InputError(f"model: {prefix}.type in {file.path} must be none, linear or yarn, got {shown(kind)}")
-    if (stored := file.tensors.get("rope_freqs.weight")) is None:
-        return Rope(base=base)
-    return _llama3_rope(file.path, base, stored.read(torch.float32).double(), head_dim)
+    known = {f"{prefix}.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+    if others := [key for key in file.metadata if key.startswith(prefix) and key not in known]:
+        raise InputError(f"model: {file.path} has rope scaling fields not read here: {', '.join(others)}")
+    length = file.get(f"{prefix}.original_context_length", int, max_seq_len)
+    return Rope(base=base, scaling=RopeScaling(kind="yarn", factor=factor, original_max_seq_len=length))
 
 
 def _llama3_rope(path: Path, base: float, factors: Tensor, head_dim: int) -> Rope:

@@ -32,7 +32,7 @@ _SPLITS: dict[str | None, tuple[str, ...]] = {
     rf"|\p{{N}}{{1,3}}|{_SLASHED}": ("gpt-4o", "llama4", "kanana2"),
 }  # fmt: skip
 _SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
-# a word that is a token stays whole, whatever the merges; and texts begin with the bos token unless the file says no
+# with these, a word that is a token stays whole whatever the merges, and a text begins with the bos token by default
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2", "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")  # Qwen's tokenizer composes characters first; GGUF files do not say so
 _UNUSED, _CONTROL, _USER_DEFINED = 5, 3, 4  # of gguf.TokenType

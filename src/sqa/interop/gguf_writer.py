@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,41 +60,37 @@ def write_gguf(model: Transformer, text: TextSide, out: Path, dtype: str) -> Non
         tensors = repaired(tensors, layer.head_dim, interleaved=True)
     kind, names = gguf.GGMLQuantizationType[dtype.upper()], their_names(config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch)
+    with replacing(out) as temporary, closing(gguf.GGUFWriter(temporary, arch)) as writer:
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_seq_len)
+        writer.add_embedding_length(config.d_model)
+        writer.add_block_count(config.num_layers)
+        writer.add_feed_forward_length(config.d_ff)
+        writer.add_head_count(query_heads)
+        writer.add_head_count_kv(kv_heads)
+        writer.add_key_length(layer.head_dim)
+        writer.add_value_length(layer.head_dim)
+        writer.add_rope_dimension_count(layer.head_dim)
+        assert layer.rope is not None  # check_gguf
+        writer.add_rope_freq_base(layer.rope.base)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        if text.tokenizer is not None:
+            _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
+        else:
+            writer.add_tokenizer_model("no_vocab")  # llama.cpp then reads token ids
+        for key, tensor in tensors.items():
+            data, stored = _quantized(tensor, kind)
+            writer.add_tensor(names[key], data, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
         try:
-            writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            writer.add_vocab_size(config.vocab_size)
-            writer.add_context_length(config.max_seq_len)
-            writer.add_embedding_length(config.d_model)
-            writer.add_block_count(config.num_layers)
-            writer.add_feed_forward_length(config.d_ff)
-            writer.add_head_count(query_heads)
-            writer.add_head_count_kv(kv_heads)
-            writer.add_key_length(layer.head_dim)
-            writer.add_value_length(layer.head_dim)
-            writer.add_rope_dimension_count(layer.head_dim)
-            assert layer.rope is not None  # check_gguf
-            writer.add_rope_freq_base(layer.rope.base)
-            writer.add_layer_norm_rms_eps(config.norm_eps)
-            if text.tokenizer is not None:
-                _add_tokenizer(writer, text.tokenizer, text, config.vocab_size)
-            else:
-                writer.add_tokenizer_model("no_vocab")  # llama.cpp then reads token ids
-            for key, tensor in tensors.items():
-                data, stored = _quantized(tensor, kind)
-                writer.add_tensor(names[key], data, raw_dtype=stored)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            try:
-                writer.write_tensors_to_file()
-            except OSError as error:
-                if error.errno is not None:
-                    raise
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
-        finally:
-            writer.close()
+            writer.write_tensors_to_file()
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None  # numpy counts bytes instead
 
 
 def _quantized(tensor: Tensor, kind: Any) -> tuple[np.ndarray, Any]:
@@ -124,10 +121,11 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, text: TextSide, vocab_size
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_add_bos_token(text.special.bos is not None and tokenizer.encode("").ids == [text.special.bos])
+    writer.add_add_bos_token(tokenizer.encode("").ids[:1] == [text.special.bos])
     if text.special.bos is not None:
         writer.add_bos_token_id(text.special.bos)
-    for add, end_id in zip((writer.add_eos_token_id, writer.add_eot_token_id), text.special.eos, strict=False):
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, end_id in zip(ends, text.special.eos, strict=False):
         add(end_id)
     if text.special.pad is not None:
         writer.add_pad_token_id(text.special.pad)

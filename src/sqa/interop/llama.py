@@ -15,14 +15,21 @@ from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, shown
 from sqa.storage import require_counts, require_values
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-# what each rope type needs of RopeScaling, where transformers says original_max_position_embeddings
+# each model_type, and the values that transformers takes for fields that its config.json lacks
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+MODEL_TYPES = tuple(_DEFAULTS)
+# the fields of RopeScaling that each rope type has; transformers says original_max_position_embeddings for the length
 _SCALING_FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
 }
-# the same sizes, named in their config.json and in ModelConfig
+# fields of one meaning: their names in config.json, and ours in ModelConfig
 _SIZES = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -44,6 +51,7 @@ _ROTARY = re.compile(r"\.self_attn\.[qk]_(proj|norm)\.")  # tensors whose rows a
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """Read a config.json of one of MODEL_TYPES. Raises InputError for features that ours does not have."""
     kind = values["model_type"]
+    values = {**_DEFAULTS[kind], **values}
     optional = [name for name in ("head_dim", "num_key_value_heads") if values.get(name)]
     require_counts(values, "hidden_size", "num_attention_heads", *_SIZES, *optional)
     require_values(values, {"hidden_act": ("silu",), "quantization_config": (None,)})
@@ -122,7 +130,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
 def state_from_stock(
     tensors: Mapping[str, Tensor], config: ModelConfig, values: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Their tensors as ours: the names are the same; missing biases become zero; rotary tables are dropped."""
+    """Their tensors under our names, which are the same. Missing biases become zero; rotary tables are dropped."""
     tensors = {key: value for key, value in tensors.items() if not key.endswith("rotary_emb.inv_freq")}
     if not config.bias:
         return tensors
@@ -147,20 +155,9 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
 
     Raises InputError, with the reasons and what to change, when there is none.
     """
-    layer = config.layers[0]
+    layer, kind = config.layers[0], _stock_kind(config)
     windows = [each.window for each in config.layers]
-    reasons = _why_not_stock(config)
-    if layer.qk_norm:
-        kind = "qwen3"
-    elif layer.qkv_bias:
-        kind = "qwen2"
-    elif layer.window is not None or config.d_model % layer.num_query_heads:
-        kind = "mistral"
-    else:
-        kind = "llama"
-    if kind in ("llama", "mistral") and len(set(windows)) > 1:
-        reasons.append("windows on some layers only (without QK-norm; use one window on all layers)")
-    if reasons:
+    if reasons := why_not_stock(config):
         raise InputError(
             f"export: no stock Hugging Face class holds {'; nor '.join(reasons)}; "
             f"train without it, or export with format 'hf-remote', which ships the class"
@@ -194,11 +191,23 @@ def stock_config(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _why_not_stock(config: ModelConfig) -> list[str]:
+def _stock_kind(config: ModelConfig) -> str:
+    """The model_type of the plainest class that may hold this model."""
+    layer = config.layers[0]
+    if layer.qk_norm:
+        return "qwen3"
+    if layer.qkv_bias:
+        return "qwen2"
+    return "llama" if layer.window is None and config.d_model % layer.num_query_heads == 0 else "mistral"
+
+
+def why_not_stock(config: ModelConfig) -> list[str]:
+    """What no stock class of transformers holds, and in parentheses what to change; empty if one holds the model."""
     layers = config.layers
     first = replace(layers[0], window=None, num_sink_tokens=0)
     unlike = any(replace(each, window=None, num_sink_tokens=0) != first for each in layers)
-    several = len({each.window for each in layers} - {None}) > 1
+    windows = {each.window for each in layers}
+    mixed = len(windows) > 1 and _stock_kind(config) in ("llama", "mistral")
     checks = [
         (
             not config.causal,
@@ -206,7 +215,8 @@ def _why_not_stock(config: ModelConfig) -> list[str]:
         ),
         (unlike, "layers with different head counts (one AttentionConfig for all)"),
         (first.num_query_heads < first.num_kv_heads, "fewer query than KV heads (num_query_heads >= num_kv_heads)"),
-        (several, "windows of several sizes (one window)"),
+        (len(windows - {None}) > 1, "windows of several sizes (one window)"),
+        (mixed, "windows on some layers only (without QK-norm; use one window on all layers)"),
         (first.scale not in (None, first.head_dim**-0.5), "another attention scale (scale=None)"),
         (first.rope is None, "attention without rotary positions (rope=Rope())"),
         (first.qk_norm and first.qkv_bias, "QK-norm together with qkv_bias (one of them)"),

@@ -17,8 +17,6 @@ from sqa.storage import require_counts, require_values
 
 # fields that change what a model computes, and the values that this reader supports
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "use_moe_ff": (False, None),
-    "use_moe_att": (False, None),
     "use_gated": (True,),
     "ff_activation": ("swish", "silu"),
     "use_rms_norm": (True,),

@@ -153,15 +153,18 @@ def replace_attention(
     )
 
 
-def _renewed(layer: SparseQueryAttention, variant: str, num_kv_heads: int | None) -> SparseQueryAttention:
-    old = layer.config
-    counts = variant_config(variant, d_model=old.d_model, num_heads=old.num_heads, num_kv_heads=num_kv_heads)
-    config = old.replace(
-        num_query_heads=counts.num_query_heads, num_kv_heads=counts.num_kv_heads, head_dim=counts.head_dim
+def _of_variant(old: AttentionConfig, variant: str, num_kv_heads: int | None) -> AttentionConfig:
+    """The layer with the head counts and head_dim of a variant."""
+    new = variant_config(
+        variant, d_model=old.d_model, num_heads=old.num_heads, num_kv_heads=num_kv_heads, rope=old.rope
     )
+    return old.replace(num_query_heads=new.num_query_heads, num_kv_heads=new.num_kv_heads, head_dim=new.head_dim)
+
+
+def _renewed(layer: SparseQueryAttention, variant: str, num_kv_heads: int | None) -> SparseQueryAttention:
     norm_eps = 1e-6 if layer.q_norm is None or layer.q_norm.eps is None else layer.q_norm.eps
     return SparseQueryAttention(
-        config,
+        _of_variant(layer.config, variant, num_kv_heads),
         output_bias=layer.o_proj.bias is not None,
         norm_eps=norm_eps,
         layer_index=layer.layer_index,
@@ -176,16 +179,13 @@ def _from_multihead(
         raise InputError(
             f"replace_attention: {name} uses kdim, vdim, add_bias_kv or add_zero_attn, which are not supported"
         )
-    bias = old.in_proj_bias is not None
-    config = variant_config(
-        variant,
+    before = AttentionConfig(
         d_model=old.embed_dim,
         num_heads=old.num_heads,
-        num_kv_heads=num_kv_heads,
         causal=causal,
         rope=None,
-        qkv_bias=bias,
+        qkv_bias=old.in_proj_bias is not None,
     )
-    before = AttentionConfig(d_model=old.embed_dim, num_heads=old.num_heads, causal=causal, rope=None, qkv_bias=bias)
+    config = _of_variant(before, variant, num_kv_heads)
     new = MultiheadSparseQueryAttention(config, output_bias=old.out_proj.bias is not None, batch_first=old.batch_first)
     return before, new

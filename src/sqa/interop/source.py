@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from sqa import storage
@@ -21,11 +20,11 @@ from sqa.model import Transformer
 class ModelSource:
     """A model whose config has been read and checked, but not its weights.
 
-    `stock`: whether transformers has its own class for this kind of model.
+    `for_transformers`: whether it is a model of transformers, with a stock class or with ours beside it (hf-remote).
     """
 
     path: Path
-    stock: bool
+    for_transformers: bool
     config: ModelConfig
     read_tensors: Callable[[], dict[str, Tensor]]
     read_text_side: Callable[[], TextSide]
@@ -53,7 +52,7 @@ def _open_gguf(path: Path) -> ModelSource:
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,
-        stock=True,
+        for_transformers=True,
         config=config,
         read_tensors=partial(gguf_reader.read_tensors, file, config),
         read_text_side=partial(gguf_tokenizer.read_text_side, file, **sizes),
@@ -83,18 +82,18 @@ def _open_directory(path: Path) -> ModelSource:
     sizes = {"vocab_size": config.vocab_size, "max_seq_len": config.max_seq_len}
     return ModelSource(
         path=path,
-        stock=kind in llama.MODEL_TYPES,
+        for_transformers=kind in llama.MODEL_TYPES or "auto_map" in values,
         config=config,
         read_tensors=lambda: ours(storage.read_tensors(path)),
         read_text_side=partial(text.read_text_side, path, values, **sizes),
     )
 
 
-def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a model of any kind, an encoder's too; None where there is none."""
+def read_text_side(path: Path, vocab_size: int) -> TextSide:
+    """The text side of a GGUF file, or of a model directory of any kind, also of kinds that `open_source` refuses."""
     if path.is_file():
-        return open_source(path).read_text_side().tokenizer
-    return text.read_text_side(path, storage.read_config(path), vocab_size=vocab_size).tokenizer
+        return open_source(path).read_text_side()
+    return text.read_text_side(path, storage.read_config(path), vocab_size=vocab_size)
 
 
 def load_config(source: str | Path) -> ModelConfig:

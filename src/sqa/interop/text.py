@@ -86,21 +86,32 @@ class TextSide:
 def _render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str]) -> str:
     """Render a chat template as transformers does: sandboxed, without newlines after blocks."""
     import jinja2
+    from jinja2.ext import Extension, LoopControlExtension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says, for training; it changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, Generation]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals |= {
         "raise_exception": fail,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
+    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **tokens}
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        return environment.from_string(template).render(given)
     except Exception as error:  # a template runs code of its own and can fail in any way
         why = shown(str(error) or type(error).__name__)
         raise InputError(f"--chat: the model's chat template cannot be rendered: {why}") from None

@@ -61,25 +61,22 @@ def export(source: str | Path, out: str | Path, *, format: str, dtype: str | Non
     return _notes(opened, text)
 
 
-def check_like(config: ModelConfig, source: Path) -> None:
-    """Raise InputError when `write_like` could not write a model of this config."""
-    if open_source(source).stock and len(config.head_counts) == 1:
-        llama.stock_config(config)
-
-
 _REMOTE = llama.WRITTEN | {"bias", "final_norm", "num_sink_tokens", "logit_softcap"}
 """The fields of our configs that modeling_sqa.py reads. Any other must have its default."""
 
 
 def write_like(model: Transformer, folder: Path, source: Path) -> None:
-    """Write a directory of the kind of `source`, with its tokenizer: for a stock class of transformers, or ours.
+    """Write a directory of the kind of `source`, with its tokenizer: for transformers, or ours.
 
-    No stock class has layers that differ in their heads: such a model gets our class (hf-remote).
+    A model that no stock class of transformers holds, such as one whose layers differ in their heads, gets our class
+    (hf-remote).
     """
     opened = open_source(source)
     text = opened.read_text_side()
-    if opened.stock:
-        _write_hugging_face(model, folder, text, stock=len(model.config.head_counts) == 1)
+    if opened.for_transformers:
+        stock = not llama.why_not_stock(model.config)
+        _check_hugging_face(model.config, text, folder, stock=stock)
+        _write_hugging_face(model, folder, text, stock=stock)
     else:
         model.save(folder)
         text.write(folder)
