@@ -33,3 +33,14 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
 def test_a_compiler_that_is_no_command_line_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", 'c++ "')
     assert native.load(tmp_path / "one.cpp") in ("did not compile", "built on Linux only")
+
+
+def test_a_failed_compilation_is_logged_with_what_the_compiler_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if shutil.which("c++") is None or sys.platform != "linux":
+        pytest.skip("gpu: no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "bad.cpp").write_text("#error no such thing\n")
+    assert native.load(tmp_path / "bad.cpp") == "did not compile"
+    assert "no such thing" in caplog.text

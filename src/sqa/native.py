@@ -31,7 +31,8 @@ def load(source: Path) -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(_compiled(source, compiler)))
     except (OSError, ValueError, subprocess.CalledProcessError) as error:  # ValueError: no command line in CXX
-        logger.warning("%s could not compile %s, going on without it: %s", compiler, source.name, error)
+        said = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        logger.warning("%s could not compile %s, going on without it: %s", compiler, source.name, said or error)
         return "did not compile"
 
 

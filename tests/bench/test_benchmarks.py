@@ -251,7 +251,9 @@ def test_a_model_from_a_directory_is_measured_with_its_own_weights(changes, conf
     assert rows["sqa", name].limit is None
 
 
-def test_models_from_directories_take_turns(config_of, model_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_models_from_directories_take_turns(  # type: ignore[no-untyped-def]
+    config_of, model_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of()
     layer = config.layers[0]
     fewer = config.replace(attention=(layer, layer.replace(num_query_heads=2)), vocab_size=config.vocab_size - 5)
@@ -259,6 +261,8 @@ def test_models_from_directories_take_turns(config_of, model_of, tmp_path: Path)
         model_of(shape).save(tmp_path / name)
     models = Models.of_sources(tmp_path / "original-1.5", tmp_path / "converted")
     assert list(models.configs) == ["original-1.5", "converted"]
+    monkeypatch.chdir(tmp_path / "converted")
+    assert list(Models.of_sources(".").configs) == ["converted"]
     assert models.vocab_size == fewer.vocab_size
     result = run_prefill(models, peers=("hf-llama",), lengths=(16,), dtype="fp32", compile=False, rounds=1)
     rows = by_name(result)

@@ -40,6 +40,7 @@ from sqa.conversion.records import Conversion
 from sqa.conversion.run import convert, run
 from sqa.conversion.settings import Settings, prepare
 from sqa.data.batches import Batch
+from sqa.errors import InputError
 from sqa.interop import load_config, load_model
 from sqa.measure.timing import Timing
 from sqa.progress import Display, Interrupted, StepReport, StopFlag
@@ -679,3 +680,16 @@ def test_autocast_sees_the_weights_as_they_are_now(hugging_face, text: Path, tmp
     kl = {stage.stage: stage.quality.kl for stage in state.stages}
     assert kl["dropped"] > kl["refitted"] > kl["distilled"] > kl["original"]
     assert all(layer.refitted < layer.dropped for layer in state.layers)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        ({"cost": 3}, r"conversion\.cost must be a table"),
+        ({"cost": {"before": {}}}, r"conversion\.parameters\[0\] must be a whole number, got None"),
+        ({"stages": [{"stage": "original", "tokens": 0, "elsewhere": 3}]}, r"elsewhere must be a table, got 3"),
+    ],
+)
+def test_a_damaged_field_of_a_conversion_is_named(damage: dict[str, object], error: str) -> None:
+    with pytest.raises(InputError, match=error):
+        Conversion.from_dict({"settings": {}, **damage})

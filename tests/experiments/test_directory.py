@@ -74,6 +74,12 @@ def test_a_seed_gives_the_first_weights_and_the_order_of_the_text(plan: Plan, tm
         assert first.loss == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_only_a_comparison_that_exists_can_be_resumed(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no comparison"):
+        compare(plan, tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_finished_run_leaves_no_checkpoint_and_its_model(plan: Plan, tmp_path: Path) -> None:
     compare(plan.replace(checkpoint_seconds=0.0), tmp_path / "out")
     kept = {path.name for path in (tmp_path / "out" / "sqa-0").iterdir()}

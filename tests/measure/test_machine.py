@@ -1,9 +1,11 @@
 """What is known of the machine."""
 
 import pytest
+import torch
 
+from sqa.errors import InputError
 from sqa.measure import machine
-from sqa.measure.machine import slow_dtype
+from sqa.measure.machine import cpu_threads, find_device, slow_dtype
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,18 @@ def test_bfloat16_is_called_slow_where_the_processor_lacks_its_products(
     assert (slow_dtype("bfloat16", "cpu") is not None) == slow
     assert slow_dtype("float32", "cpu") is None
     assert slow_dtype("bfloat16", "cuda") is None
+
+
+def test_a_device_that_computes_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="'meta' computes nothing"):
+        find_device("meta")
+
+
+def test_the_number_of_threads_is_given_back() -> None:
+    before = torch.get_num_threads()
+    with cpu_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with cpu_threads(0):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before

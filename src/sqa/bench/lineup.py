@@ -49,7 +49,7 @@ class Models:
 
         Raises InputError for anything else, and for two with the same name.
         """
-        named = {Path(source).name.removesuffix(".gguf"): source for source in sources}
+        named = {Path(source).absolute().name.removesuffix(".gguf"): source for source in sources}
         if len(named) < len(sources):
             raise InputError(f"models: two of {', '.join(map(str, sources))} have one name; rename a directory")
         return cls(name=next(iter(named)), configs={n: load_config(s) for n, s in named.items()}, sources=named)

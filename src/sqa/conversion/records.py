@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from sqa.records import read_fields
+from sqa.records import read_fields, read_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Stage:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        elsewhere = values.get("elsewhere")
+        elsewhere = read_value(dict[str, Any] | None, values.get("elsewhere"), "stage.elsewhere")
         found = {"quality": _quality(values), "elsewhere": None if elsewhere is None else _quality(elsewhere)}
         return read_fields(cls, {**values, **found}, "stage")
 
@@ -157,5 +157,7 @@ class Conversion:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_dict`'s output, and what earlier versions wrote. Raises InputError that names a damaged field."""
         if "cost" in values:
-            values = {**values, "parameters": [values["cost"][name]["parameters"] for name in ("before", "after")]}
+            costs = read_value(dict[str, dict[str, Any]], values["cost"], "conversion.cost")
+            counts = [costs.get(name, {}).get("parameters") for name in ("before", "after")]
+            values = {**values, "parameters": counts}
         return read_fields(cls, values, "conversion")

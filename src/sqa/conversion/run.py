@@ -26,7 +26,7 @@ from sqa.conversion.subject import Subject
 from sqa.dtypes import find_dtype
 from sqa.errors import InputError
 from sqa.files import LOCK, locked, write_json
-from sqa.measure.machine import git_revision, machine, slow_dtype, versions
+from sqa.measure.machine import cpu_threads, git_revision, machine, slow_dtype, versions
 from sqa.measure.timing import TimeLimit, take_turns
 from sqa.progress import Display, Interrupted, StepReport, StopFlag
 from sqa.records import differences, read_json
@@ -69,9 +69,8 @@ def convert(
 def run(job: Job, display: Display, stop: StopFlag) -> Conversion:
     """Run or continue a conversion that `prepare` has checked. See `convert`."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(job.work.with_name(f"{LOCK}-{job.out.name}")), stop.at_once(GO_ON):
-        if job.settings.threads:
-            torch.set_num_threads(job.settings.threads)
+    lock = locked(job.work.with_name(f"{LOCK}-{job.out.name}"))
+    with lock, stop.at_once(GO_ON), cpu_threads(job.settings.threads):
         return _Run(job, display, stop).finish()
 
 

@@ -18,7 +18,7 @@ from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
-from sqa.measure.machine import git_revision, machine, slow_dtype, versions
+from sqa.measure.machine import cpu_threads, git_revision, machine, slow_dtype, versions
 from sqa.progress import Display, NonFiniteLoss, lasting, stop_flag
 from sqa.training.checkpoint import of_main
 from sqa.training.loop import make_accelerator
@@ -54,9 +54,7 @@ def compare(
             raise InputError("track: curves can be followed in this process only; leave it out with another launcher")
         load_extra("tensorboard", "--track needs tensorboard", "track")
     with ExitStack() as stack:
-        if plan.threads:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(plan.threads)
+        stack.enter_context(cpu_threads(plan.threads))
         accelerator = make_accelerator(plan.device, plan.dtype)
         main = accelerator.is_main_process
         if plan.batch_size % accelerator.num_processes:
@@ -70,7 +68,9 @@ def compare(
         cells = plan.cells if only is None else only
         stack.enter_context(directory.claimed(cells) if main else nullcontext())
         with directory.writing(display.note) if main else nullcontext():
-            if main and not resume:
+            if main and resume:
+                directory.record()  # raises an InputError if there is none
+            elif main:
                 directory.check_holds(_stored(plan))
             todo = of_main(directory.missing(cells))
             if directory.begun and not todo:
