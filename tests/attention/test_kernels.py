@@ -490,7 +490,8 @@ def test_varlen_says_what_the_mask_says(name: str, kind: str, monkeypatch: pytes
         return torch.cat(parts)
 
     monkeypatch.setattr(pytorch, "_varlen_attn", lambda: plain_varlen)
-    monkeypatch.setitem(KERNELS, "varlen", kernels.Kernel(**{**vars(KERNELS["varlen"]), "limits": lambda call: None}))
+    anywhere = {**vars(KERNELS["varlen"]), "devices": "all", "limits": lambda call: None}
+    monkeypatch.setitem(KERNELS, "varlen", kernels.Kernel(**anywhere))
     qkv, grad = draw(HEADS[name], 63)
     got = with_gradients(attend(*qkv, make_mask(kind, 63), kernel="varlen"), qkv, grad)
     assert_all_close(got, oracle(qkv, grad, seen(kind, 63)))
