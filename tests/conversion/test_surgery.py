@@ -229,14 +229,17 @@ def test_gate_gradients(config_of: Make, model_of: Build, batches: list[Batch]) 
 
         handle = subject.views[1].o.register_forward_pre_hook(hook)
         with torch.no_grad():
-            value = float(subject.loss(batch))
+            value = float(subject.loss(batch)) * len(batch)
         handle.remove()
         return value
 
     for head in range(4):
         slopes = [(scaled(row, head, 1 + step) - scaled(row, head, 1 - step)) / (2 * step) for row in range(2)]
         # the step squared, and the rounding of an fp32 loss over the step
-        assert float(found[1][head]) == pytest.approx(sum(map(abs, slopes)), abs=1e-3, rel=1e-2)
+        assert float(found[1][head]) == pytest.approx(sum(map(abs, slopes)), abs=2e-3, rel=1e-2)
+    rows = [batch.take(slice(row, row + 1), subject.device) for row in range(len(batch))]
+    for together, apart in zip(found, importance.gate_gradients(subject, rows), strict=True):
+        torch.testing.assert_close(together, apart)
 
 
 def test_heads_that_read_no_kept_kv_head_go() -> None:
@@ -362,7 +365,7 @@ def test_gate_gradients_are_sums_of_sizes_over_sequences(
             lambda module, inputs, gates=gates: ((inputs[0].unflatten(-1, (4, -1)) * gates).flatten(-2),)
         )
         with hook:
-            (slopes,) = torch.autograd.grad(subject.loss(batch), gates)
+            (slopes,) = torch.autograd.grad(subject.loss(batch) * len(batch), gates)
         total += slopes.abs().sum((0, 1, 3))
         signs |= set(slopes.sign().flatten().tolist())
     assert signs == {-1.0, 1.0}

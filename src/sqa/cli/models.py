@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -151,7 +152,7 @@ def convert(
     given = {item.name: ctx.params[item.name] for item in fields(Settings) if item.name in ctx.params}
     if speed_at is not None:
         given["speed_at"] = () if speed_at == "none" else options.numbers(speed_at, "--speed-at")
-    given["heal_tokens"] = 0 if heal is None else round(Budget.parse(heal).amount)
+    given["heal_tokens"] = 0 if heal is None else math.ceil(Budget.parse(heal).amount)
     settings = Settings(**given | {"dtype": long_dtype(dtype)})
     second = None if evaluate == "none" else evaluate
     job = prepare(options.find_run(model), out, settings, calibration=calibration, evaluate=second)

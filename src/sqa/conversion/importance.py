@@ -105,7 +105,7 @@ def gate_gradients(subject: Subject, batches: Iterable[Any]) -> list[Tensor]:
     totals = [torch.zeros(view.config.num_query_heads, dtype=torch.float64) for view in views]
     with watched([view.o for view in views]) as seen:
         for batch in batches:
-            loss = subject.loss(batch)
+            loss = subject.loss(batch) * len(batch)  # the mean over its rows, of which the last batch may have fewer
             heads = [z for z, _ in seen]
             for total, z, slope in zip(totals, heads, torch.autograd.grad(loss, heads), strict=True):
                 by_head = (z.detach() * slope).double().unflatten(-1, (len(total), -1))
