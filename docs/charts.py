@@ -6,8 +6,9 @@ Each SVG brings its own paper and ink, light or dark as the reader's system is, 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,99 +169,61 @@ def speed() -> Chart:
     )
 
 
-def losses(name: str, directories: Sequence[str], variants: Sequence[str]) -> Chart:
-    """Loss against GQA with its interval, beside the step's speed, for each variant of committed comparisons."""
-    data, words = [], []
-    for directory in directories:
-        for line in read_experiment([RESULTS / directory]).summaries():
-            difference = line.difference
-            if line.variant not in variants or difference is None or difference.half_width is None:
+def verdict() -> Chart:
+    """Loss against GQA at the end of complete trainings of several lengths, in bf16 and in float32."""
+    variants = ("sqa", "ssqa", "xsqa", "wide-gqa")
+    data, colours = [], {}
+    for suffix, said in (("", ""), ("-fp32", ", float32")):
+        found = [RESULTS / f"{name}{suffix}" for name in HORIZONS]
+        for line in read_experiment([path for path in found if (path / "results.jsonl").exists()]).summaries():
+            if line.variant not in variants or line.difference is None:
                 continue
-            low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
-            speed = "" if line.speed_vs_gqa is None else f", step {line.speed_vs_gqa:.2f}x as fast"
-            data.append({
-                "variant": line.label, "budget": f"{line.budget.removeprefix('tokens=')} tokens",
-                "low": low, "high": high, "mean": difference.mean, "text": line.label + speed,
-            })  # fmt: skip
-            words.append(f"{line.label} {difference.mean:+.4f} ± {difference.half_width:.4f}{speed}")
-    labels = list(dict.fromkeys(row["variant"] for row in data))
-    base = alt.Chart(alt.Data(values=data)).encode(
-        y=alt.Y(
-            "text:N", title=None, sort=None, axis=alt.Axis(labelLimit=300, minExtent=190, domain=False, ticks=False)
-        )
-    )
-    scale = alt.Scale(domain=labels, range=[_BY_LABEL[label] for label in labels])
-    colour = alt.Color("variant:N", scale=scale, legend=None)
-    rule = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(x="x:Q")
-    bars = base.mark_rule(strokeWidth=3).encode(
-        x=alt.X(
-            "low:Q", title="validation loss minus GQA's, nats a token (left is better)",
-            axis=alt.Axis(format="+.2f", tickCount=5),
-        ),
-        x2="high:Q", color=colour,
-    )  # fmt: skip
-    dots = base.mark_point(filled=True, size=110, opacity=1).encode(x="mean:Q", color=colour)
-    rows = alt.layer(bars, dots, rule).properties(width=420, height=34 * len(labels))
-    return Chart(
-        name=name,
-        alt=f"Validation loss minus GQA's with 95 % intervals: {'; '.join(words)}.",
-        svg=_draw(rows),
-    )
-
-
-def horizons(name: str, directories: Sequence[str], variants: Sequence[str]) -> Chart:
-    """Loss against GQA at the end of complete trainings of several lengths; each directory is one length."""
-    data = []
-    for line in read_experiment([RESULTS / directory for directory in directories]).summaries():
-        if line.variant in variants and line.difference is not None:
             mean, half = line.difference.mean, line.difference.half_width or 0.0
-            tokens = round(line.tokens, -5)
+            tokens, label = round(line.tokens, -5), f"{line.label}{said}"
+            colours[label] = COLOURS[line.variant]
+            beside = variants.index(line.variant) - 2 if not said else 2.5
             data.append({
-                "variant": line.label, "tokens": tokens, "mean": mean, "low": mean - half, "high": mean + half,
-                # a little beside each other, so that intervals do not hide one another
-                "x": tokens * 1.03 ** (variants.index(line.variant) - len(variants) // 2),
+                "variant": label, "tokens": tokens, "mean": mean, "low": mean - half, "high": mean + half,
+                "dash": [5, 4] if said else [1, 0],
+                "x": tokens * 1.03**beside,  # so that intervals do not hide one another
             })  # fmt: skip
-    data.sort(key=lambda row: row["tokens"])
-    labels = list(dict.fromkeys(row["variant"] for row in data))
     lengths = sorted({row["tokens"] for row in data})
-    colour = alt.Color(
-        "variant:N", scale=alt.Scale(domain=labels, range=[_BY_LABEL[label] for label in labels]), legend=None
-    )
+    colour = alt.Color("variant:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
     base = alt.Chart(alt.Data(values=data)).encode(
         x=alt.X(
             "x:Q", title="tokens of the whole training", axis=alt.Axis(values=lengths, format="~s"),
-            scale=alt.Scale(type="log", domain=[0.85 * lengths[0], 1.6 * lengths[-1]], nice=False),
+            scale=alt.Scale(type="log", domain=[0.85 * lengths[0], 1.9 * lengths[-1]], nice=False),
         ),
         color=colour,
     )  # fmt: skip
+    dash = alt.StrokeDash("dash:N", scale=None, legend=None)
     y_title = "loss minus GQA's, nats a token (lower is better)"
-    lines = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=70)).encode(y=alt.Y("mean:Q", title=y_title))
-    bars = base.mark_rule(strokeWidth=1.5).encode(y="low:Q", y2="high:Q")
-    last = {row["variant"]: row["tokens"] for row in data}  # lines are named beside their last point
+    lines = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=70)).encode(
+        y=alt.Y("mean:Q", title=y_title), strokeDash=dash
+    )
+    bars = base.mark_rule(strokeWidth=1.5).encode(y="low:Q", y2="high:Q", strokeDash=dash)
+    # lines are named beside their last point, none of the names over another
+    ends = sorted({row["variant"]: row for row in data}.values(), key=lambda row: -row["mean"])
+    above = math.inf
+    for row in ends:
+        above = min(row["mean"], above - 0.024)
+        row["named"] = above
     names = (
-        base.transform_filter(" || ".join(f"datum.variant == '{v}' && datum.tokens == {n}" for v, n in last.items()))
-        .mark_text(align="left", dx=10, dy=10, fontSize=12, fontWeight="bold")
-        .encode(y="mean:Q", text="variant:N")
+        base.transform_filter("isValid(datum.named)")
+        .mark_text(align="left", fontSize=12, fontWeight="bold")
+        .encode(x=alt.datum(1.13 * lengths[-1]), y="named:Q", text="variant:N")
     )
     zero = alt.Chart(alt.Data(values=[{"y": 0}])).mark_rule(strokeDash=[4, 3], color="#8a9096").encode(y="y:Q")
     words = "; ".join(
         f"{row['variant']} at {row['tokens'] / 1e6:.0f} M {row['mean']:+.4f} "
         + (f"± {row['high'] - row['mean']:.4f}" if row["high"] > row["mean"] else "(one seed)")
-        for row in data
+        for row in sorted(data, key=lambda row: row["tokens"])
     )
     return Chart(
-        name=name,
+        name="verdict",
         alt=f"Validation loss minus GQA's with 95 % intervals, by the tokens of the training: {words}.",
         svg=_draw(alt.layer(zero, bars, lines, names).properties(width=520, height=300)),
     )
-
-
-def verdict() -> Chart:
-    """The figure of the first screen: complete trainings of several lengths, once two of them are committed."""
-    found = [name for name in HORIZONS if (RESULTS / name / "results.jsonl").exists()]
-    if len(found) > 1:
-        return horizons("verdict", found, ["sqa", "ssqa", "xsqa", "wide-gqa"])
-    return losses("verdict", ["articles"], ["sqa", "ssqa", "wide-gqa", "xsqa"])
 
 
 CHARTS: dict[str, Callable[[], Chart]] = {"speed": speed, "verdict": verdict}

@@ -184,28 +184,28 @@ def choices() -> str:
     return "\n".join(["| you have | take | because |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in lines)])
 
 
-def verdict(directories: Sequence[str], *, timed: str) -> str:
-    """What SQA lost against GQA in the last of the comparisons that is there, and how fast its steps are.
+def verdict(name: str, *, timed: str) -> str:
+    """What SQA lost against GQA in a comparison and in the same in float32, and how fast its steps are.
 
     `timed` is a comparison of the same models, whose timing phase gives the speed.
     """
-    last = [name for name in directories if (RESULTS / name / "results.jsonl").exists()][-1]
-    (line, context), (steps, timed_context) = _sqa(last), _sqa(timed)
-    assert (line.parameters, context) == (steps.parameters, timed_context), f"{last} and {timed} differ in their models"
-    difference = line.difference
-    assert difference is not None, f"{last} has no runs of GQA to compare with"
-    where = f"{abs(difference.mean):.3f} nats {'below' if difference.mean < 0 else 'above'} GQA's"
-    if difference.half_width is None:
-        known = "one seed: no difference is established"
-    else:
-        known = f"95 % interval ± {difference.half_width:.3f}"
-        known += "" if difference.established else ": no difference is established"
+    (line, context), (exact, _), (steps, timed_context) = map(_sqa, (name, f"{name}-fp32", timed))
+    assert (line.parameters, context) == (steps.parameters, timed_context), f"{name} and {timed} differ in their models"
+    differences = line.difference, exact.difference
+    unknown = not any(each and each.established for each in differences)
     return (
         f"**Verdict so far**, for a model of {line.parameters / 1e6:.1f} M parameters and a context of {context:,}: "
         f"SQA's training steps are {steps.speed_vs_gqa:.2f} times as fast as GQA's, and after "
-        f"{line.budget.removeprefix('tokens=').removesuffix('M')} M tokens its loss is {where} ({known}). "
-        f"{time_saved()}"
+        f"{line.budget.removeprefix('tokens=').removesuffix('M')} M tokens its loss is {_beside_gqa(line)} in bf16 and "
+        f"{_beside_gqa(exact)} in float32{': no difference is established' if unknown else ''}. {time_saved()}"
     )
+
+
+def _beside_gqa(line: Summary) -> str:
+    difference = line.difference
+    assert difference is not None, f"{line.budget} has no runs of GQA to compare with"
+    interval = "one seed" if difference.half_width is None else f"95 % ± {difference.half_width:.3f}, {line.runs} seeds"
+    return f"{abs(difference.mean):.3f} nats {'below' if difference.mean < 0 else 'above'} GQA's ({interval})"
 
 
 def time_saved() -> str:

@@ -73,6 +73,24 @@ def float32() -> str:
     return f"{horizons('-fp32')}\n\n{machines.pop()}; {versions}"
 
 
+def pairs() -> str:
+    """SQA's loss minus GQA's, seed by seed, for every training length and precision."""
+    seeds = (0, 1, 2)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("tokens", "", *(f"seed {seed}" for seed in seeds)):
+        table.add_column(heading, justify="right")
+    for name, (suffix, dtype) in itertools.product(HORIZONS, (("", "bf16"), ("-fp32", "float32"))):
+        losses = {result.cell: result.val.loss for result in Directory(RESULTS / f"{name}{suffix}").results()}
+        both = [("sqa", seed) in losses and ("gqa", seed) in losses for seed in seeds]
+        if any(both):
+            cells = (
+                f"{losses['sqa', s] - losses['gqa', s]:+.4f}" if there else ""
+                for s, there in zip(seeds, both, strict=True)
+            )
+            table.add_row(name.removeprefix("horizon-"), dtype, *cells)
+    return text_of(table)
+
+
 def rates(*names: str) -> str:
     """Validation losses of the first seed of comparisons that differ in their learning rate, a column a variant."""
     comparisons = [Directory(RESULTS / name).read() for name in names]
@@ -400,6 +418,7 @@ SECTIONS = {
     "horizons": horizons,
     "float horizons": float32,
     "sweep": lambda: rates("sweep-1e-3", "sweep-2e-3", "sweep-4e-3", "sweep-8e-3"),
+    "pairs": pairs,
     "warm up": lambda: warm_up("horizon-2M", "warmup-2M", "horizon-16M"),
     "output rates": lambda: output_rates("output-rate-0.5", "output-rate-1", "output-rate-2"),
     "output rates long": lambda: output_rates("output-rate-16M", "horizon-16M"),
@@ -431,7 +450,7 @@ SECTIONS = {
     "healing speed": healing_speed,
     "converted speed": lambda: conversion(speed_table, "llama-135m"),
     "two rates": lambda: two_rates("step-bf16"),
-    "verdict": lambda: decision.verdict(HORIZONS, timed="step-times"),
+    "verdict": lambda: decision.verdict(HORIZONS[-1], timed="step-times"),
     "speed words": speed_words,
     "choices": decision.choices,
     "lost": lambda: decision.lost(
