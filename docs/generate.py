@@ -330,6 +330,25 @@ def at_a_glance(**conversions: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def pretrained_words(name: str, model: str) -> str:
+    """A sentence or two about a conversion of SmolLM2; `model`: its name in the timings."""
+    done = _conversion(name)
+    before, after = done.stages[0], done.last("distilled")
+    added, elsewhere = (getattr(after, part).loss - getattr(before, part).loss for part in ("quality", "elsewhere"))
+    speeds = {
+        row.n: f"{row.ratio:.2f}"
+        for row in BenchResult.read(RESULTS / "prefill-converted.jsonl").rows
+        if (row.variant, row.implementation) == (model, "hf-llama") and row.ratio is not None
+    }
+    longest, heads = max(speeds), done.settings["query_heads"]  # type: ignore[type-var]
+    return (
+        f"**A pretrained model:** SmolLM2-135M-Instruct with {heads} query heads a layer instead of 9, healed with "
+        f"{after.tokens:,} tokens of Wikipedia articles, loses {added:.2f} nats on other articles and "
+        f"{elsewhere:.2f} on Python code. transformers then reads a prompt of {longest:,} tokens {speeds[longest]} "
+        "times as fast."
+    )
+
+
 def kept_heads(name: str) -> str:
     """How many query heads each layer of a conversion has."""
     return ", ".join(str(len(layer.kept)) for layer in _conversion(name).layers)
@@ -441,6 +460,7 @@ SECTIONS = {
     "surgeries": surgeries,
     "pretrained": lambda: pretrained("smollm2-6-attention", "smollm2-3-attention", "smollm2-3-kv"),
     "pretrained at a glance": lambda: at_a_glance(heal7="smollm2-6-attention", heal3b="smollm2-3-attention"),
+    "pretrained words": lambda: pretrained_words("smollm2-6-attention", "heal7"),
     "pretrained all": lambda: pretrained("smollm2-6", "smollm2-6-measured", "smollm2-3"),
     "pretrained heads": lambda: f"Query heads of the layers, in order: {kept_heads('smollm2-6-attention')}.",
     "pretrained continues": lambda: conversion(samples, "smollm2-6-attention"),

@@ -343,6 +343,7 @@ def test_the_command(hugging_face, text: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     for word in ("original", "dropped", "refitted", "distilled", "prefill"):
         assert word in done.output
+    assert f"serve it (from {tmp_path}): vllm serve out" in done.output.replace("\n", "")
     speed = json.loads(figures.read_text())["speed"]
     assert [(row["what"], row["n"]) for row in speed] == [
         (what, n) for n in (16, 64) for what in ("prefill", "forward and backward")

@@ -163,7 +163,8 @@ def convert(
     with make_display() as display, stop_flag() as stop:
         conversion = run(job, display, stop)
     console.print(report.quality_table(conversion), report.samples(conversion), report.speed_table(conversion))
-    console.print(f"serve it: {conversion.serve}", soft_wrap=True)
+    where = "" if out.parent == Path() else f" (from {out.parent})"
+    console.print(f"serve it{where}: {conversion.serve}", soft_wrap=True)
     options.save_json(json_path, conversion)
     if plot_path is not None:
         report.plot(conversion, plot_path)
