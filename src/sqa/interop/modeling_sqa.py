@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 
 class SqaConfig(PreTrainedConfig):
@@ -103,20 +105,27 @@ def rotate(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
     return turned.to(x.dtype)
 
 
-def visible(layer: dict[str, Any], start: int, length: int, padding: Tensor | None, like: Tensor) -> Tensor | None:
-    """bool (1 or B, 1, T, S): the keys each query sees. padding: (B, S), nonzero = real.
+def visible(
+    layer: dict[str, Any], start: int, x: Tensor, padding: Tensor | None, documents: Tensor | None
+) -> Tensor | None:
+    """bool (1 or B, 1, T, S): the keys that each token of x (B, T, d) sees, of which the first has the place `start`.
 
-    None where each query sees all keys up to its own and PyTorch need not be given a mask: it then skips hidden keys.
+    padding: (B, S), nonzero = real. documents: (B, T), the number of each token's document. None where each query sees
+    all keys up to its own and PyTorch need not be given a mask: it then skips hidden keys.
     """
-    if layer["window"] is None and layer["logit_softcap"] is None and padding is None and (start == 0 or length == 1):
+    length, plain = x.shape[1], layer["window"] is None and layer["logit_softcap"] is None
+    if plain and padding is None and documents is None and (start == 0 or length == 1):
         return None
-    keys = torch.arange(start + length, device=like.device)
+    keys = torch.arange(start + length, device=x.device)
     distance = keys[start:, None] - keys
     real = torch.ones_like(keys, dtype=torch.bool)[None] if padding is None else padding.bool()
-    seen = (distance >= 0)[None]
+    seen, places = (distance >= 0)[None], real.cumsum(1)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+        places = seen.sum(2)
     if layer["window"] is not None:
         near = (distance < layer["window"])[None]
-        sinks = real & (real.cumsum(1) <= layer["num_sink_tokens"])
+        sinks = real & (places <= layer["num_sink_tokens"])
         seen = seen & (near | sinks[:, None, :])
     # a padded query sees at least itself: softmax over nothing has no value
     return ((seen & real[:, None, :]) | (distance == 0))[:, None]
@@ -200,7 +209,14 @@ class SqaModel(SqaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None, cache: DynamicCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        padding: Tensor | None,
+        documents: Tensor | None,
+        cache: DynamicCache | None,
+    ) -> Tensor:
         if padding is not None and not torch.compiler.is_compiling() and padding.all():
             padding = None
         start = 0 if cache is None else cache.get_seq_length()
@@ -208,7 +224,7 @@ class SqaModel(SqaPreTrainedModel):
         for layer, attention in zip(self.layers, self.config.layers, strict=True):
             sees = str([attention[field] for field in ("window", "num_sink_tokens", "logit_softcap")])
             if sees not in masks:
-                masks[sees] = visible(attention, start, x.shape[1], padding, x)
+                masks[sees] = visible(attention, start, x, padding, documents)
             x = layer(x, positions, masks[sees], cache)
         return self.norm(x)
 
@@ -222,6 +238,7 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -234,7 +251,13 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,  # Trainer's num_items_in_batch and the like, for the loss
     ) -> CausalLMOutputWithPast:
-        """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none."""
+        """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none.
+
+        Where position_ids (B, T) do not rise by one, another document begins, unless there is a mask or a cache.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} must be false: this model returns no more than logits")
         if attention_mask is not None and attention_mask.ndim != 2:
             shape = tuple(attention_mask.shape)
             raise ValueError(
@@ -243,6 +266,9 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        documents = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            documents = find_packed_sequence_indices(position_ids.expand(x.shape[0], -1))
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache:
@@ -250,7 +276,7 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         start = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        x = self.model(x, position_ids, attention_mask, past_key_values)
+        x = self.model(x, position_ids, attention_mask, documents, past_key_values)
         logits = self.lm_head(x[:, -logits_to_keep:])
         loss = None
         if labels is not None:

@@ -32,6 +32,8 @@ def register() -> None:
     AttentionMaskInterface.register("sqa", sqa_mask)
     AutoConfig.register("sqa", SqaConfig, exist_ok=True)
     AutoModelForCausalLM.register(SqaConfig, SqaForCausalLM, exist_ok=True)
+    SqaConfig.register_for_auto_class()  # save_pretrained then copies the class beside the weights
+    SqaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def sqa_mask(
