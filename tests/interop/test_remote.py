@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from sqa import ModelConfig, Rope, RopeScaling
 from sqa.interop import export, load_config, load_model
@@ -169,5 +169,9 @@ def test_outputs_are_what_was_asked_for(config_of: Make, model_of, saved, ids: t
 def test_a_static_cache_is_refused_with_what_to_take(config_of: Make, model_of, saved, ids, tmp_path: Path) -> None:
     export(saved(model_of(config_of())), tmp_path / "out", format="hf-remote")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    with pytest.raises(ValueError, match="static caches make others, take a dynamic one"):
+    with pytest.raises(ValueError, match="must be a dynamic cache, got StaticCache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    with pytest.raises(ValueError, match="must be a dynamic cache, got StaticCache"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=40))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, S\), got \(2, 1, 21, 21\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 21, 21, dtype=torch.bool))

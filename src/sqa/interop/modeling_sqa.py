@@ -258,11 +258,10 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
                 raise ValueError(f"{name} must be false: this model returns no more than logits")
+        if getattr(past_key_values, "is_compileable", False):  # it also has keys that stand for no token
+            raise ValueError(f"past_key_values must be a dynamic cache, got {type(past_key_values).__name__}")
         if attention_mask is not None and attention_mask.ndim != 2:
-            shape = tuple(attention_mask.shape)
-            raise ValueError(
-                f"attention_mask must be (B, S), got {shape}; static caches make others, take a dynamic one"
-            )
+            raise ValueError(f"attention_mask must be (B, S), got {tuple(attention_mask.shape)}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
