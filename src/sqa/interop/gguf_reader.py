@@ -298,7 +298,7 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
     }  # a name that is not known is kept, for the model to refuse
     if config.bias:
         absent = [part for part in OUTER if f"model.layers.0.{part}.bias" not in tensors]
-        tensors = with_zero_biases(tensors, config, [*absent, "lm_head"])
+        tensors = with_zero_biases(tensors, config, absent)
     if file.metadata["general.architecture"] in INTERLEAVED:
         tensors = repaired(tensors, config.layers[0].head_dim, interleaved=False)
     return tensors

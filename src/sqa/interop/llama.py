@@ -135,18 +135,16 @@ def state_from_stock(
     if not config.bias:
         return tensors
     absent = [part for part in OUTER if not values.get("mlp_bias" if "mlp" in part else "attention_bias")]
-    return with_zero_biases(tensors, config, [*absent, "lm_head"])
+    return with_zero_biases(tensors, config, absent)
 
 
 def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors, with zeros added as biases of these parts of each layer, or of lm_head."""
-    sizes = {"lm_head": config.vocab_size, "mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff}
+    """The tensors, with zeros added as biases of the head and of these parts of each layer."""
     dtype = next((tensor.dtype for tensor in tensors.values()), None)
-    result = dict(tensors)
+    result = {**tensors, "lm_head.bias": torch.zeros(config.vocab_size, dtype=dtype)}
     for part in parts:
-        zeros = torch.zeros(sizes.get(part, config.d_model), dtype=dtype)
-        layers = [""] if part == "lm_head" else [f"model.layers.{i}." for i in range(config.num_layers)]
-        result |= {f"{layer}{part}.bias": zeros.clone() for layer in layers}
+        size = config.d_ff if part in ("mlp.gate_proj", "mlp.up_proj") else config.d_model
+        result |= {f"model.layers.{i}.{part}.bias": torch.zeros(size, dtype=dtype) for i in range(config.num_layers)}
     return result
 
 

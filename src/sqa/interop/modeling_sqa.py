@@ -108,10 +108,10 @@ def rotate(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
 def visible(
     layer: dict[str, Any], start: int, x: Tensor, padding: Tensor | None, documents: Tensor | None
 ) -> Tensor | None:
-    """bool (1 or B, 1, T, S): the keys that each token of x (B, T, d) sees, of which the first has the place `start`.
+    """bool (1 or B, 1, T, S): the keys each query sees. x: the new tokens, (B, T, d), which follow `start` others.
 
-    padding: (B, S), nonzero = real. documents: (B, T), the number of each token's document. None where each query sees
-    all keys up to its own and PyTorch need not be given a mask: it then skips hidden keys.
+    padding: (B, S), nonzero = real. documents: (B, T), equal within one. None where each query sees all keys up to its
+    own and PyTorch need not be given a mask: it then skips hidden keys.
     """
     length, plain = x.shape[1], layer["window"] is None and layer["logit_softcap"] is None
     if plain and padding is None and documents is None and (start == 0 or length == 1):
@@ -210,16 +210,15 @@ class SqaModel(SqaPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        padding: Tensor | None,
-        documents: Tensor | None,
-        cache: DynamicCache | None,
+        self, x: Tensor, positions: Tensor | None, padding: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
+        start, documents = 0 if cache is None else cache.get_seq_length(), None
+        if positions is None:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        elif padding is None and start == 0:
+            documents = find_packed_sequence_indices(positions.expand(x.shape[0], -1))
         if padding is not None and not torch.compiler.is_compiling() and padding.all():
             padding = None
-        start = 0 if cache is None else cache.get_seq_length()
         masks: dict[str, Tensor | None] = {}  # layers that see the same keys share a mask
         for layer, attention in zip(self.layers, self.config.layers, strict=True):
             sees = str([attention[field] for field in ("window", "num_sink_tokens", "logit_softcap")])
@@ -253,7 +252,7 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none.
 
-        Where position_ids (B, T) do not rise by one, another document begins, unless there is a mask or a cache.
+        Without a mask, another document begins where position_ids (B, T) do not rise by one.
         """
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name):
@@ -265,17 +264,11 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        documents = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            documents = find_packed_sequence_indices(position_ids.expand(x.shape[0], -1))
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        x = self.model(x, position_ids, attention_mask, documents, past_key_values)
+        x = self.model(x, position_ids, attention_mask, past_key_values)
         logits = self.lm_head(x[:, -logits_to_keep:])
         loss = None
         if labels is not None:

@@ -13,7 +13,6 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 
 from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
-from sqa.attention.reference import reference_attention
 from sqa.errors import InputError
 from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
 
@@ -125,12 +124,11 @@ def sqa_attention(
         if softcap is None:
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
             return out, None
-        if attention_mask.dtype != torch.bool:  # a caller's own: numbers to add to the capped scores
-            out, _ = capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)
-            return out, None
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return reference_attention(q, k, v, attention_mask, scale=scale, softcap=softcap), None
+        if attention_mask.dtype == torch.bool:  # it adds a mask to the scores
+            lowest = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        out, _ = capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)
+        return out, None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, num_keys = query.shape[2], key.shape[2]
     if attention_mask is not None and causal:
