@@ -103,8 +103,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
         if values.get(name):
             given = {key: value for key, value in values[name].items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
-    kind = given.pop("type", "default")
-    kind = given.pop("rope_type", kind)
+    kind = given.pop("rope_type", given.pop("type", "default"))
     partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(

@@ -122,13 +122,11 @@ def sqa_attention(
             raise InputError(f"attention 'sqa' has no {name}; use attn_implementation='eager' or set it to nothing")
     if attention_mask is not None and attention_mask.ndim == 4:
         if softcap is None:
-            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-            return out, None
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
         if attention_mask.dtype == torch.bool:  # it adds a mask to the scores
             lowest = torch.finfo(query.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
-        out, _ = capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)
-        return out, None
+        return capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)[0], None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, num_keys = query.shape[2], key.shape[2]
     if attention_mask is not None and causal:
