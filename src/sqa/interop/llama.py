@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, shown
+from sqa.records import read_value
 from sqa.storage import require_counts, require_values
 
 # each model_type, and the values that transformers takes for fields that its config.json lacks
@@ -83,9 +84,8 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
         return [window] * count
     if not values.get("use_sliding_window", False) or window is None:
         return [None] * count
-    types = values.get("layer_types") or [
-        "sliding_attention" if i >= values.get("max_window_layers", 28) else "full_attention" for i in range(count)
-    ]
+    first = read_value(int, values.get("max_window_layers", 28), "model: max_window_layers")
+    types = values.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
         raise InputError(
