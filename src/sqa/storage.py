@@ -186,7 +186,8 @@ def regular_file(path: Path) -> bool:
     if not path.exists() and not path.is_symlink():
         return False
     folder = path.parent.resolve()
-    if path.is_symlink() and Path(os.path.realpath(path)).parent not in (folder, folder.parent.parent / "blobs"):
+    blobs = [above / "blobs" for above in folder.parents[1:3]]  # a model may have folders of its own
+    if path.is_symlink() and Path(os.path.realpath(path)).parent not in (folder, *blobs):
         raise InputError(f"model: {path} is a link to another place; put the file itself there")
     if not path.is_file():
         raise InputError(f"model: {path} must be a regular file")

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 from sqa import AttentionConfig
-from sqa.interop.bert import attention_config, embed, load_bert, save_bert, with_heads
+from sqa.interop import bert
+from sqa.interop.bert import attention_config, embed, load_bert, save_bert
 from sqa.interop.modeling_sqa_bert import SqaBertModel
 from sqa.storage import new_directory
 
@@ -72,6 +73,11 @@ def batch() -> tuple[Tensor, Tensor]:
 def outputs(model: BertModel, ids: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         return model(ids, attention_mask=mask).last_hidden_state
+
+
+def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> SqaBertModel:
+    shape = attention_config(model.config).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
+    return bert.with_heads(model, shape)
 
 
 def written(model: SqaBertModel, out: Path, source: Path) -> Path:

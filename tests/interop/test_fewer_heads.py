@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from sqa import InputError, ModelConfig, Transformer, fewer_query_heads
 from sqa.cost import attention_flops
@@ -14,7 +14,7 @@ from sqa.interop import load_model
 Make = Callable[..., ModelConfig]
 SMOLLM2 = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=2)
 QWEN2 = Qwen2Config(hidden_size=896, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=2)
-LLAMA3 = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=2)
+MISTRAL = MistralConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=2)
 PLAIN = LlamaConfig(hidden_size=96, num_attention_heads=12, num_hidden_layers=2)
 
 
@@ -23,11 +23,11 @@ PLAIN = LlamaConfig(hidden_size=96, num_attention_heads=12, num_hidden_layers=2)
     [
         (SMOLLM2, [(6, 3), (3, 3)]),
         (QWEN2, [(10, 2), (8, 2), (4, 2)]),
-        (LLAMA3, [(24, 8), (16, 8), (8, 8)]),
-        (PLAIN, [(9, 9), (6, 6), (3, 3)]),
+        (MISTRAL, [(24, 8), (16, 8), (8, 8)]),
+        (PLAIN, [(8, 8), (6, 6), (3, 3)]),
     ],
 )
-def test_counts(config: LlamaConfig, counts: list[tuple[int, int]]) -> None:
+def test_counts(config: LlamaConfig, counts: list[tuple[int, int]], tmp_path: Path) -> None:
     found = fewer_query_heads(config)
     assert [(choice.num_query_heads, choice.num_kv_heads) for choice in found] == counts
     heads = config.num_attention_heads
@@ -37,6 +37,7 @@ def test_counts(config: LlamaConfig, counts: list[tuple[int, int]]) -> None:
         assert type(choice.config) is type(config)
         given = choice.config.num_attention_heads, choice.config.num_key_value_heads, choice.config.head_dim
         assert given == (choice.num_query_heads, choice.num_kv_heads, head_dim)
+        choice.config.save_pretrained(tmp_path)  # checks it
     assert config.num_attention_heads == heads
 
 

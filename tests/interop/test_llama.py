@@ -341,6 +341,10 @@ def test_sharded_weights_load(theirs, ids: torch.Tensor, tmp_path: Path) -> None
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": 3},
             "layer_types must",
         ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": None},
+            "max_window_layers must be a whole number, got None",
+        ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
         ({"rope_parameters": {**YARN, "mscale": 0.7}}, "mscale"),

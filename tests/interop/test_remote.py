@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 from sqa import ModelConfig, Rope, RopeScaling
 from sqa.interop import export, load_config, load_model
@@ -143,8 +143,35 @@ def test_an_encoder_is_refused(config_of: Make, model_of, saved, tmp_path: Path)
         export(saved(model_of(config_of(causal=False))), tmp_path / "out", format="hf-remote")
 
 
+@pytest.mark.parametrize("name", ["published shape", "window and sinks", "capped", "norm and bias"])
+def test_documents_in_a_row_stay_apart_where_positions_begin_again(
+    name: str, config_of: Make, model_of, saved, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    export(saved(model_of(config_of(**CASES[name]))), tmp_path / "out", format="hf-remote")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    positions = torch.cat([torch.arange(9), torch.arange(ids.shape[1] - 9)])[None]
+    with torch.no_grad():
+        apart = torch.cat([model(ids[:, :9]).logits, model(ids[:, 9:]).logits], dim=1)
+        torch.testing.assert_close(model(ids, position_ids=positions).logits, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_outputs_are_what_was_asked_for(config_of: Make, model_of, saved, ids: torch.Tensor, tmp_path: Path) -> None:
+    export(saved(model_of(config_of())), tmp_path / "out", format="hf-remote")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        logits, _ = model(ids, return_dict=False)
+        assert torch.equal(logits, model(ids).logits)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{name} must be false"):
+            model(ids, **{name: True})
+
+
 def test_a_static_cache_is_refused_with_what_to_take(config_of: Make, model_of, saved, ids, tmp_path: Path) -> None:
     export(saved(model_of(config_of())), tmp_path / "out", format="hf-remote")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    with pytest.raises(ValueError, match="static caches make others, take a dynamic one"):
+    with pytest.raises(ValueError, match="must be a dynamic cache, got StaticCache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+    with pytest.raises(ValueError, match="must be a dynamic cache, got StaticCache"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=40))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, S\), got \(2, 1, 21, 21\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 21, 21, dtype=torch.bool))

@@ -190,9 +190,22 @@ def test_links_of_the_hubs_cache_are_followed(stock: Path, tmp_path: Path) -> No
     for path in stock.iterdir():
         shutil.copyfile(path, cache / "blobs" / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(Path("../../blobs") / f"hash-{path.name}")
+    (cache / "blobs" / "hash-2").write_text("{{ tools }}")
+    (snapshot / "additional_chat_templates").mkdir()
+    (snapshot / "additional_chat_templates" / "tool_use.jinja").symlink_to("../../../blobs/hash-2")
     import_model(snapshot, tmp_path / "ours")
     assert not any(path.is_symlink() for path in (tmp_path / "ours").iterdir())
     assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+    assert (tmp_path / "ours" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_templates_of_other_names_are_kept(stock: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stock)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(stock)
+    import_model(stock, tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "theirs", format="hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "theirs").chat_template == tokenizer.chat_template
 
 
 def sqa(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """attn_implementation="sqa" against transformers' own attention."""
 
 from copy import deepcopy
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from transformers import (
     StaticCache,
 )
 
-from sqa.interop import export
+from sqa.interop import export, load_model
+from sqa.interop.modeling_sqa import SqaConfig
 from sqa.interop.transformers import register, sqa_attention
 
 SHAPE = {
@@ -294,3 +296,11 @@ def test_registered_classes_load_without_remote_code(config_of, model_of, saved,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")
+    fresh = AutoModelForCausalLM.from_config(SqaConfig(**asdict(model.config)))
+    fresh.save_pretrained(tmp_path / "fresh")
+    for folder, saver in (("again", loaded), ("fresh", fresh)):
+        assert (tmp_path / folder / "modeling_sqa.py").read_bytes() == (tmp_path / "out/modeling_sqa.py").read_bytes()
+        with torch.no_grad():
+            ours = load_model(tmp_path / folder)(ids).logits
+            torch.testing.assert_close(ours, saver(ids).logits, atol=1e-5, rtol=1e-5)

@@ -131,10 +131,7 @@ class Encoder(Subject):
         )
 
     def with_heads(self, attention: Sequence[AttentionConfig]) -> Encoder:
-        heads = attention[0]
-        return Encoder(
-            bert.with_heads(self.model, num_query_heads=heads.num_query_heads, num_kv_heads=heads.num_kv_heads)
-        )
+        return Encoder(bert.with_heads(self.model, attention[0]))
 
     @classmethod
     def serve(cls, directory: Path) -> str:

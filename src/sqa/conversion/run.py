@@ -120,7 +120,10 @@ class _Run:
                 self._record(stage, self._load(job.work / stage))
         if not job.out.is_dir():
             self._heal()
-        self._time_and_sample()
+        converted = self._load(job.out)
+        with self._autocast():
+            self._save(samples=self._samples(converted), serve=self.kind.serve(job.out))
+            self._save(speed=self._speed(converted))
         self._save(
             wall_s=time.perf_counter() - self.start,
             peak_bytes=_peak_bytes(),
@@ -223,8 +226,11 @@ class _Run:
     def _operate(self) -> None:
         job, text = self.job, self.text
         with self._autocast():
-            uniform = self.settings.allocation == "uniform"
-            plans = job.uniform() if uniform else allocation.cheapest(self._choices(), job.total)
+            if self.settings.allocation == "uniform":
+                plans = job.uniform()
+            else:
+                part = self._shown("measuring what each layer's heads are worth", text.fit[: -(-len(text.fit) // 4)])
+                plans = allocation.cheapest(allocation.layer_choices(self.original, part, job.counts()), job.total)
             counts = ", ".join(f"{after.num_query_heads}/{after.num_kv_heads}" for after, _ in plans)
             self.display.note(f"query/KV heads of the layers: {counts}")
             self.display.start("refitting layer by layer", len(plans))
@@ -233,18 +239,12 @@ class _Run:
             )
         self.display.finish("refitted")
         self._save(layers=layers)
-        shutil.rmtree(job.work / "dropped", ignore_errors=True)
         self._write(dropped, job.work / "dropped", torch.float32)
         self._write(refitted, job.work / "refitted", torch.float32)
 
-    def _choices(self) -> list[dict[int, allocation.Choice]]:
-        """What each layer may become, with the cost of each choice on a quarter of the calibration text."""
-        part = self.text.fit[: -(-len(self.text.fit) // 4)]
-        batches = self._shown("measuring what each layer's heads are worth", part)
-        return allocation.layer_choices(self.original, batches, self.job.counts())
-
     def _write(self, subject: Subject, folder: Path, dtype: torch.dtype) -> None:
-        """Write a model to a folder inside the work folder, whole or not at all."""
+        """Write a model to a folder inside the work folder, whole or not at all, in the place of any before it."""
+        shutil.rmtree(folder, ignore_errors=True)
         with storage.new_directory(folder) as temporary:
             subject.save(temporary, self.job.source, dtype)
 
@@ -258,7 +258,6 @@ class _Run:
             self._phase("control", OwnLoss(copy.deepcopy(self.original)), batches)
         both = (self.original, student)
         self._save(parameters=tuple(sum(p.numel() for p in subject.model.parameters()) for subject in both))
-        shutil.rmtree(job.work / "converted", ignore_errors=True)
         self._write(student, job.work / "converted", self.original.dtype)
         write_json(job.work / "converted" / "conversion.json", self.state)
         (job.work / "converted").rename(job.out)
@@ -298,12 +297,6 @@ class _Run:
         affordable = int(0.3 * steps * self.settings.tokens_per_step / self.settings.evaluation_tokens)
         count = max(1, min(MEASUREMENTS, affordable))
         return {round(steps * i / count) for i in range(1, count)}
-
-    def _time_and_sample(self) -> None:
-        converted = self._load(self.job.out)
-        with self._autocast():
-            self._save(samples=self._samples(converted), serve=self.kind.serve(self.job.out))
-            self._save(speed=self._speed(converted))
 
     @torch.no_grad()
     def _samples(self, converted: Subject) -> tuple[Sample, ...]:

@@ -81,10 +81,7 @@ def cut(view: AttentionView, num_kv_heads: int, kept: Sequence[int], inputs: Mom
     all_q, all_k, all_v = (_head_rows(linear, size) for linear in (view.q, view.k, view.v))
     output = joined(view.o)
     columns, output_bias = output[:, : view.o.in_features].split(size, dim=1), output[:, view.o.in_features :]
-    queries: list[Tensor] = []
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    outputs: list[Tensor] = []
+    queries, keys, values, outputs = (list[Tensor]() for _ in range(4))
     share = len(kept) // num_kv_heads
     for first in range(0, len(kept), share):
         own = kept[first : first + share]

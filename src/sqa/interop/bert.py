@@ -127,13 +127,12 @@ def attention_config(config: BertConfig) -> AttentionConfig:
     )
 
 
-def with_heads(model: BertModel, *, num_query_heads: int, num_kv_heads: int) -> SqaBertModel:
-    """A copy of `model` with other head counts, same dtype, device and mode.
+def with_heads(model: BertModel, shape: AttentionConfig) -> SqaBertModel:
+    """A copy of `model` with the heads of `shape`, same dtype, device and mode.
 
     Weights and biases of `attention.self.{query,key,value}` and `attention.output.dense.weight` are random, for the
-    caller to fill. Raises InputError for counts that do not fit.
+    caller to fill. Raises ValueError for fewer query than KV heads.
     """
-    shape = attention_config(model.config).replace(num_query_heads=num_query_heads, num_kv_heads=num_kv_heads)
     ours = {name: getattr(shape, name) for name in _OURS}
     config = SqaBertConfig.from_dict(model.config.to_dict() | {"model_type": SqaBertConfig.model_type} | ours)
     config._attn_implementation = model.config._attn_implementation

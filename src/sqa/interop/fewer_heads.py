@@ -32,7 +32,8 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
 
     `source` is a config of transformers (Llama, Mistral, Qwen2, Qwen3), a ModelConfig, a model directory, a .gguf file
     or a name on the Hub. KV heads and head_dim stay, so the number of query heads is a multiple of the KV heads; only
-    multi-head attention (as many KV as query heads) gets fewer KV heads too.
+    multi-head attention (as many KV as query heads) gets fewer KV heads too. Llama's config refuses query heads that do
+    not divide the width, so from a LlamaConfig there may be fewer choices.
 
     Raises InputError for a model with one query head, with layers of several kinds, or of an unknown type.
 
@@ -51,7 +52,8 @@ def fewer_query_heads(source: str | Path | ModelConfig | Any) -> list[FewerHeads
             attention_saving=layer.num_output_heads / max(query, kv),
             config=_with_heads(source, config, query, kv),
         )
-        for query, kv in _counts(layer)
+        # Llama's config is not saved with heads that do not divide the width
+        for query, kv in _counts(layer, dividing=getattr(source, "model_type", None) == "llama")
     ]
 
 
@@ -65,10 +67,11 @@ def _of_transformers(source: Any) -> ModelConfig:
     return llama.model_config(values)
 
 
-def _counts(layer: AttentionConfig) -> list[tuple[int, int]]:
-    """(query heads, KV heads) of each choice."""
+def _counts(layer: AttentionConfig, *, dividing: bool) -> list[tuple[int, int]]:
+    """(query heads, KV heads) of each choice; `dividing`: only query heads that divide the width."""
     heads, kv_heads = layer.num_query_heads, layer.num_kv_heads
     possible = list(range(kv_heads, heads, kv_heads)) or list(range(1, heads))
+    possible = [n for n in possible if not dividing or layer.d_model % n == 0]
     if not possible:
         raise InputError(f"source: {heads} query heads and {kv_heads} KV heads leave none to take away")
     nearest = {min(possible, key=lambda n: (abs(n - share * heads), -n)) for share in _SHARES}

@@ -7,7 +7,6 @@ in a damaged file and takes seconds for a vocabulary; this one checks each lengt
 import math
 import mmap
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,21 +96,21 @@ class _Cursor:
         self.at += size
         return self.data[self.at - size : self.at]
 
-    def scalar(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
 
     def text(self) -> str:
         start = self.at
         try:
-            return self.take(self.scalar("Q")).decode()
+            return self.take(self.number(8)).decode()
         except UnicodeDecodeError:
             raise InputError(f"model: {self.path} is damaged: the text at byte {start} is not UTF-8") from None
 
     def value(self, key: str) -> Any:
-        kind = self.scalar("I")
+        kind = self.number(4)
         if kind != _ARRAY:
             return self.values(key, kind, 1)[0]
-        return self.values(key, self.scalar("I"), self.scalar("Q"))
+        return self.values(key, self.number(4), self.number(8))
 
     def values(self, key: str, kind: int, count: int) -> list[Any]:
         if kind == _TEXT:
@@ -137,10 +136,10 @@ def read_gguf(path: Path) -> GgufFile:
         data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
     cursor.take(4)
-    version = cursor.scalar("I")
+    version = cursor.number(4)
     if version not in (2, 3):
         raise InputError(f"model: {path} must be a little-endian GGUF of version 2 or 3, got version {version}")
-    num_tensors, num_keys = cursor.scalar("Q"), cursor.scalar("Q")
+    num_tensors, num_keys = cursor.number(8), cursor.number(8)
     metadata = {}
     for _ in range(num_keys):
         key = cursor.text()
@@ -148,10 +147,10 @@ def read_gguf(path: Path) -> GgufFile:
     found = {}
     for _ in range(num_tensors):
         name = cursor.text()
-        dims = [cursor.scalar("Q") for _ in range(cursor.scalar("I"))]
+        dims = [cursor.number(8) for _ in range(cursor.number(4))]
         if name in found or not 1 <= len(dims) <= 4 or 0 in dims:
             raise InputError(f"model: {path} is damaged: {shown(name)} is there twice, or not of 1 to 4 dimensions")
-        found[name] = tuple(reversed(dims)), cursor.scalar("I"), cursor.scalar("Q")
+        found[name] = tuple(reversed(dims)), cursor.number(4), cursor.number(8)
     file = GgufFile(path, metadata, {})
     alignment = file.count("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     start = math.ceil(cursor.at / alignment) * alignment
@@ -298,7 +297,7 @@ def read_tensors(file: GgufFile, config: ModelConfig) -> dict[str, Tensor]:
     }  # a name that is not known is kept, for the model to refuse
     if config.bias:
         absent = [part for part in OUTER if f"model.layers.0.{part}.bias" not in tensors]
-        tensors = with_zero_biases(tensors, config, [*absent, "lm_head"])
+        tensors = with_zero_biases(tensors, config, absent)
     if file.metadata["general.architecture"] in INTERLEAVED:
         tensors = repaired(tensors, config.layers[0].head_dim, interleaved=False)
     return tensors

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sqa.config import AttentionConfig, ModelConfig, Rope, RopeScaling
 from sqa.errors import InputError, shown
+from sqa.records import read_value
 from sqa.storage import require_counts, require_values
 
 # each model_type, and the values that transformers takes for fields that its config.json lacks
@@ -83,9 +84,8 @@ def _windows(values: Mapping[str, Any]) -> list[int | None]:
         return [window] * count
     if not values.get("use_sliding_window", False) or window is None:
         return [None] * count
-    types = values.get("layer_types") or [
-        "sliding_attention" if i >= values.get("max_window_layers", 28) else "full_attention" for i in range(count)
-    ]
+    first = read_value(int, values.get("max_window_layers", 28), "model: max_window_layers")
+    types = values.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
         raise InputError(
@@ -103,8 +103,7 @@ def _read_rope(values: Mapping[str, Any]) -> Rope:
         if values.get(name):
             given = {key: value for key, value in values[name].items() if value is not None}
     base = given.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
-    kind = given.pop("type", "default")
-    kind = given.pop("rope_type", kind)
+    kind = given.pop("rope_type", given.pop("type", "default"))
     partial = given.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(
@@ -135,18 +134,16 @@ def state_from_stock(
     if not config.bias:
         return tensors
     absent = [part for part in OUTER if not values.get("mlp_bias" if "mlp" in part else "attention_bias")]
-    return with_zero_biases(tensors, config, [*absent, "lm_head"])
+    return with_zero_biases(tensors, config, absent)
 
 
 def with_zero_biases(tensors: Mapping[str, Tensor], config: ModelConfig, parts: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors, with zeros added as biases of these parts of each layer, or of lm_head."""
-    sizes = {"lm_head": config.vocab_size, "mlp.gate_proj": config.d_ff, "mlp.up_proj": config.d_ff}
+    """The tensors, with zeros added as biases of the head and of these parts of each layer."""
     dtype = next((tensor.dtype for tensor in tensors.values()), None)
-    result = dict(tensors)
+    result = {**tensors, "lm_head.bias": torch.zeros(config.vocab_size, dtype=dtype)}
     for part in parts:
-        zeros = torch.zeros(sizes.get(part, config.d_model), dtype=dtype)
-        layers = [""] if part == "lm_head" else [f"model.layers.{i}." for i in range(config.num_layers)]
-        result |= {f"{layer}{part}.bias": zeros.clone() for layer in layers}
+        size = config.d_ff if part in ("mlp.gate_proj", "mlp.up_proj") else config.d_model
+        result |= {f"model.layers.{i}.{part}.bias": torch.zeros(size, dtype=dtype) for i in range(config.num_layers)}
     return result
 
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 
 class SqaConfig(PreTrainedConfig):
@@ -103,20 +105,27 @@ def rotate(x: Tensor, positions: Tensor, rope: dict[str, Any]) -> Tensor:
     return turned.to(x.dtype)
 
 
-def visible(layer: dict[str, Any], start: int, length: int, padding: Tensor | None, like: Tensor) -> Tensor | None:
-    """bool (1 or B, 1, T, S): the keys each query sees. padding: (B, S), nonzero = real.
+def visible(
+    layer: dict[str, Any], start: int, x: Tensor, padding: Tensor | None, documents: Tensor | None
+) -> Tensor | None:
+    """bool (1 or B, 1, T, S): the keys each query sees. x: the new tokens, (B, T, d), which follow `start` others.
 
-    None where each query sees all keys up to its own and PyTorch need not be given a mask: it then skips hidden keys.
+    padding: (B, S), nonzero = real. documents: (B, T), equal within one. None where each query sees all keys up to its
+    own and PyTorch need not be given a mask: it then skips hidden keys.
     """
-    if layer["window"] is None and layer["logit_softcap"] is None and padding is None and (start == 0 or length == 1):
+    length, plain = x.shape[1], layer["window"] is None and layer["logit_softcap"] is None
+    if plain and padding is None and documents is None and (start == 0 or length == 1):
         return None
-    keys = torch.arange(start + length, device=like.device)
+    keys = torch.arange(start + length, device=x.device)
     distance = keys[start:, None] - keys
     real = torch.ones_like(keys, dtype=torch.bool)[None] if padding is None else padding.bool()
-    seen = (distance >= 0)[None]
+    seen, places = (distance >= 0)[None], real.cumsum(1)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+        places = seen.sum(2)
     if layer["window"] is not None:
         near = (distance < layer["window"])[None]
-        sinks = real & (real.cumsum(1) <= layer["num_sink_tokens"])
+        sinks = real & (places <= layer["num_sink_tokens"])
         seen = seen & (near | sinks[:, None, :])
     # a padded query sees at least itself: softmax over nothing has no value
     return ((seen & real[:, None, :]) | (distance == 0))[:, None]
@@ -200,15 +209,21 @@ class SqaModel(SqaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, x: Tensor, positions: Tensor, padding: Tensor | None, cache: DynamicCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor | None, padding: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor:
+        start, documents = 0 if cache is None else cache.get_seq_length(), None
+        if positions is None:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        elif padding is None and start == 0:
+            documents = find_packed_sequence_indices(positions.expand(x.shape[0], -1))
         if padding is not None and not torch.compiler.is_compiling() and padding.all():
             padding = None
-        start = 0 if cache is None else cache.get_seq_length()
         masks: dict[str, Tensor | None] = {}  # layers that see the same keys share a mask
         for layer, attention in zip(self.layers, self.config.layers, strict=True):
             sees = str([attention[field] for field in ("window", "num_sink_tokens", "logit_softcap")])
             if sees not in masks:
-                masks[sees] = visible(attention, start, x.shape[1], padding, x)
+                masks[sees] = visible(attention, start, x, padding, documents)
             x = layer(x, positions, masks[sees], cache)
         return self.norm(x)
 
@@ -222,6 +237,7 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.bias)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -234,12 +250,17 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,  # Trainer's num_items_in_batch and the like, for the loss
     ) -> CausalLMOutputWithPast:
-        """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none."""
+        """attention_mask: (B, S), nonzero = real; labels (B, T): input_ids, -100 where there is none.
+
+        Without a mask, another document begins where position_ids (B, T) do not rise by one.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} must be false: this model returns no more than logits")
+        if getattr(past_key_values, "is_compileable", False):  # it also has keys that stand for no token
+            raise ValueError(f"past_key_values must be a dynamic cache, got {type(past_key_values).__name__}")
         if attention_mask is not None and attention_mask.ndim != 2:
-            shape = tuple(attention_mask.shape)
-            raise ValueError(
-                f"attention_mask must be (B, S), got {shape}; static caches make others, take a dynamic one"
-            )
+            raise ValueError(f"attention_mask must be (B, S), got {tuple(attention_mask.shape)}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -247,9 +268,6 @@ class SqaForCausalLM(SqaPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        start = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         x = self.model(x, position_ids, attention_mask, past_key_values)
         logits = self.lm_head(x[:, -logits_to_keep:])
         loss = None

@@ -136,8 +136,7 @@ def replace_attention(
         )
     for name, module in new.items():
         old = model.get_submodule(name)
-        reference = next(old.parameters())
-        model.set_submodule(name, module.to(reference).train(old.training))
+        model.set_submodule(name, module.to(next(old.parameters())).train(old.training))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # part of the fused path

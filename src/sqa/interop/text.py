@@ -58,6 +58,7 @@ class TextSide:
     def write(self, folder: Path) -> None:
         """Write `files` into a folder."""
         for name, text in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_text(folder / name, text)
 
     def encode(self, text: str) -> list[int]:
@@ -143,8 +144,8 @@ def read_text_side(
     from our own tokens' names. Raises InputError for a file that is damaged or a link to another place, for ids that
     are no tokens, and for a tokenizer with more entries than the model.
     """
-    paths = [directory / name for name in FILES]
-    files = {path.name: read_text(path) for path in paths if regular_file(path)}
+    paths = [*(directory / name for name in FILES), *sorted(directory.glob("additional_chat_templates/*.jinja"))]
+    files = {str(path.relative_to(directory)): read_text(path) for path in paths if regular_file(path)}
     parsed = {name: read_json(directory / name) for name in _JSON if name in files}
     tokenizer = _parse_tokenizer(directory / TOKENIZER, files[TOKENIZER], vocab_size) if TOKENIZER in files else None
     stated = parsed.get(CONFIG, {})

@@ -13,7 +13,6 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 
 from sqa.attention.kernels import attend
 from sqa.attention.masks import Mask
-from sqa.attention.reference import reference_attention
 from sqa.errors import InputError
 from sqa.interop.modeling_sqa import SqaConfig, SqaForCausalLM
 
@@ -32,6 +31,8 @@ def register() -> None:
     AttentionMaskInterface.register("sqa", sqa_mask)
     AutoConfig.register("sqa", SqaConfig, exist_ok=True)
     AutoModelForCausalLM.register(SqaConfig, SqaForCausalLM, exist_ok=True)
+    SqaConfig.register_for_auto_class()  # save_pretrained then copies the class beside the weights
+    SqaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def sqa_mask(
@@ -121,14 +122,11 @@ def sqa_attention(
             raise InputError(f"attention 'sqa' has no {name}; use attn_implementation='eager' or set it to nothing")
     if attention_mask is not None and attention_mask.ndim == 4:
         if softcap is None:
-            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-            return out, None
-        if attention_mask.dtype != torch.bool:  # a caller's own: numbers to add to the capped scores
-            out, _ = capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)
-            return out, None
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return reference_attention(q, k, v, attention_mask, scale=scale, softcap=softcap), None
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
+        if attention_mask.dtype == torch.bool:  # it adds a mask to the scores
+            lowest = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        return capped_attention(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap)[0], None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length, num_keys = query.shape[2], key.shape[2]
     if attention_mask is not None and causal:

@@ -75,7 +75,6 @@ def write_like(model: Transformer, folder: Path, source: Path) -> None:
     text = opened.read_text_side()
     if opened.for_transformers:
         stock = not llama.why_not_stock(model.config)
-        _check_hugging_face(model.config, text, folder, stock=stock)
         _write_hugging_face(model, folder, text, stock=stock)
     else:
         model.save(folder)
@@ -100,12 +99,14 @@ def _write_hugging_face(model: Transformer, folder: Path, text: TextSide, *, sto
     text.write(folder)
 
 
-def _check_hugging_face(config: ModelConfig, text: TextSide, out: Path, *, stock: bool) -> None:
-    if stock:
-        llama.stock_config(config)
-    elif not config.causal:
+def _check_stock(config: ModelConfig, text: TextSide, out: Path) -> None:
+    llama.stock_config(config)
+
+
+def _check_remote(config: ModelConfig, text: TextSide, out: Path) -> None:
+    if not config.causal:
         raise InputError("export: an encoder (causal=False) is no causal language model; nothing to export")
-    elif unknown := list(config.unusual(_REMOTE)):
+    if unknown := list(config.unusual(_REMOTE)):
         raise InputError(f"export: hf-remote's own class does not know {'; nor '.join(unknown)}")
 
 
@@ -145,13 +146,9 @@ class Format:
 
 
 FORMATS = {
-    "hf": Format(
-        check=partial(_check_hugging_face, stock=True),
-        write=partial(_new_hugging_face, stock=True),
-        from_pretrained="",
-    ),
+    "hf": Format(check=_check_stock, write=partial(_new_hugging_face, stock=True), from_pretrained=""),
     "hf-remote": Format(
-        check=partial(_check_hugging_face, stock=False),
+        check=_check_remote,
         write=partial(_new_hugging_face, stock=False),
         from_pretrained=", trust_remote_code=True",
     ),
