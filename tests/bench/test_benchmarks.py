@@ -314,7 +314,8 @@ def test_memory_is_a_table_of_its_own() -> None:
 
 def test_the_model_that_is_run_first_does_not_count_against_a_wide_one() -> None:
     layer = variant("sqa", d_model=512, num_heads=8)
-    wide = ModelConfig(vocab_size=8, num_layers=4, d_ff=2048, max_seq_len=8, attention=layer)
+    layers = (*[layer] * 3, layer.replace(num_query_heads=2))  # that of the model with one layer is the first
+    wide = ModelConfig(vocab_size=8, num_layers=4, d_ff=2048, max_seq_len=8, attention=layers)
     options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True, "rounds": 1}
     rows = run_step(Models(name="wide", configs={"sqa": wide}), **options).rows  # type: ignore[arg-type]
     for row in rows:

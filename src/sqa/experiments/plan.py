@@ -67,11 +67,11 @@ class Plan(Checked):
     `context`: tokens of a row. `batch_size`: rows of a step, in all processes together, of which `micro_batch_size` at
     a time (0: all) go through the model on each. `budget`: see Budget.parse. `learning_rates` has a rate for single
     variants; attention's output projections learn at `output_projection_rate` times the rate. `padding_in_loss` trains
-    on padding too, as the published experiment did (padded layout only). `evaluation_tokens`: real tokens of the
-    validation set, at most. `probes`: how often a run is probed (`sqa.training.probes`). `dtype` bfloat16 means
-    autocast. `activation_checkpointing` computes each block again for its gradient: less memory, slower. `sharding`
-    "full" gives each process a part of the model (FSDP2), "none" a copy (DDP). `threads` 0 keeps PyTorch's number.
-    `timing_rounds` 0 skips the phase that times all variants in turns.
+    on padding too, as the published experiment did (padded layout only). `evaluation_tokens`: runs are evaluated on the
+    first validation documents that hold so many real tokens. `probes`: how often a run is probed
+    (`sqa.training.probes`). `dtype` bfloat16 means autocast. `activation_checkpointing` computes each block again for
+    its gradient: less memory, slower. `sharding` "full" gives each process a part of the model (FSDP2), "none" a copy
+    (DDP). `threads` 0 keeps PyTorch's number. `timing_rounds` 0 skips the phase that times all variants in turns.
 
     Raises InputError, naming the field, for anything that cannot be run.
     """
@@ -205,6 +205,10 @@ class Plan(Checked):
         heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
         config = model_config("mha", **fields | own)
         return config.replace(attention=config.layers[0].replace(**{"num_kv_heads": heads["num_query_heads"], **heads}))
+
+    def rate(self, name: str) -> float:
+        """The highest learning rate of a variant."""
+        return self.learning_rates.get(name, self.learning_rate)
 
     @property
     def cells(self) -> list[Cell]:
