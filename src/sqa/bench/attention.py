@@ -130,15 +130,20 @@ class Setting:
         inputs, grad = self.inputs()
         return lambda: _run(partial(attend, mask=mask), inputs, grad, self.kernel)
 
+    @property
+    def kernel_name(self) -> str:
+        """The kernel that runs, with PyTorch's implementation where one is pinned."""
+        if self.kernel != "auto":
+            return f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
+        call = Call.of_layer(
+            self.config, length=self.n, device=self.device, dtype=find_dtype(self.dtype),
+            documents=self.mask == "documents", grad=self.what != "forward",
+        )  # fmt: skip
+        return resolve(call).kernel
+
     def measurement(self, peak: Peak) -> Measurement:
-        """All that is known before timing; the least time follows from the rate of `peak`."""
-        config, kernel = self.config, f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
-        if kernel == "auto":
-            call = Call.of_layer(
-                config, length=self.n, device=self.device, dtype=find_dtype(self.dtype),
-                documents=self.mask == "documents", grad=self.what != "forward",
-            )  # fmt: skip
-            kernel = resolve(call).kernel
+        """All that is known before timing, with the kernel that was asked for; the least time follows from `peak`."""
+        config = self.config
         passes = {"forward": 1, "forward+backward": 3}.get(self.what)
         flops = None if passes is None else passes * 4 * config.head_dim * self.scores
         return Measurement(
@@ -153,7 +158,7 @@ class Setting:
             dtype=self.dtype,
             mask=self.mask,
             window=config.window,
-            kernel=kernel,
+            kernel=self.kernel,
             what=self.what,
             scores=self.scores,
             flops=flops,
@@ -280,13 +285,18 @@ def run_attention(
             refused = {setting: refusal(setting) for setting in settings}
             for n in limit.fitting(sorted(lengths), notes, f"{dtype}, head_dim {head_dim}: the budget"):
                 logger.info("attention %s, head_dim %d, N = %d: %d contestants", dtype, head_dim, n, len(settings))
+                taking_part = {
+                    replace(setting, n=n): problem
+                    for setting, problem in refused.items()
+                    if problem is None or n == min(lengths)
+                }
                 contestants = (
                     (replace(each.measurement(peak), note=problem), each.contestant if problem is None else None)
-                    for each, problem in ((replace(setting, n=n), problem) for setting, problem in refused.items())
-                    if problem is None or n == min(lengths)
+                    for each, problem in taking_part.items()
                 )
                 timed = time_all(contestants, rounds=rounds, warmup=1, device=where, limit=limit)
-                rows += _compared(timed, peak, baseline)
+                compared = zip(taking_part, _compared(timed, peak, baseline), strict=True)
+                rows += (replace(m, kernel=each.kernel_name) for each, m in compared)
     options = {"head_dims": list(head_dims), "num_heads": num_heads, "rounds": rounds}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
@@ -295,10 +305,7 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
     """Add rates, shares and ratios to the measurements of one length, head_dim and dtype."""
     timed = [m for m in measurements if m.seconds is not None]
     scores = {(m.variant, m.mask): m.scores or 0 for m in timed}
-    full: dict[tuple[str, str | None], dict[str | None, float]] = {}  # of each kernel
-    for m in timed:
-        if m.mask == "causal":
-            full.setdefault((m.variant, m.what), {})[m.kernel] = m.median
+    full = {(m.variant, m.kernel, m.what): m.median for m in timed if m.mask == "causal"}
     sdpa = {(m.variant, m.mask, m.what): m.median for m in timed if m.kernel == "sdpa"}
     for m in with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline):
         if m.seconds is not None and m.flops is not None:
@@ -306,9 +313,8 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
         if m.ratio is not None and m.flops is not None:
             limit = scores[baseline, m.mask] / scores[m.variant, m.mask]
             m = replace(m, limit=limit, share_of_limit=m.ratio / limit)
-        if m.seconds is not None and m.mask == "window" and (m.variant, m.what) in full:
-            times = full[m.variant, m.what]  # "auto" may choose another kernel for full attention
-            m = replace(m, ratio_to_full=times.get(m.kernel, min(times.values())) / m.median)
+        if m.seconds is not None and m.mask == "window" and (m.variant, m.kernel, m.what) in full:
+            m = replace(m, ratio_to_full=full[m.variant, m.kernel, m.what] / m.median)
         if m.seconds is not None and m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
             m = replace(m, ratio_to_sdpa=sdpa[m.variant, m.mask, m.what] / m.median)
         yield m
