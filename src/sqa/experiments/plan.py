@@ -136,10 +136,10 @@ class Plan(Checked):
             raise InputError(
                 f"plan: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
             )
-        for name, rate in {"learning_rate": self.learning_rate, **self.learning_rates}.items():
+        own_rates = {f"learning_rates.{name}": rate for name, rate in self.learning_rates.items()}
+        for name, rate in {"learning_rate": self.learning_rate, **own_rates}.items():
             if not rate > 0:
-                where = name if name == "learning_rate" else f"learning_rates.{name}"
-                raise InputError(f"plan: {where} must be above 0, got {rate}")
+                raise InputError(f"plan: {name} must be above 0, got {rate}")
         if not self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if self.budget_kind == "time" and not self.timing_rounds:

@@ -93,20 +93,16 @@ class Experiment:
             learning_rates={},
         )
         first = comparisons[0].record
-        for comparison in comparisons:
-            other = comparison.record
-            if first.data.fingerprint != other.data.fingerprint:
-                raise InputError(
-                    f"report: comparisons must be of the same data, got {first.plan.name} "
-                    f"({first.data.fingerprint[:12]}) and {other.plan.name} ({other.data.fingerprint[:12]})"
-                )
-            _check_same(merged, other.plan, _SHARED)
-        if timed is not None:
-            _check_same(merged, timed.plan, _TIMED)
         by_budget: dict[str, dict[Cell, RunResult]] = {}
         rates: dict[tuple[str, str], float] = {}
         for comparison in comparisons:
-            plan = comparison.plan
+            other, plan = comparison.record, comparison.plan
+            if first.data.fingerprint != other.data.fingerprint:
+                raise InputError(
+                    f"report: comparisons must be of the same data, got {first.plan.name} "
+                    f"({first.data.fingerprint[:12]}) and {plan.name} ({other.data.fingerprint[:12]})"
+                )
+            _check_same(merged, plan, _SHARED)
             for name in {result.variant for result in comparison.results}:
                 if (rate := rates.setdefault((plan.budget, name), plan.rate(name))) != plan.rate(name):
                     raise InputError(
@@ -115,6 +111,8 @@ class Experiment:
                     )
             runs = by_budget.setdefault(plan.budget, {})
             runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
+        if timed is not None:
+            _check_same(merged, timed.plan, _TIMED)
         longest = {budget: max((run.tokens for run in runs.values()), default=0) for budget, runs in by_budget.items()}
         longest_first = sorted(comparisons, key=lambda comparison: longest[comparison.plan.budget], reverse=True)
         phases = [timed] if timed is not None else [comparison.record for comparison in longest_first]

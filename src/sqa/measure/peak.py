@@ -22,10 +22,6 @@ class Peak:
     product: float
     processor: float | None
 
-    def shares(self, rate: float) -> tuple[float, float | None]:
-        """A rate in FLOP/s as shares of the two peaks."""
-        return rate / self.product, None if self.processor is None else rate / self.processor
-
     def __str__(self) -> str:
         processor = "" if self.processor is None else f", the processor's multiply-adds {self.processor / 1e9:,.0f}"
         return f"a large matrix product reaches {self.product / 1e9:,.0f} GFLOP/s{processor}"
