@@ -9,7 +9,7 @@ def make_table(*headings: str, title: str | None = None, names: Collection[str] 
     """An empty table, columns `gap` spaces apart. Those headed by one of `names` are set left, the others right."""
     built = Table(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), header_style="bold")
     for heading in headings:
-        built.add_column(heading, justify="left" if heading in names else "right", no_wrap=heading == "variant")
+        built.add_column(heading, justify="left" if heading in names else "right")
     return built
 
 

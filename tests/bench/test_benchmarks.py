@@ -173,6 +173,16 @@ def test_a_window_is_compared_with_full_attention_of_the_same_kernel() -> None:
             assert row.ratio_to_full == full[row.variant, row.kernel, row.what] / row.median
 
 
+def test_variants_are_compared_where_auto_chooses_another_kernel_for_each() -> None:
+    """Our own kernel takes heads of 32 and not of 8."""
+    rows = run_attention(
+        variants=("gqa", "4/1x32"), lengths=(64,), head_dims=(8,), num_heads=4, rounds=1, dtypes=("fp32",)
+    ).rows
+    assert {row.kernel for row in rows}.isdisjoint({"auto"})
+    baselines = {row.what: row.median for row in rows if row.variant == "gqa"}
+    assert [row.ratio for row in rows] == [baselines[row.what] / row.median for row in rows]
+
+
 def test_the_step_of_a_layer_has_the_gradients_of_its_input_and_of_all_its_weights() -> None:
     each = replace(setting(), what="layer step")
     gradients = each.contestant()()
@@ -314,7 +324,8 @@ def test_memory_is_a_table_of_its_own() -> None:
 
 def test_the_model_that_is_run_first_does_not_count_against_a_wide_one() -> None:
     layer = variant("sqa", d_model=512, num_heads=8)
-    wide = ModelConfig(vocab_size=8, num_layers=4, d_ff=2048, max_seq_len=8, attention=layer)
+    layers = (*[layer] * 3, layer.replace(num_query_heads=2))  # that of the model with one layer is the first
+    wide = ModelConfig(vocab_size=8, num_layers=4, d_ff=2048, max_seq_len=8, attention=layers)
     options = {"dtypes": ("fp32",), "batch_size": 1, "length": 8, "compile": False, "memory": True, "rounds": 1}
     rows = run_step(Models(name="wide", configs={"sqa": wide}), **options).rows  # type: ignore[arg-type]
     for row in rows:
@@ -446,6 +457,15 @@ def test_a_shape_that_a_peer_cannot_have_is_a_line_too() -> None:
     _, absent = lineup.line_up(models, peers.PEERS, compile=False, device=CPU)
     assert all("cannot have 2 query and 4 KV heads" in note for note in absent.values())
     assert len(absent) == 3
+
+
+def test_x_transformers_takes_no_part_where_it_would_do_other_work() -> None:
+    config = shape("sqa", length=8)
+    layers = config.layers[0], config.layers[0].replace(num_query_heads=2), config.layers[0]
+    for attention in (layers, config.layers[0].replace(window=4)):
+        own = Transformer(config.replace(attention=attention))
+        with pytest.raises(peers.Unavailable, match="all of its layers are alike, and none has a window"):
+            peers.build("x-transformers", own)
 
 
 @pytest.mark.parametrize(

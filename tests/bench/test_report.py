@@ -115,6 +115,21 @@ def test_prefill_has_variants_as_columns_and_the_ratios_below_each_other() -> No
     assert table[table.index(peer[0]) :][:4] == peer
 
 
+def test_a_table_that_is_too_wide_folds_names_and_cuts_no_figure() -> None:
+    rows = [
+        Measurement(
+            kind="attention", variant=name, num_query_heads=8, num_kv_heads=4, head_dim=128, n=n, mask=mask,
+            kernel=kernel, what="forward", seconds=Timing(p20=1.0, median=1.5, p80=2.0), flops_per_s=123e9,
+            share_of_peak=0.5, share_of_processor=0.4, ratio=12.34, share_of_limit=1.23, ratio_to_full=23.45,
+            ratio_to_sdpa=34.56, baseline="gqa",
+        )
+        for name, n, mask, kernel in (("gqa", 64, "causal", "fused"), ("8/4x128", 131_072, "window", "sdpa:efficient"))
+    ]  # fmt: skip
+    text = printed(result(*rows))
+    assert "…" not in text
+    assert all(text.count(figure) == 2 for figure in ("12.34x", "23.45x", "34.56x", "123%", "1.50 s ±33%"))
+
+
 def test_a_revision_with_uncommitted_changes_says_so() -> None:
     commit = "0e05c75608" + "a" * 30
     assert "git 0e05c75608-dirty" in printed(replace(result(), git=f"{commit}-dirty"))

@@ -156,22 +156,23 @@ def test_the_time_to_a_loss_is_log_linear_between_horizons() -> None:
 def test_effective_speedups_are_paired_by_seed_and_geometric() -> None:
     base = {seed: [(10.0, 3.0 + seed), (1000.0, 1.0 + seed)] for seed in range(3)}
     # the baseline needs 100 s for 2 + seed, 10 ** 1.5 s for 2.5 + seed
-    same = effective_speedup({seed: 2.0 + seed for seed in range(3)}, 50.0, base)
+    fifty = dict.fromkeys(range(8), 50.0)
+    same = effective_speedup({seed: 2.0 + seed for seed in range(3)}, fifty, base)
     assert same is not None
     assert (same.ratio, same.low, same.high) == pytest.approx((2.0, 2.0, 2.0))
-    found = effective_speedup({0: 2.0, 1: 3.5, 2: 4.0}, 50.0, base)
+    found = effective_speedup({0: 2.0, 1: 3.5, 2: 4.0}, fifty, base)
     assert found is not None
     # logarithms to base 10 of 100 / 50, 10 ** 1.5 / 50 and 100 / 50
     interval = stats.ttest_1samp([math.log10(2), 1.5 - math.log10(50), math.log10(2)], 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((10**interval.low, 10**interval.high), rel=1e-3)
-    never = effective_speedup({0: 2.0, 1: 1.5, 2: 4.0}, 50.0, base)
+    never = effective_speedup({0: 2.0, 1: 1.5, 2: 4.0}, fifty, base)
     assert never is not None
     assert (never.ratio, never.why, never.more_than) == (None, "never reached with 1 of 3 seeds", pytest.approx(2.0))
-    outside = effective_speedup(dict.fromkeys(range(3), 9.0), 50.0, base)
+    outside = effective_speedup(dict.fromkeys(range(3), 9.0), fifty, base)
     assert outside is not None
     assert (outside.ratio, outside.why, outside.more_than) == (None, "above GQA's runs", None)
-    assert effective_speedup({7: 2.0}, 50.0, base) is None
-    single = effective_speedup({0: 2.0}, 50.0, base)
+    assert effective_speedup({7: 2.0}, fifty, base) is None
+    single = effective_speedup({0: 2.0}, fifty, base)
     assert single is not None
     assert (single.ratio, single.low) == (pytest.approx(2.0), None)
 
@@ -201,6 +202,18 @@ def test_the_table_has_every_variant_and_fits_80_columns() -> None:
     assert summary["sqa"].difference is not None
     assert not summary["sqa"].difference.established
     assert "wide GQA: the equal-cost" in notes(experiment)
+
+
+def test_a_long_label_is_broken_and_no_figure_is_cut() -> None:
+    label = "a label as long as 40 characters allow.."
+    plan = PUBLISHED.replace(variants=("gqa", "sqa"), shapes={"gqa": {"label": label}})
+    losses = {(name, seed): 2.0 + 0.01 * seed for seed in range(3) for name in plan.variants}
+    parts = [comparison(plan, losses), comparison(plan.replace(budget="steps=100"), losses)]
+    for experiment in (Experiment.join(parts[:1]), Experiment.join(parts)):
+        text = shown(results_table(experiment))
+        assert "…" not in text
+        assert all(word in text for word in label.split())
+        assert "2.0100" in text
 
 
 def test_a_single_seed_is_marked_and_only_what_is_there_is_explained() -> None:
@@ -264,6 +277,24 @@ def test_a_line_has_the_means_of_its_runs() -> None:
     assert (line.loss_all_positions, line.accuracy_all_positions) == (1.5625, 0.625)
 
 
+def test_a_budget_in_time_gives_each_comparison_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a second machine a step takes twice as long, so that runs of its seed have half the steps."""
+
+    def horizons(seed: int) -> list[Comparison]:
+        plan = PUBLISHED.replace(variants=("mha", "gqa"), seeds=(seed,))
+        short, long = (plan.replace(budget=f"time={seconds}s") for seconds in (12, 120))
+        return [comparison(short, {("gqa", seed): 4.0}), comparison(long, {("gqa", seed): 3.0, ("mha", seed): 3.5})]
+
+    parts = horizons(0)
+    for name, seconds in STEP.items():
+        monkeypatch.setitem(STEP, name, 2 * seconds)
+    mha = Experiment.join(parts + horizons(1)).longest()[0]
+    assert (mha.variant, mha.steps, mha.seconds) == ("mha", 75, pytest.approx(90))
+    found = mha.effective_speedup
+    assert found is not None
+    assert (found.ratio, found.low, found.high) == pytest.approx((0.1**0.5, 0.1**0.5, 0.1**0.5))
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     plan = PUBLISHED.replace(variants=("gqa",), seeds=(0,))
     first = comparison(plan, {("gqa", 0): 2.0})
@@ -271,6 +302,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         (comparison(plan, {("gqa", 0): 2.0}, "0" * 32), "of the same data"),
         (comparison(plan.replace(context=512), {("gqa", 0): 2.0}), "the same context, got 1024, and 512"),
         (comparison(plan.replace(model={"d_ff": 96}), {("gqa", 0): 2.0}), "gqa must be the same model"),
+        (comparison(plan.replace(seeds=(1,), learning_rate=1e-3), {("gqa", 1): 2.0}), "gqa must have one learning"),
     ):
         with pytest.raises(InputError, match=message):
             Experiment.join([first, other])

@@ -114,6 +114,8 @@ def test_the_peak_is_flops_of_the_product_over_its_time(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("sqa.measure.peak.take_turns", timed)
     assert matmul_peak(find_dtype("fp32"), find_device("cpu")) == 2 * 2048**3 / 4
+    # in fp16 a product of that size takes a minute on processors without instructions for it
+    assert matmul_peak(find_dtype("fp16"), find_device("cpu")) == 2 * 256**3 / 4
 
 
 def test_any_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,4 +147,3 @@ def test_the_processors_own_peak_is_no_less_than_a_products(dtype: str) -> None:
         return
     # the probe does not read memory, and takes its best call
     assert peak.product < 1.1 * peak.processor
-    assert peak.shares(peak.processor) == (peak.processor / peak.product, 1.0)

@@ -118,7 +118,7 @@ def test_estimates_fill_rows_and_the_tables_fit_80_columns() -> None:
         console = Console(width=80, record=True, file=StringIO())
         estimates = [estimate(shape, v, n, 512) for n in (4096, 131_072) for v in SCALE_VARIANTS]
         console.print(steps_table(shape, estimates))
-        console.print(lengths_table(shape, [name.upper() for name in SCALE_VARIANTS]))
+        console.print(lengths_table(shape, [name.upper() for name in (*SCALE_VARIANTS, "lsqa")]))
         text = console.export_text()
         assert "…" not in text
         assert "wide GQA" in text
@@ -129,4 +129,5 @@ def test_estimates_fill_rows_and_the_tables_fit_80_columns() -> None:
         assert [row[-1] for row in rows if row[:2] == ["131,072", "xSQA"]] == [f"{ratio:.2f}x"]
         # of GQA's attention xSQA computes a quarter
         assert [row[-1] for row in rows if row[:1] == ["xSQA"]] == ["75%"]
+        assert [row[-3:] for row in rows if row[:1] == ["lSQA"]] == [[">", "16M", "25%"]]  # it comes near a quarter
     assert max(map(len, ASSUMPTIONS.splitlines())) <= 80

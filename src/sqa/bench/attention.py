@@ -18,7 +18,6 @@ from sqa.attention.call import Call
 from sqa.attention.kernels import KERNELS, attend, resolve
 from sqa.attention.layer import SparseQueryAttention
 from sqa.attention.masks import Mask, dense_mask
-from sqa.attention.reference import reference_attention
 from sqa.bench.measurement import Measurement, choose_baseline, time_all, with_ratios, with_shares
 from sqa.bench.report import BenchResult
 from sqa.config import AttentionConfig, unknown
@@ -130,15 +129,20 @@ class Setting:
         inputs, grad = self.inputs()
         return lambda: _run(partial(attend, mask=mask), inputs, grad, self.kernel)
 
+    @property
+    def kernel_name(self) -> str:
+        """The kernel that runs, with PyTorch's implementation where one is pinned."""
+        if self.kernel != "auto":
+            return f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
+        call = Call.of_layer(
+            self.config, length=self.n, device=self.device, dtype=find_dtype(self.dtype),
+            documents=self.mask == "documents", grad=self.what != "forward",
+        )  # fmt: skip
+        return resolve(call).kernel
+
     def measurement(self, peak: Peak) -> Measurement:
-        """All that is known before timing; the least time follows from the rate of `peak`."""
-        config, kernel = self.config, f"sdpa:{self.kernel}" if self.kernel in PINNED else self.kernel
-        if kernel == "auto":
-            call = Call.of_layer(
-                config, length=self.n, device=self.device, dtype=find_dtype(self.dtype),
-                documents=self.mask == "documents", grad=self.what != "forward",
-            )  # fmt: skip
-            kernel = resolve(call).kernel
+        """All that is known before timing, with the kernel that was asked for; the least time follows from `peak`."""
+        config = self.config
         passes = {"forward": 1, "forward+backward": 3}.get(self.what)
         flops = None if passes is None else passes * 4 * config.head_dim * self.scores
         return Measurement(
@@ -153,7 +157,7 @@ class Setting:
             dtype=self.dtype,
             mask=self.mask,
             window=config.window,
-            kernel=kernel,
+            kernel=self.kernel,
             what=self.what,
             scores=self.scores,
             flops=flops,
@@ -177,8 +181,8 @@ def _rms(x: Tensor) -> float:
 def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str | None:
     """None if the kernel is right for this kind of call, else the sentence that replaces its time in the table.
 
-    On 256 tokens, the root mean square error of output and gradients, against the fp32 oracle, may be twice that of
-    plain PyTorch in the same precision; in fp32 the largest error must be within torch.testing's tolerance.
+    On 256 tokens, the root mean square error of output and gradients, against plain PyTorch in fp32, may be twice that
+    of plain PyTorch in the same precision; in fp32 the largest error must be within torch.testing's tolerance.
     """
     n, window = 256, setting.config.window
     config = setting.config if window is None else setting.config.replace(window=min(window, n // 4))
@@ -188,12 +192,8 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
     inputs, grad = setting.inputs()
     whole = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs]
 
-    def oracle(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-        q = q.repeat_interleave(config.num_output_heads // config.num_query_heads, dim=2)  # for reverse SQA
-        return reference_attention(q, k, v, visible, scale=config.head_dim**-0.5)
-
     def plain(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
-        """Attention in plain PyTorch and the inputs' own precision: the yardstick for rounding errors."""
+        """Attention in plain PyTorch, in the precision of the inputs."""
         heads = config.num_output_heads
         q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * config.head_dim**-0.5
@@ -201,7 +201,7 @@ def refusal(setting: Setting, attention: Callable[..., Tensor] = attend) -> str 
             scores = scores.masked_fill(~visible, -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
-    exactly, simply = _run(oracle, whole, grad, "auto"), _run(plain, inputs, grad, "auto")
+    exactly, simply = _run(plain, whole, grad, "auto"), _run(plain, inputs, grad, "auto")
     try:
         got = _run(partial(attention, mask=mask), inputs, grad, setting.kernel)
     except (RuntimeError, ValueError) as problem:
@@ -280,13 +280,18 @@ def run_attention(
             refused = {setting: refusal(setting) for setting in settings}
             for n in limit.fitting(sorted(lengths), notes, f"{dtype}, head_dim {head_dim}: the budget"):
                 logger.info("attention %s, head_dim %d, N = %d: %d contestants", dtype, head_dim, n, len(settings))
+                taking_part = {
+                    replace(setting, n=n): problem
+                    for setting, problem in refused.items()
+                    if problem is None or n == min(lengths)
+                }
                 contestants = (
                     (replace(each.measurement(peak), note=problem), each.contestant if problem is None else None)
-                    for each, problem in ((replace(setting, n=n), problem) for setting, problem in refused.items())
-                    if problem is None or n == min(lengths)
+                    for each, problem in taking_part.items()
                 )
                 timed = time_all(contestants, rounds=rounds, warmup=1, device=where, limit=limit)
-                rows += _compared(timed, peak, baseline)
+                compared = zip(taking_part, _compared(timed, peak, baseline), strict=True)
+                rows += (replace(m, kernel=each.kernel_name) for each, m in compared)
     options = {"head_dims": list(head_dims), "num_heads": num_heads, "rounds": rounds}
     return BenchResult.of(rows, device=device, settings=options, notes=notes)
 
@@ -295,10 +300,7 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
     """Add rates, shares and ratios to the measurements of one length, head_dim and dtype."""
     timed = [m for m in measurements if m.seconds is not None]
     scores = {(m.variant, m.mask): m.scores or 0 for m in timed}
-    full: dict[tuple[str, str | None], dict[str | None, float]] = {}  # of each kernel
-    for m in timed:
-        if m.mask == "causal":
-            full.setdefault((m.variant, m.what), {})[m.kernel] = m.median
+    full = {(m.variant, m.kernel, m.what): m.median for m in timed if m.mask == "causal"}
     sdpa = {(m.variant, m.mask, m.what): m.median for m in timed if m.kernel == "sdpa"}
     for m in with_ratios(measurements, same=lambda m: (m.mask, m.kernel, m.what), baseline=baseline):
         if m.seconds is not None and m.flops is not None:
@@ -306,9 +308,8 @@ def _compared(measurements: Sequence[Measurement], peak: Peak, baseline: str) ->
         if m.ratio is not None and m.flops is not None:
             limit = scores[baseline, m.mask] / scores[m.variant, m.mask]
             m = replace(m, limit=limit, share_of_limit=m.ratio / limit)
-        if m.seconds is not None and m.mask == "window" and (m.variant, m.what) in full:
-            times = full[m.variant, m.what]  # "auto" may choose another kernel for full attention
-            m = replace(m, ratio_to_full=times.get(m.kernel, min(times.values())) / m.median)
+        if m.seconds is not None and m.mask == "window" and (m.variant, m.kernel, m.what) in full:
+            m = replace(m, ratio_to_full=full[m.variant, m.kernel, m.what] / m.median)
         if m.seconds is not None and m.kernel != "sdpa" and (m.variant, m.mask, m.what) in sdpa:
             m = replace(m, ratio_to_sdpa=sdpa[m.variant, m.mask, m.what] / m.median)
         yield m

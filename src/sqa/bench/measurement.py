@@ -144,8 +144,9 @@ def with_shares(m: Measurement, flops: int, peak: Peak) -> Measurement:
     """Set the shares of the peaks that a turn of so many FLOPs reached, if it was timed."""
     if m.seconds is None:
         return m
-    product, processor = peak.shares(flops / m.median)
-    return replace(m, share_of_peak=product, share_of_processor=processor)
+    rate = flops / m.median
+    processor = None if peak.processor is None else rate / peak.processor
+    return replace(m, share_of_peak=rate / peak.product, share_of_processor=processor)
 
 
 def choose_baseline(variants: Collection[str]) -> str:

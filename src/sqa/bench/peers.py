@@ -75,6 +75,8 @@ def _x_transformers(own: Transformer) -> dict[str, Entrant]:
     from x_transformers import Decoder, TransformerWrapper
 
     config, layer = own.config, own.config.layers[0]
+    if len(set(config.layers)) > 1 or layer.window is not None:
+        raise Unavailable("cannot be built: all of its layers are alike, and none has a window")
     decoder = Decoder(
         dim=config.d_model,
         depth=config.num_layers,

@@ -226,10 +226,11 @@ def _table(rows: Sequence[Measurement]) -> Group:
     measured = [field for field in _MEASURED if any(getattr(row, field) is not None for row in rows)]
     has_times = any(row.seconds is not None or row.note is not None for row in rows)
     baseline = next((row.baseline for row in rows if row.baseline is not None), "")
-    table = _table_of(
-        *(Column(_DESCRIBING[f], justify="right" if f in ("n", "batch_size", "window") else "left") for f in varying),
+    right = ("n", "batch_size", "window")
+    table = _table_of(  # where it is too wide, names are folded, and figures stay whole
+        *(Column(_DESCRIBING[f], justify="right" if f in right else "left", overflow="fold") for f in varying),
         *([Column("time", justify="right", no_wrap=True)] if has_times else []),
-        *(Column(_MEASURED[f][0].format(baseline=baseline), justify="right") for f in measured),
+        *(Column(_MEASURED[f][0].format(baseline=baseline), justify="right", no_wrap=True) for f in measured),
     )
     for row in rows:
         described, figures = [_shown(getattr(row, f)) for f in varying], [_figure(row, f) for f in measured]

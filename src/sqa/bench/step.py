@@ -138,7 +138,7 @@ def peak_memory(task: Task, name: str, setting: str | None, config: ModelConfig,
         yield from itertools.repeat(training_step(entrant, module, find_dtype(task.dtype), batch), 5)
 
     # a small model first: memory that libraries hold after their first use does not count
-    for step in steps(config.replace(num_layers=1, vocab_size=8), 8):
+    for step in steps(config.replace(num_layers=1, attention=config.layers[0], vocab_size=8), 8):
         step()
     del step  # it holds the small model
     on_gpu = device.type == "cuda"

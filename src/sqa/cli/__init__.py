@@ -68,19 +68,13 @@ def main() -> None:
             in_the_way = isinstance(error, FileExistsError)  # from mkdir, where a file has that name
             why = "this is no folder, and a folder is needed here" if in_the_way else error.strerror
             _fail(f"{error.filename or 'standard output'}: {why}", 2)
-        if isinstance(error, RuntimeError) and (why := _out_of_memory(error)):
-            _fail(f"out of memory ({why})", 1)
+        if isinstance(error, RuntimeError):
+            from torch import OutOfMemoryError
+
+            if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
+                _fail(f"out of memory ({first_line(error)})", 1)
         traceback.print_exc()
         _fail(f"this is a bug in sqa {__version__}; please report it with the lines above", 1)
-
-
-def _out_of_memory(error: RuntimeError) -> str | None:
-    """The first line of what torch says when memory is short; None for any other error."""
-    from torch import OutOfMemoryError
-
-    if isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error):
-        return first_line(error)
-    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -9,8 +9,9 @@ import typer
 
 from sqa.cli import options
 from sqa.cli.display import make_console
-from sqa.dtypes import DTYPES, find_dtype, long_dtype
+from sqa.dtypes import find_dtype, long_dtype
 from sqa.errors import InputError
+from sqa.records import at_least_one
 from sqa.tables import make_table
 from sqa.variants import MEASURED_VARIANTS, PUBLISHED_VARIANTS, VARIANTS
 from sqa.variants import variant as variant_config
@@ -31,7 +32,8 @@ def variants(
     from sqa.cost import variant_costs
 
     shown = VARIANTS if all_variants else PUBLISHED_VARIANTS
-    rows, left_out = variant_costs(preset, options.at_least_one("--n", n), shown)
+    at_least_one("variants", n=n)
+    rows, left_out = variant_costs(preset, n, shown)
     headings = ("variant", "Hq", "Hkv", "head\ndim", "parameters", "train\nGFLOP", "prefill\nGFLOP",
                 "KV bytes\na token", "attention\nsaving")  # fmt: skip
     table = make_table(*headings, title=f"{preset}: one sequence of {n:,} tokens, KV cache in 16 bit")
@@ -118,12 +120,10 @@ def kernels(
 ) -> None:
     """Show the attention kernels, and which one a shape gets and why."""
     config = variant_config(variant, d_model=d_model, num_heads=num_heads, causal=causal, window=window)
-    dtype = long_dtype(dtype)
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype, torch_dtype = long_dtype(dtype), find_dtype(dtype)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, got {device!r}")
-    options.at_least_one("--n", n)
+    at_least_one("kernels", n=n)
     if check:
         _check_kernels(device)
         return
@@ -136,7 +136,7 @@ def kernels(
         config,
         length=n,
         device=device,
-        dtype=find_dtype(dtype),
+        dtype=torch_dtype,
         documents=documents,
         padding=padding,
         grad=training,

@@ -191,7 +191,6 @@ def evaluate(
     from sqa.data import open_corpus
     from sqa.measure.machine import git_revision, machine, versions
 
-    options.at_least_one("--items", items)
     dtype = long_dtype(dtype)
     if threads:
         torch.set_num_threads(threads)

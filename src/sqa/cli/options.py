@@ -127,13 +127,6 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
     return found
 
 
-def at_least_one(option: str, value: int) -> int:
-    """`value`. Raises InputError, naming the option, when it is below 1."""
-    if value < 1:
-        raise InputError(f"{option} must be at least 1, got {value}")
-    return value
-
-
 def find_run(source: str) -> Path | str:
     """`source`, or the only run in it if it is the directory of a comparison."""
     path = Path(source)

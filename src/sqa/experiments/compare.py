@@ -18,6 +18,7 @@ from sqa.experiments.plan import Cell, Plan, cell_name
 from sqa.experiments.results import Comparison, DataFacts, Record
 from sqa.experiments.run import Session, kernel_of, make_batches, prepare_data, text_here
 from sqa.experiments.step_times import time_steps
+from sqa.files import write_json
 from sqa.measure.machine import cpu_threads, git_revision, machine, slow_dtype, versions
 from sqa.progress import Display, NonFiniteLoss, lasting, stop_flag
 from sqa.training.checkpoint import of_main
@@ -86,7 +87,7 @@ def compare(
             if not of_main(directory.begun):
                 record = _begin(plan, data, accelerator, display)
                 if main:
-                    directory.write_record(record)
+                    write_json(out / "plan.json", record)
                 accelerator.wait_for_everyone()
         record = directory.record()
         session = Session(

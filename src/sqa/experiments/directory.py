@@ -12,7 +12,7 @@ from typing import Any
 from sqa.errors import InputError
 from sqa.experiments.plan import Cell, Plan
 from sqa.experiments.results import Comparison, Record, RunResult
-from sqa.files import LOCK, locked, sync_directory, write_json
+from sqa.files import LOCK, locked, sync_directory
 from sqa.progress import StepReport
 from sqa.records import differences, read_lines, to_json
 from sqa.storage import in_file
@@ -81,10 +81,6 @@ class Directory:
             why = "; it was stopped before it had begun, start it without --resume" if early else " (no plan.json)"
             raise InputError(f"directory: {self.path} holds no comparison{why}")
         return Record.read(path)
-
-    def write_record(self, record: Record) -> None:
-        """Write plan.json, whole or not at all."""
-        write_json(self.path / "plan.json", record)
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """The cells that have not finished, in the same order."""

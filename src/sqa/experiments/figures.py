@@ -23,6 +23,7 @@ COLOURS = {
 
 _GREY = "#808488"
 _ROW_HEIGHT = 30  # pixels, of charts with a row a variant
+_BY_VARIANT = alt.Y("variant:N", title=None, sort=None)  # their axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,6 @@ def _dots(base: Any, size: int, **encodings: Any) -> Any:
     return base.mark_point(filled=True, size=size, opacity=1).encode(**encodings)
 
 
-def _by_variant() -> Any:
-    """The axis of a chart with a row for each variant."""
-    return alt.Y("variant:N", title=None, sort=None)
-
-
 def _log_axis(field: str, title: str, ends: Sequence[float] | None = None) -> Any:
     """A logarithmic axis, with ticks only at `ends` if they are given."""
     scale = alt.Scale(type="log", nice=False, padding=20)
@@ -137,12 +133,20 @@ def _with_interval(value: Estimate) -> Row:
 _TIPS = ["variant:N", alt.Tooltip("mean:Q", format="+.4f"), "interval:N"]
 
 
+def _differences(lines: Sequence[Summary]) -> list[Row]:
+    """A point for each line that has a difference from the baseline."""
+    return [
+        {"variant": line.label, "tokens": line.tokens, **_with_interval(line.difference)}
+        for line in lines
+        if line.difference is not None
+    ]
+
+
 def _difference_by_variant(lines: Sequence[Summary], colours: Colours) -> Figure | None:
     """The differences of the table with their intervals, a row for each variant."""
-    data = [{"variant": line.label, **_with_interval(line.difference)} for line in lines if line.difference is not None]
-    if not data:
+    if not (data := _differences(lines)):
         return None
-    base = _chart(data, y=_by_variant(), color=colours.encoding(data, legend=None))
+    base = _chart(data, y=_BY_VARIANT, color=colours.encoding(data, legend=None))
     mean = alt.X("mean:Q", title="nats a token above GQA's", scale=alt.Scale(padding=14), axis=alt.Axis(tickCount=5))
     bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q")
     return Figure(
@@ -175,12 +179,7 @@ def _horizon_figures(lines: Sequence[Summary], colours: Colours) -> list[Figure 
 
 
 def _difference_over_tokens(lines: Sequence[Summary], colours: Colours, note: str) -> Figure | None:
-    data = [
-        {"variant": line.label, "tokens": line.tokens, **_with_interval(line.difference)}
-        for line in lines
-        if line.difference is not None
-    ]
-    if not data:
+    if not (data := _differences(lines)):
         return None
     names = list(dict.fromkeys(row["variant"] for row in data))
     for row in data:
@@ -379,7 +378,7 @@ def _speed_figure(timed: Sequence[Summary], plan: Plan) -> Figure:
     ]
     colours = alt.Scale(domain=list(ratios), range=["#3a86d8", "#d2761a", _GREY])
     shapes = alt.Scale(domain=list(ratios), range=["circle", "triangle-up", "diamond"])
-    base = _chart(data, y=_by_variant())
+    base = _chart(data, y=_BY_VARIANT)
     span = base.mark_rule(strokeWidth=1, color=_GREY, opacity=0.5).encode(x="min(ratio):Q", x2="max(ratio):Q")
     dots = _dots(
         base,
@@ -409,7 +408,7 @@ def _bars_figure(
         x=alt.X(
             "value:Q", title=axis, scale=alt.Scale(domainMax=1.2 * max(values.values())), axis=alt.Axis(tickCount=5)
         ),
-        y=_by_variant(),
+        y=_BY_VARIANT,
         tooltip=["variant:N", alt.Tooltip("value:Q", format=number)],
     )
     bars = base.mark_bar().encode(color=colours.encoding(data, legend=None))

@@ -67,11 +67,11 @@ class Plan(Checked):
     `context`: tokens of a row. `batch_size`: rows of a step, in all processes together, of which `micro_batch_size` at
     a time (0: all) go through the model on each. `budget`: see Budget.parse. `learning_rates` has a rate for single
     variants; attention's output projections learn at `output_projection_rate` times the rate. `padding_in_loss` trains
-    on padding too, as the published experiment did (padded layout only). `evaluation_tokens`: real tokens of the
-    validation set, at most. `probes`: how often a run is probed (`sqa.training.probes`). `dtype` bfloat16 means
-    autocast. `activation_checkpointing` computes each block again for its gradient: less memory, slower. `sharding`
-    "full" gives each process a part of the model (FSDP2), "none" a copy (DDP). `threads` 0 keeps PyTorch's number.
-    `timing_rounds` 0 skips the phase that times all variants in turns.
+    on padding too, as the published experiment did (padded layout only). `evaluation_tokens`: runs are evaluated on the
+    first validation documents that hold so many real tokens. `probes`: how often a run is probed
+    (`sqa.training.probes`). `dtype` bfloat16 means autocast. `activation_checkpointing` computes each block again for
+    its gradient: less memory, slower. `sharding` "full" gives each process a part of the model (FSDP2), "none" a copy
+    (DDP). `threads` 0 keeps PyTorch's number. `timing_rounds` 0 skips the phase that times all variants in turns.
 
     Raises InputError, naming the field, for anything that cannot be run.
     """
@@ -136,10 +136,10 @@ class Plan(Checked):
             raise InputError(
                 f"plan: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
             )
-        for name, rate in {"learning_rate": self.learning_rate, **self.learning_rates}.items():
+        own_rates = {f"learning_rates.{name}": rate for name, rate in self.learning_rates.items()}
+        for name, rate in {"learning_rate": self.learning_rate, **own_rates}.items():
             if not rate > 0:
-                where = name if name == "learning_rate" else f"learning_rates.{name}"
-                raise InputError(f"plan: {where} must be above 0, got {rate}")
+                raise InputError(f"plan: {name} must be above 0, got {rate}")
         if not self.warmup_fraction < 1:
             raise InputError(f"plan: warmup_fraction must be from 0 to below 1, got {self.warmup_fraction}")
         if self.budget_kind == "time" and not self.timing_rounds:
@@ -205,6 +205,10 @@ class Plan(Checked):
         heads = {key: own.pop(key) for key in ("num_query_heads", "num_kv_heads", "head_dim") if key in own}
         config = model_config("mha", **fields | own)
         return config.replace(attention=config.layers[0].replace(**{"num_kv_heads": heads["num_query_heads"], **heads}))
+
+    def rate(self, name: str) -> float:
+        """The highest learning rate of a variant."""
+        return self.learning_rates.get(name, self.learning_rate)
 
     @property
     def cells(self) -> list[Cell]:

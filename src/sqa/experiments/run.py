@@ -103,7 +103,7 @@ def make_prober(plan: Plan, data: Prepared) -> Prober:
 def make_recipe(plan: Plan, name: str, steps: int) -> Recipe:
     """A variant's recipe for the training loop."""
     shared = {field.name: getattr(plan, field.name) for field in fields(Recipe) if field.name != "steps"}
-    return Recipe(steps=steps, **shared | {"learning_rate": plan.learning_rates.get(name, plan.learning_rate)})
+    return Recipe(steps=steps, **shared | {"learning_rate": plan.rate(name)})
 
 
 def make_learner(plan: Plan, name: str, recipe: Recipe, accelerator: Accelerator) -> Learner[Transformer]:

@@ -85,8 +85,10 @@ def time_to_reach(loss: float, curve: Curve) -> float | str:
     return curve[0][0] if loss == curve[0][1] else NEVER
 
 
-def effective_speedup(losses: Mapping[int, float], seconds: float, baseline: Mapping[int, Curve]) -> Speedup | None:
-    """The speed-up of a variant that reaches `losses` (by seed) in `seconds` each; None without a common seed.
+def effective_speedup(
+    losses: Mapping[int, float], seconds: Mapping[int, float], baseline: Mapping[int, Curve]
+) -> Speedup | None:
+    """The speed-up of a variant that reaches `losses` in `seconds` (both by seed); None without a common seed.
 
     If the baseline's curve of one seed does not enclose its loss, the ratio is unknown.
     """
@@ -97,11 +99,12 @@ def effective_speedup(losses: Mapping[int, float], seconds: float, baseline: Map
     if count := times.count(EXTRAPOLATED):
         return Speedup(runs=len(times), why=EXTRAPOLATED + _of_seeds(count, len(times)))
     if count := times.count(NEVER):
-        ends = [
-            baseline[seed][-1][0] if time == NEVER else float(time) for seed, time in zip(shared, times, strict=True)
+        bounds = [
+            (baseline[seed][-1][0] if time == NEVER else float(time)) / seconds[seed]
+            for seed, time in zip(shared, times, strict=True)
         ]
-        return Speedup(runs=len(times), why=NEVER + _of_seeds(count, len(times)), more_than=min(ends) / seconds)
-    found = summarise([math.log(float(time) / seconds) for time in times])
+        return Speedup(runs=len(times), why=NEVER + _of_seeds(count, len(times)), more_than=min(bounds))
+    found = summarise([math.log(float(time) / seconds[seed]) for seed, time in zip(shared, times, strict=True)])
     half = found.half_width
     low, high = (None, None) if half is None else (math.exp(found.mean - half), math.exp(found.mean + half))
     return Speedup(ratio=math.exp(found.mean), low=low, high=high, runs=found.runs)

@@ -22,7 +22,8 @@ from sqa.variants import BASELINE, VARIANTS
 class Summary:
     """A variant at one horizon: means over its seeds, and comparisons with the baseline.
 
-    `tokens`: targets trained on. `step_s`: the median of the timing phase. `seconds`: steps times `step_s`.
+    `tokens`: targets trained on. `step_s`: the median of the timing phase. `seconds`: steps times `step_s`. Runs of one
+    budget differ in steps only where the budget is in time and they come from several comparisons.
     `effective_speedup` needs several horizons of the baseline.
     """
 
@@ -54,7 +55,7 @@ _SHARED = (
     "layout", "padding_in_loss", "context", "batch_size", "evaluation_tokens", "dtype", "train_fraction",
     "validation_fraction", "warmup_fraction", "output_projection_rate", "weight_decay", "clip_norm",
 )  # fmt: skip
-"""Fields that comparisons of one experiment must share. Budget, variants, seeds and rates may differ."""
+"""Fields that comparisons of one experiment must share. Budget, variants, seeds and (see `join`) rates may differ."""
 
 _TIMED = ("layout", "padding_in_loss", "context", "batch_size", "micro_batch_size", "dtype", "compile")
 """Fields that the time of a step depends on."""
@@ -92,20 +93,26 @@ class Experiment:
             learning_rates={},
         )
         first = comparisons[0].record
+        by_budget: dict[str, dict[Cell, RunResult]] = {}
+        rates: dict[tuple[str, str], float] = {}
         for comparison in comparisons:
-            other = comparison.record
+            other, plan = comparison.record, comparison.plan
             if first.data.fingerprint != other.data.fingerprint:
                 raise InputError(
                     f"report: comparisons must be of the same data, got {first.plan.name} "
-                    f"({first.data.fingerprint[:12]}) and {other.plan.name} ({other.data.fingerprint[:12]})"
+                    f"({first.data.fingerprint[:12]}) and {plan.name} ({other.data.fingerprint[:12]})"
                 )
-            _check_same(merged, other.plan, _SHARED)
+            _check_same(merged, plan, _SHARED)
+            for name in {result.variant for result in comparison.results}:
+                if (rate := rates.setdefault((plan.budget, name), plan.rate(name))) != plan.rate(name):
+                    raise InputError(
+                        f"report: {name} must have one learning rate at {plan.budget}, "
+                        f"got {rate}, and {plan.rate(name)} in {plan.name}"
+                    )
+            runs = by_budget.setdefault(plan.budget, {})
+            runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
         if timed is not None:
             _check_same(merged, timed.plan, _TIMED)
-        by_budget: dict[str, dict[Cell, RunResult]] = {}
-        for comparison in comparisons:
-            runs = by_budget.setdefault(comparison.plan.budget, {})
-            runs |= {result.cell: result for result in comparison.results if result.cell not in runs}
         longest = {budget: max((run.tokens for run in runs.values()), default=0) for budget, runs in by_budget.items()}
         longest_first = sorted(comparisons, key=lambda comparison: longest[comparison.plan.budget], reverse=True)
         phases = [timed] if timed is not None else [comparison.record for comparison in longest_first]
@@ -150,7 +157,7 @@ class Experiment:
         def speed_against(other: str) -> float | None:
             return step[other] / step[name] if {other, name} <= step.keys() else None
 
-        seconds = own[0].steps * step[name] if name in step else None
+        seconds = {run.seed: run.steps * step[name] for run in own if name in step}
         return Summary(
             variant=name,
             label=self.plan.label(name),
@@ -160,7 +167,7 @@ class Experiment:
             head_dim=layer.head_dim,
             wide=layer.head_dim * layer.num_heads != layer.d_model,
             parameters=own[0].parameters,
-            steps=own[0].steps,
+            steps=round(sum(result.steps for result in own) / len(own)),
             tokens=round(sum(result.tokens for result in own) / len(own)),
             runs=len(own),
             loss=summarise(list(losses.values())),
@@ -169,15 +176,15 @@ class Experiment:
             loss_all_positions=_mean(result.val.loss_all_positions for result in own),
             accuracy_all_positions=_mean(result.val.accuracy_all_positions for result in own),
             step_s=step.get(name),
-            seconds=seconds,
+            seconds=_mean(seconds.values()),
             speed_vs_gqa=speed_against(BASELINE),
             speed_vs_mha=speed_against("mha"),
             attention_saving=attention_saving(layer, self.plan.context),
             effective_speedup=self._speedup(name, losses, seconds),
         )
 
-    def _speedup(self, name: str, losses: dict[int, float], seconds: float | None) -> Speedup | None:
-        if name == BASELINE or seconds is None or BASELINE not in self.step_seconds or len(self.horizons) < 2:
+    def _speedup(self, name: str, losses: dict[int, float], seconds: dict[int, float]) -> Speedup | None:
+        if name == BASELINE or not seconds or BASELINE not in self.step_seconds or len(self.horizons) < 2:
             return None
         curves: dict[int, list[tuple[float, float]]] = {}
         for budget in self.horizons:

@@ -16,7 +16,7 @@ from sqa.config import ModelConfig
 from sqa.cost import attention_flops, forward_flops, parameters, train_step_flops
 from sqa.losses import CHUNK_ELEMENTS
 from sqa.records import at_least_one
-from sqa.tables import make_table
+from sqa.tables import known, make_table
 from sqa.variants import BASELINE, MEASURED_VARIANTS, VARIANTS, find_variant, preset
 
 SCALE_VARIANTS = ("mha", *MEASURED_VARIANTS)
@@ -178,6 +178,6 @@ def lengths_table(shape: str, variants: Sequence[str]) -> Table:
     for name, row in map(find_variant, variants):
         lengths = [first_length(shape, name, share) for share in shares]
         heads, theirs = (preset(shape, v).layers[0].num_output_heads for v in (name, BASELINE))
-        if None not in lengths:
-            built.add_row(row.label, *(f"{n:,}" for n in lengths), f"{1 - heads / theirs:.0%}")
+        if any(lengths):
+            built.add_row(row.label, *(known("{:,}", n, "> 16M") for n in lengths), f"{1 - heads / theirs:.0%}")
     return built
