@@ -89,13 +89,16 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     head = weight.to(hidden.dtype), _to(bias, hidden.dtype)
     for part in _chunks(hidden, weight):
-        logits = _linear(hidden[part], *head).float()
-        valid = labels[part] != IGNORE
-        target = labels[part].masked_fill(~valid, 0)[:, None]
-        picked = logits.gather(1, target)[:, 0]
-        nll[part] = (logits.logsumexp(1) - picked) * valid
-        correct[part] = (logits.argmax(1) == target[:, 0]) & valid
+        nll[part], correct[part] = logit_losses(_linear(hidden[part], *head), labels[part])
     return nll.view(shape), correct.view(shape)
+
+
+def logit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `token_losses` returns, with gradients, from logits (..., V) and labels (...)."""
+    logits, valid = logits.float(), labels != IGNORE
+    target = labels.masked_fill(~valid, 0)[..., None]
+    nll = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]) * valid
+    return nll, (logits.argmax(-1) == target[..., 0]) & valid
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sqa.attention import blocks, pytorch, ranges
 from sqa.attention.call import Call
 from sqa.attention.masks import KINDS, Mask, Prepared, check_tensor
+from sqa.attention.operators import transformed
 from sqa.attention.reference import reference_attention
 from sqa.config import unknown
 from sqa.dtypes import product_dtype
@@ -193,8 +194,8 @@ def attend(
         softcap=softcap,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    if kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        kernel = "sdpa" if softcap is None else "reference"  # our operators have no rule for torch.func's transforms
+    if kernel == "auto" and transformed():
+        kernel = "sdpa" if softcap is None else "reference"
     choice = resolve(call, kernel)
     if not torch.compiler.is_compiling() and choice not in _logged:
         _logged.add(choice)

@@ -44,7 +44,7 @@ def prepare(call: Call) -> KeyRanges:
         before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
         first, past = (before.gather(1, x.long()) for x in (first, past))
         order = real.argsort(dim=1, descending=True, stable=True)
-        order = (order + torch.arange(0, batch_size * num_keys, num_keys)[:, None]).flatten()
+        order = (order + num_keys * torch.arange(batch_size)[:, None]).flatten()
     return KeyRanges(first.to(torch.int32).contiguous(), past.to(torch.int32).contiguous(), order)
 
 
