@@ -65,7 +65,7 @@ def limits(call: Call) -> str | None:
     """Why a call cannot use our own kernel, or None."""
     if call.grad and call.num_queries != call.num_keys:
         return "no cache or cross-attention"
-    if call.cached and call.padding and call.mask.window is not None:
+    if call.mask.cached is not None and call.mask.cached.holes and call.mask.window is not None:
         return "no padding in a rolling cache"
     if call.dtype not in fused.DTYPES:
         return f"fp32 and bf16 only, got {call.dtype}"
