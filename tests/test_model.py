@@ -414,6 +414,80 @@ def test_a_label_that_is_no_token_is_an_error_not_token_zero() -> None:
         model(ids, torch.full_like(ids, -1))
 
 
+def test_tied_matrices_stay_one(tmp_path: Path) -> None:
+    tied = {"tie_embeddings": True}
+    with torch.device("meta"):
+        model = Transformer(config(**tied))
+    model.to_empty(device="cpu")
+    model.load_state_dict(make(**tied).state_dict(), assign=True)
+    whole = torch.nn.Sequential(model)
+    whole.load_state_dict({key: value.clone() for key, value in whole.state_dict().items()}, assign=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(ids, ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    model.save(tmp_path)
+    torch.testing.assert_close(Transformer.load(tmp_path)(ids).logits, model(ids).logits)
+
+
+class Adapted(torch.nn.Linear):
+    """A head with an addition that its weight does not show, as adapters are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.linspace(1, 2, VOCAB)
+
+
+@pytest.mark.parametrize("way", ["module", "hook", "pre-hook"])
+def test_what_a_head_does_beyond_its_weights_is_in_the_loss(way: str) -> None:
+    model = make()
+    if way == "module":
+        model.lm_head = Adapted(32, VOCAB)
+    elif way == "hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output.flip(-1))
+    else:
+        model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(-1),))
+    ids, labels = torch.randint(VOCAB, (2, 2, 9)).unbind()
+    labels[:, 3] = -100
+    wanted = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 9)
+    output = model(ids, labels)
+    torch.testing.assert_close(output.nll_sum, wanted.sum())
+    torch.testing.assert_close(model.token_losses(ids, labels)[0], wanted.detach())
+    gradients = [torch.autograd.grad(x, [*model.parameters()]) for x in (output.nll_sum, wanted.sum())]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="labels must be from 0 to vocab_size - 1 = 31, got -1"):
+        model(ids, torch.full_like(ids, -1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_torch_func_gives_the_gradients_of_each_row() -> None:
+    model = make()
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    ids, labels = torch.randint(VOCAB, (2, 2, 9)).unbind()
+
+    def loss(weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids[None], labels[None])).loss
+
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, ids, labels)
+    for row in range(2):
+        model.zero_grad()
+        model(ids[row : row + 1], labels[row : row + 1]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(rows[name][row], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_activation_checkpointing_drops_what_was_dropped() -> None:
+    model = make()
+    for block in model.model.layers:
+        block.mlp.down_proj = torch.nn.Sequential(torch.nn.Dropout(), block.mlp.down_proj)
+    model.train()
+    ids, gradients = torch.randint(VOCAB, (2, 9)), []
+    for again in (False, True):
+        model.model.activation_checkpointing = again
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(model(ids, ids).loss, [*model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_forward_derivatives_are_right_or_refused() -> None:
     layer = SparseQueryAttention(variant("sqa", d_model=64, num_heads=4))
     x, direction = torch.randn(1, 5, 64), torch.randn(1, 5, 64)

@@ -34,10 +34,8 @@ def linear_cross_entropy(
     the products run in its dtype and the softmax in fp32. `compiled` fuses the softmax and its gradient.
     """
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    if not needs_grad:
-        nll, _ = token_losses(hidden, weight, bias, labels)
-        return nll.sum()
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))):
+        return token_losses(hidden, weight, bias, labels)[0].sum()
     softmax_gradient = _compiled(_softmax_gradient) if compiled else _softmax_gradient
     valid = labels != IGNORE
     labels = labels.masked_fill(~valid, 0)
@@ -61,7 +59,7 @@ def linear_distillation(
     dtype = product_dtype(hidden)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     rows = teacher[0].detach().reshape(-1, teacher[0].shape[-1]).to(dtype)
-    head = teacher[1].detach().to(dtype), None if teacher[2] is None else teacher[2].detach().to(dtype)
+    head = teacher[1].detach().to(dtype), _to(teacher[2], dtype)
 
     def divergence(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Sum over a chunk of logits (rows, V), and its gradient with respect to them."""
@@ -89,13 +87,16 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     correct = torch.empty(labels.shape, dtype=torch.bool, device=hidden.device)
     head = weight.to(hidden.dtype), _to(bias, hidden.dtype)
     for part in _chunks(hidden, weight):
-        logits = _linear(hidden[part], *head).float()
-        valid = labels[part] != IGNORE
-        target = labels[part].masked_fill(~valid, 0)[:, None]
-        picked = logits.gather(1, target)[:, 0]
-        nll[part] = (logits.logsumexp(1) - picked) * valid
-        correct[part] = (logits.argmax(1) == target[:, 0]) & valid
+        nll[part], correct[part] = logit_losses(_linear(hidden[part], *head), labels[part])
     return nll.view(shape), correct.view(shape)
+
+
+def logit_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What `token_losses` returns, with gradients, from logits (..., V) and labels (...)."""
+    logits, valid = logits.float(), labels != IGNORE
+    target = labels.masked_fill(~valid, 0)[..., None]
+    nll = (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]) * valid
+    return nll, (logits.argmax(-1) == target[..., 0]) & valid
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

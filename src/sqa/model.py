@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from sqa import storage
 from sqa.attention import KVCache, SparseQueryAttention
 from sqa.attention.layer import Shared
+from sqa.attention.operators import transformed
 from sqa.config import AttentionConfig, ModelConfig
 from sqa.errors import InputError, shown
-from sqa.losses import IGNORE, linear_cross_entropy, token_losses
+from sqa.losses import IGNORE, linear_cross_entropy, logit_losses, token_losses
 
 Number = TypeVar("Number", int, float)
 
@@ -93,7 +94,7 @@ class Backbone(nn.Module):
             if alike not in made:
                 made[alike] = attention.share(x, padding_mask=padding_mask, document_ids=document_ids, cache=cache)
             inputs = x, made[alike], cache
-            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         return self.norm(x)
 
 
@@ -125,9 +126,19 @@ class Transformer(nn.Module):
         self._compiled = False
         self.model = Backbone(config, kernel)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.bias)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.register_load_state_dict_post_hook(Transformer._tie)
+        self._tie()
         self.reset_parameters()
+
+    def _tie(self, *_: object) -> None:
+        """Make the head's matrix the embedding's again: leaving the meta device and loading by assignment part them."""
+        if self.config.tie_embeddings and "weight" in self.lm_head._parameters:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -169,9 +180,12 @@ class Transformer(nn.Module):
         _check_ids(labels, "labels")
         if labels.shape != input_ids.shape:
             raise InputError(f"labels must be {tuple(input_ids.shape)} as input_ids, got {tuple(labels.shape)}")
-        head = self.lm_head.weight, self.lm_head.bias
         try:
-            nll_sum = linear_cross_entropy(hidden, *head, labels, compiled=self._compiled)
+            if self._losses_by_chunk():
+                head = self.lm_head.weight, self.lm_head.bias
+                nll_sum = linear_cross_entropy(hidden, *head, labels, compiled=self._compiled)
+            else:
+                nll_sum = logit_losses(self.lm_head(hidden), labels)[0].sum()
         except RuntimeError:  # as for input_ids below
             _check_range(labels[labels != IGNORE], "labels", self.config.vocab_size)
             raise
@@ -209,7 +223,15 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """-log p of each label (B, T), fp32, and whether it was the most likely token, bool; 0 where it is -100."""
         hidden = self.hidden_states(input_ids, document_ids=document_ids)
+        if not self._losses_by_chunk():
+            return logit_losses(self.lm_head(hidden), labels)
         return token_losses(hidden, self.lm_head.weight, self.lm_head.bias, labels)
+
+    def _losses_by_chunk(self) -> bool:
+        """Whether the loss may read the head's weights: there is no adapter in its place, no hook and no torch.func."""
+        head = self.lm_head
+        hooks = head._forward_hooks or head._forward_pre_hooks
+        return type(head) is nn.Linear and not hooks and not transformed()
 
     @torch.no_grad()
     def generate(
@@ -319,8 +341,6 @@ class Transformer(nn.Module):
         if config.tie_embeddings and not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
             raise InputError(f"model: {where} says tied embeddings, but lm_head.weight is another matrix")
         model.to(tensors["model.embed_tokens.weight"].dtype).to_empty(device="cpu")
-        if config.tie_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
         model.load_state_dict(tensors)
         return model
 

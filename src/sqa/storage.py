@@ -100,11 +100,6 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of our own config.json; fields that transformers adds to an hf-remote one are ignored."""
     values = {key: value for key, value in values.items() if key != "model_type"}
-    if not isinstance(values.get("attention", {}), dict | list):
-        raise InputError(
-            f"model: attention in config.json must be one object or a list of them, "
-            f"got {shown(repr(values['attention']))}"
-        )
     if "auto_map" in values:
         known = {field.name for field in fields(ModelConfig)}
         values = {key: value for key, value in values.items() if key in known}

@@ -1,5 +1,8 @@
 """One graph for all lengths, under torch.compile and torch.export; equal to eager."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +104,28 @@ def test_model_compile_trains_as_eager_does() -> None:
         torch.testing.assert_close(compiled, eager)
 
 
+def test_a_compiled_model_generates_from_numbers_that_it_is_given() -> None:
+    """inductor knows a number by the symbol of an input, not by that of another number that equals it."""
+    unknown = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable[..., Any]:
+        given = {x.node._expr for x in inputs if isinstance(x, torch.SymInt)}
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        numbers = [x for x in values if isinstance(x, torch.SymInt)]
+        unknown.extend(x for x in numbers if not x.node.expr.free_symbols <= given)
+        return graph.forward
+
+    torch.manual_seed(0)
+    layers = window_pattern(BASE, num_layers=2, window=8, full_every=2)
+    model = Transformer(ModelConfig(vocab_size=32, num_layers=2, d_ff=64, max_seq_len=64, attention=layers))
+    ids = torch.randint(32, (1, 9))
+    eager = model.generate(ids, max_new_tokens=6)
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    assert torch.equal(model.generate(ids, max_new_tokens=6), eager)
+    assert not unknown
+
+
 @pytest.mark.parametrize(
     "config",
     [BASE, BASE.replace(window=9, num_sink_tokens=2), BASE.replace(causal=False)],
@@ -115,6 +140,15 @@ def test_export(config: AttentionConfig) -> None:
     for n in LENGTHS:
         x = torch.randn(2, n, 64)
         torch.testing.assert_close(exported(x), layer(x))
+
+
+def test_export_with_padding() -> None:
+    layer, length = SparseQueryAttention(BASE), torch.export.Dim("length", min=2, max=512)
+    lengths = {"x": {1: length}, "padding_mask": {1: length}}
+    inputs = [(torch.randn(2, n, 64), {"padding_mask": torch.rand(2, n) < 0.8}) for n in (40, *LENGTHS)]
+    exported = torch.export.export(layer, (inputs[0][0],), inputs[0][1], dynamic_shapes=lengths).module()
+    for x, mask in inputs:
+        torch.testing.assert_close(exported(x, **mask), layer(x, **mask))
 
 
 def test_compiled_blocks_keep_no_gated_product() -> None:

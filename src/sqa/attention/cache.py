@@ -113,8 +113,8 @@ class _Keys:
         self.owner: int | None = None
 
     def extend(self, step: Step, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = step.start + step.length
-        self.keys[:, step.start : end], self.values[:, step.start : end] = k.detach(), v.detach()
+        start, end = self.length - step.length, self.length
+        self.keys[:, start:end], self.values[:, start:end] = k.detach(), v.detach()
         return (k, v) if step.keys is None else (self.keys[:, :end], self.values[:, :end])
 
 
@@ -274,5 +274,5 @@ class KVCache:
         layer = self.layers[layer_index]
         if layer.length != step.start:
             raise InputError(f"cache: layer {layer_index} was called twice for one piece of text")
-        layer.length = step.start + step.length
+        layer.length += step.length  # torch.compile loses step.start, which it knows to be layer.length
         return layer.extend(step, k, v)

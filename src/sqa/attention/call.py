@@ -144,24 +144,9 @@ class Call:
         return self.k.shape[2] < self.q.shape[2]
 
     @property
-    def empty(self) -> bool:
-        """Whether there is no sequence, no query or no key."""
-        return self.q.shape[0] == 0 or self.num_queries == 0 or self.num_keys == 0
-
-    @property
     def cached(self) -> bool:
         """Whether the keys come from a cache."""
         return self.mask.cached is not None
-
-    @property
-    def documents(self) -> bool:
-        """Whether rows hold several documents."""
-        return self.mask.document_ids is not None
-
-    @property
-    def padding(self) -> bool:
-        """Whether some keys are padding."""
-        return self.mask.hides_padding
 
     @property
     def window(self) -> int | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sqa.attention import blocks, pytorch, ranges
 from sqa.attention.call import Call
 from sqa.attention.masks import KINDS, Mask, Prepared, check_tensor
+from sqa.attention.operators import transformed
 from sqa.attention.reference import reference_attention
 from sqa.config import unknown
 from sqa.dtypes import product_dtype
@@ -52,8 +53,7 @@ class Kernel:
 
     def lacks(self, call: Call) -> str | None:
         """Why a call cannot use this kernel, or None."""
-        missing = call.needs - self.takes
-        if missing:
+        if missing := call.needs - self.takes:
             return f"no {min(missing)}"
         elsewhere = self.devices in ("cpu", "cuda") and call.device.type != self.devices
         return f"{self.devices.upper()} only" if elsewhere else self.limits(call)
@@ -105,11 +105,9 @@ def check_kernel(kernel: str) -> None:
 def resolve(call: Call, kernel: str = "auto") -> Choice:
     """The kernel for a call and the reason. Raises InputError when a kernel asked for by name cannot do it."""
     check_kernel(kernel)
-    if kernel != "auto":
-        lack = KERNELS[kernel].lacks(call)
-        if lack is not None:
-            raise InputError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto'")
-    if call.empty:
+    if kernel != "auto" and (lack := KERNELS[kernel].lacks(call)) is not None:
+        raise InputError(f"kernel: {kernel} cannot do this call ({lack}); use kernel='auto'")
+    if call.q.shape[0] == 0 or call.num_queries == 0 or call.num_keys == 0:
         return Choice("reference", "nothing to compute")
     if kernel != "auto":
         return Choice(kernel, "asked for")
@@ -117,7 +115,7 @@ def resolve(call: Call, kernel: str = "auto") -> Choice:
         return Choice("sdpa", "PyTorch's own; for one fp32 query a KV head as fast as memory is read")
     if KERNELS["fused"].lacks(call) is None:
         return Choice("fused", "our own kernel, made for small heads; skips what a mask hides")
-    skips = call.window is not None or call.documents
+    skips = call.window is not None or call.mask.document_ids is not None
     if skips and KERNELS["blocks"].lacks(call) is None:
         return Choice("blocks", "skips the keys that the window or the documents hide")
     if call.device.type == "cuda":
@@ -178,7 +176,8 @@ def attend(
         check_tensor(name, tensor)
     if not isinstance(mask, Mask):
         raise InputError(f"attention: mask must be a Mask, got {shown(repr(mask))}")
-    q, k, v = _autocast(q, k, v)
+    # as autocast casts those of F.scaled_dot_product_attention
+    q, k, v = (x.to(product_dtype(x)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
     if q.ndim == k.ndim == 4 and 0 < q.shape[2] < k.shape[2] and k.shape[2] % q.shape[2] == 0:
         q = q.repeat_interleave(k.shape[2] // q.shape[2], dim=2)
     if scale is None:
@@ -193,8 +192,8 @@ def attend(
         softcap=softcap,
         grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )
-    if kernel == "auto" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        kernel = "sdpa" if softcap is None else "reference"  # our operators have no rule for torch.func's transforms
+    if kernel == "auto" and transformed():
+        kernel = "sdpa" if softcap is None else "reference"
     choice = resolve(call, kernel)
     if not torch.compiler.is_compiling() and choice not in _logged:
         _logged.add(choice)
@@ -202,8 +201,3 @@ def attend(
     row, prepared = KERNELS[choice.kernel], mask.prepared
     form = prepared.form if prepared is not None and prepared.kernel == choice.kernel else row.prepare(call)
     return row.run(call, form)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, cast as autocast casts those of F.scaled_dot_product_attention."""
-    return tuple(x.to(product_dtype(x)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

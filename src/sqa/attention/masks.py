@@ -170,7 +170,7 @@ def dense_mask(mask: Mask, num_queries: int, num_keys: int, device: torch.device
 
 
 def _cached_mask(mask: Mask, cached: CachedKeys) -> Tensor:
-    keys = cached.key_positions.reshape(-1, 1, cached.key_positions.shape[-1])
+    keys = cached.key_positions.unsqueeze(-2)
     if unknown := mask.needs(keys.shape[-1]) - _OF_CACHES:
         raise InputError(f"attention: keys from a cache cannot have a mask of {', '.join(sorted(unknown))}")
     distance = cached.query_positions[None, :, None] - keys

@@ -15,6 +15,11 @@ def constant(function: T) -> T:
     return function
 
 
+def transformed() -> bool:
+    """Whether torch.func transforms what runs now. Our operators and our loss have no rules for its transforms."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def cpu_operator(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
     """The operator `sqa::NAME` on the CPU, with a gradient.
 

@@ -135,7 +135,7 @@ def varlen_limits(call: Call) -> str | None:
         return "no cross-attention"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"fp16 and bf16 only, got {call.dtype}"
-    if call.documents and torch.compiler.is_compiling() and call.mask.prepared is None:
+    if call.mask.document_ids is not None and torch.compiler.is_compiling() and call.mask.prepared is None:
         return "the number of documents is not known while a whole model is compiled"
     if _varlen_attn() is None:
         return "this PyTorch has no varlen_attn with windows and shared heads"
@@ -176,7 +176,7 @@ def flex_form(call: Call) -> Any:
             result = result & mask.padding_mask[b, j]
         return result
 
-    rows = call.q.shape[0] if call.documents or call.padding or call.sinks else None
+    rows = call.q.shape[0] if documents is not None or mask.hides_padding or call.sinks else None
     make = _flex("create_block_mask", call.device.type)
     return make(seen, rows, None, call.num_queries, call.num_keys, device=call.device)
 

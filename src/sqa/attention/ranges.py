@@ -44,7 +44,7 @@ def prepare(call: Call) -> KeyRanges:
         before = torch.nn.functional.pad(real.cumsum(1), (1, 0))
         first, past = (before.gather(1, x.long()) for x in (first, past))
         order = real.argsort(dim=1, descending=True, stable=True)
-        order = (order + torch.arange(0, batch_size * num_keys, num_keys)[:, None]).flatten()
+        order = (order + num_keys * torch.arange(batch_size)[:, None]).flatten()
     return KeyRanges(first.to(torch.int32).contiguous(), past.to(torch.int32).contiguous(), order)
 
 
@@ -65,7 +65,7 @@ def limits(call: Call) -> str | None:
     """Why a call cannot use our own kernel, or None."""
     if call.grad and call.num_queries != call.num_keys:
         return "no cache or cross-attention"
-    if call.cached and call.padding and call.mask.window is not None:
+    if call.mask.cached is not None and call.mask.cached.holes and call.mask.window is not None:
         return "no padding in a rolling cache"
     if call.dtype not in fused.DTYPES:
         return f"fp32 and bf16 only, got {call.dtype}"

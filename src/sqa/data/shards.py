@@ -126,8 +126,7 @@ def load_or_encode(
             yield documents
             num_documents += len(documents)
             num_tokens += sum(map(len, documents))
-            counts = f"{num_documents:,} documents, {num_tokens:,} tokens"
-            note(f"Encoding {corpus.name} ({split}): {counts}")
+            note(f"Encoding {corpus.name} ({split}): {num_documents:,} documents, {num_tokens:,} tokens")
         if not num_documents:
             raise InputError(
                 f"The {split} split of {corpus.name} has no documents: give more text or a larger {split}_fraction"

@@ -17,7 +17,6 @@ from sqa.model import Transformer
 from sqa.records import check_least
 
 ROWS = 32
-_FIRST_BOUND = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Prober:
         repeated = np.concatenate([first, first, first[:, :1]], axis=1)
         self._texts = [torch.from_numpy(documents), torch.from_numpy(repeated)]
         self._batch_size, self._half = batch_size, half
-        bounds = [0, _FIRST_BOUND]
+        bounds = [0, 16]
         while bounds[-1] < context_length:
             bounds.append(bounds[-1] * 4)
         self.positions = (*(bound for bound in bounds if bound < context_length), context_length)
