@@ -56,8 +56,11 @@ def comparison(name: str) -> str:
 
 
 def horizons(suffix: str = "") -> str:
-    """The table of the complete trainings of several lengths that are committed; `suffix` ends their directories."""
-    folders = [RESULTS / f"{name}{suffix}" for name in HORIZONS]
+    """The table of the complete trainings of several lengths that are committed, with those of spend.toml.
+
+    `suffix` ends the names of their directories.
+    """
+    folders = [RESULTS / f"{name}{suffix}" for name in (*HORIZONS, "spend-6M")]
     times = RESULTS / f"step-times{suffix}"
     found = [folder for folder in folders if (folder / "results.jsonl").exists()]
     experiment = read_experiment(found, times if times.exists() else None)
