@@ -394,7 +394,7 @@ def test_bad_directories_are_refused(config_of: Make, model_of, saved, small_tok
     refused("no config.json", lambda case: (case / "config.json").unlink())
     refused("not JSON", lambda case: (case / "config.json").write_text("{"))
     refused(
-        "attention in config.json must be one object",
+        "attention must be a table or a list, got None",
         lambda case: (case / "config.json").write_text(
             json.dumps(json.loads((case / "config.json").read_text()) | {"attention": None})
         ),
